@@ -1,0 +1,33 @@
+"""What every source of batches gives the training loop, whatever it reads and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+PADDING_LABEL = -1  # fills the last evaluation batch, so that every batch has one shape
+
+
+class Batch(NamedTuple):
+    """images: uint8, (N, C, H, W) in channels_last memory, on the training device, not normalised.
+    labels: int64, (N,), on the same device; PADDING_LABEL marks an image that does not count."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Loader(Protocol):
+    """This rank's share of one split."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that this rank gets in an epoch: the same number on every rank."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The epoch's batches from number `start` on. What comes depends on (epoch, start) alone, so a
+        resumed run sees what the uninterrupted one would have seen."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that shapes the stream, in plain values: a checkpoint resumes only into the same."""

@@ -1,0 +1,132 @@
+"""Which images each rank sees in which order, and how they are shifted and flipped: pure functions of the
+position.
+
+Nothing here has state, so any position of any epoch can be started from. Every draw belongs to a place in the
+*global* batch: how many ranks share it changes nothing about what the batch holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ORDER, _AUGMENT = 0, 1  # keys of independent random streams under one seed
+
+
+class Draw(NamedTuple):
+    """What one batch of one rank is made of.
+
+    indices: int64, (N,), into the data set, -1 for padding. shift: int32, (N, 2), rows and columns that the
+    crop window moves, in -padding .. padding. flip: int32, (N,), 1 to mirror left and right.
+    """
+
+    indices: NDArray[np.int64]
+    shift: NDArray[np.int32]
+    flip: NDArray[np.int32]
+
+
+class Stream(Protocol):
+    """The draws of one rank, by position."""
+
+    @property
+    def batches_per_epoch(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int:
+        """Images in each draw."""
+
+    def draw(self, epoch: int, index: int) -> Draw: ...
+
+    def fingerprint(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class TrainStream:
+    """A new permutation every epoch; an incomplete last global batch is dropped.
+
+    global_batch: images per optimizer step over all ranks; micro_batches: into how many batches a rank splits
+    its share of it. Raises ValueError where these do not divide, or the set is smaller than one global batch.
+    """
+
+    num_images: int
+    global_batch: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    micro_batches: int = 1
+    crop_padding: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.global_batch % (self.world_size * self.micro_batches):
+            raise ValueError(
+                f"a batch of {self.global_batch} does not divide by {self.world_size} devices x "
+                f"{self.micro_batches} accumulation steps"
+            )
+        if self.num_images < self.global_batch:
+            raise ValueError(
+                f"{self.num_images} training images are fewer than one batch of {self.global_batch}"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        return self.global_batch // (self.world_size * self.micro_batches)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.num_images // self.global_batch * self.micro_batches
+
+    def draw(self, epoch: int, index: int) -> Draw:
+        step, micro = divmod(index, self.micro_batches)
+        begin = (micro * self.world_size + self.rank) * self.batch_size
+        mine = slice(begin, begin + self.batch_size)
+        order = _permutation(self.seed, epoch, self.num_images)
+        indices = order[step * self.global_batch : (step + 1) * self.global_batch][mine]
+        random = np.random.default_rng((self.seed, _AUGMENT, epoch, step))
+        size, reach = self.global_batch, self.crop_padding
+        shift = random.integers(-reach, reach, (size, 2), dtype=np.int32, endpoint=True)[mine]
+        flip = random.integers(0, 1, size, dtype=np.int32, endpoint=True)[mine]
+        return Draw(indices, shift, flip if self.flip else np.zeros_like(flip))
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "num_images": self.num_images,
+            "global_batch": self.global_batch,
+            "seed": self.seed,
+            "micro_batches": self.micro_batches,
+            "crop_padding": self.crop_padding,
+            "flip": self.flip,
+        }
+
+
+@dataclass(frozen=True)
+class EvalStream:
+    """Every image exactly once over all ranks, in order, unchanged; the last batches are padded with index
+    -1."""
+
+    num_images: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-self.num_images // (self.batch_size * self.world_size))
+
+    def draw(self, epoch: int, index: int) -> Draw:
+        begin = (index * self.world_size + self.rank) * self.batch_size
+        indices = np.arange(begin, begin + self.batch_size)
+        none = np.zeros(self.batch_size, np.int32)
+        return Draw(np.where(indices < self.num_images, indices, -1), np.stack([none, none], axis=1), none)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"num_images": self.num_images}
+
+
+@lru_cache(maxsize=2)  # the loader reads ahead, over the end of an epoch
+def _permutation(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, _ORDER, epoch)).permutation(num_images)

@@ -1,0 +1,28 @@
+"""Sparse training for anybody's PyTorch loop: phase schedules, mask patterns, masked layers, AC/DC."""
+
+from sparsity.acdc import ACDC
+from sparsity.flops import ModelFlops, count_flops
+from sparsity.layers import MaskedConv2d, MaskedLinear, mask_layers, to_plain
+from sparsity.patterns import NM, GlobalMagnitude, Pattern, UniformMagnitude
+from sparsity.schedule import Phase, PhaseSchedule
+from sparsity.stats import Sparsity, measure, num_leaked, relative_mask_difference
+
+__all__ = [
+    "ACDC",
+    "NM",
+    "GlobalMagnitude",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "ModelFlops",
+    "Pattern",
+    "Phase",
+    "PhaseSchedule",
+    "Sparsity",
+    "UniformMagnitude",
+    "count_flops",
+    "mask_layers",
+    "measure",
+    "num_leaked",
+    "relative_mask_difference",
+    "to_plain",
+]

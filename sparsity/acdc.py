@@ -1,0 +1,189 @@
+"""AC/DC: Alternating Compressed/DeCompressed training (Peste, Iofinova, Vladu, Alistarh, NeurIPS 2021).
+
+The algorithm, in the words that the code uses:
+
+    for each optimizer step:
+        before_step:
+            at the first step of a sparse phase, compress:
+                masks    = pattern(master weights)
+                weights  = weights * masks         (masters and compute weights)
+                momentum = momentum * masks
+            at the first step of a dense phase but the very first, decompress:
+                masks    = all ones                dropped weights restart from 0
+                momentum = 0                       of every parameter
+        the user's own forward, backward and optimizer step; the layers compute with weight * mask, so a
+        dropped weight has gradient 0, momentum 0 and value 0, and stays exactly 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.layers import mask_layers, to_plain
+from sparsity.masters import Masters, masters_of
+from sparsity.patterns import Pattern
+from sparsity.schedule import Kind, Phase, PhaseSchedule
+from sparsity.stats import relative_mask_difference
+
+
+class ACDC:
+    """Masks the chosen layers of `model` in place and acts at the phase switches of `schedule`.
+
+        acdc = ACDC(model, GlobalMagnitude(0.9), schedule, steps_per_epoch=len(loader), exclude=["fc"])
+        acdc.attach(optimizer)
+        ... acdc.before_step() before each optimizer step
+
+    steps_per_epoch: optimizer steps (not micro-batches) in an epoch of the schedule.
+    include, exclude: name patterns, see sparsity.layers.mask_layers, whose ValueErrors this raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pattern: Pattern,
+        schedule: PhaseSchedule,
+        steps_per_epoch: int,
+        *,
+        include: Iterable[str] = ("*",),
+        exclude: Iterable[str] = (),
+    ) -> None:
+        if steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch {steps_per_epoch}: optimizer steps in an epoch, 1 or more")
+        self.model = model
+        self.pattern = pattern
+        self.schedule = schedule
+        self.steps_per_epoch = steps_per_epoch
+        self.layers = mask_layers(model, include, exclude)
+        self.step = 0  # optimizer steps begun
+        self.mask_difference: float | None = None  # between the last two compressions
+        self._previous: dict[str, Tensor] = {}  # masks of the last compression, while its phase is over
+        self._masters: Masters | None = None
+        self._switches: dict[int, Kind] = {p.start * steps_per_epoch: p.kind for p in schedule.phases}
+        if schedule.phases[0].kind == "dense":
+            del self._switches[0]  # a fresh model is dense already
+
+    def attach(self, optimizer: Any) -> None:
+        """Say whose masters and momentum to act on: a torch optimizer or a DeepSpeed engine, over this model.
+
+        Raises TypeError or ValueError for what is not supported, see sparsity.masters.masters_of. With a
+        DeepSpeed engine of several ranks, call it on every rank.
+        """
+        self._masters = masters_of(optimizer)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the optimizer step begun last; before the first step, the first phase."""
+        epoch = max(self.step - 1, 0) // self.steps_per_epoch
+        return self.schedule.phase_at(min(epoch, self.schedule.num_epochs - 1))
+
+    def before_step(self) -> None:
+        """Call once per optimizer step, before its first forward pass: acts at phase switches, else returns
+        at once."""
+        if self._masters is None:
+            raise RuntimeError("call acdc.attach(optimizer) before the first before_step()")
+        switch = self._switches.get(self.step)
+        self.step += 1
+        if switch == "sparse":
+            self.compress()
+        elif switch == "dense":
+            self.decompress()
+
+    @torch.no_grad()
+    def compress(self) -> None:
+        """Choose the masks from the master weights; zero the dropped weights and their momentum."""
+        masters = self._attached()
+        chosen = self.pattern({name: masters.weight(layer.weight) for name, layer in self.layers.items()})
+        _check_equal_on_all_ranks(chosen)
+        self.mask_difference = relative_mask_difference(self._previous, chosen) if self._previous else None
+        for name, layer in self.layers.items():
+            layer.mask.copy_(chosen[name])
+            masters.mask_(layer.weight, layer.mask)
+        self._previous = {}
+
+    @torch.no_grad()
+    def decompress(self) -> None:
+        """Let every weight train again, dropped ones from 0, and zero all momentum (paper, section 3)."""
+        self._previous = {name: mask.clone() for name, mask in self.masks().items()}
+        for layer in self.layers.values():
+            layer.mask.fill_(True)
+        self._attached().reset_momentum_()
+
+    def masks(self) -> dict[str, Tensor]:
+        """Layer name -> boolean keep-mask, of the weight's shape. The live buffers: clone to keep."""
+        return {name: layer.mask for name, layer in self.layers.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Layer name -> its weight, detached, live."""
+        return {name: layer.weight.detach() for name, layer in self.layers.items()}
+
+    def export(self) -> nn.Module:
+        """A copy of the model with neither masks nor wrappers: plain layers, dropped weights 0."""
+        return to_plain(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and the last compression's masks. The masks in force travel in the model's own
+        state_dict."""
+        return {
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "phase": self.phase.kind,
+            "mask_difference": self.mask_difference,
+            "previous_masks": self._previous,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where state_dict() was taken, once the model's own state_dict is loaded too.
+
+        Raises ValueError when this schedule has another phase at that step than the one the masks belong to,
+        or other steps per epoch. A schedule that differs only later is fine.
+        """
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"the saved run had {state['steps_per_epoch']} steps per epoch, this one has "
+                f"{self.steps_per_epoch}: its phases would shift; use the same data and batch size"
+            )
+        before, self.step = self.step, int(state["step"])
+        if self.phase.kind != state["phase"]:
+            now, self.step = self.phase, before
+            raise ValueError(
+                f"the run was saved in a {state['phase']} phase at step {state['step']}, where the schedule "
+                f"{str(self.schedule)!r} has {now}; use the schedule it was started with"
+            )
+        self.mask_difference = state["mask_difference"]
+        layers = self.layers
+        self._previous = {
+            name: mask.to(layers[name].mask.device) for name, mask in state["previous_masks"].items()
+        }
+
+    def _attached(self) -> Masters:
+        if self._masters is None:
+            raise RuntimeError("call acdc.attach(optimizer) first")
+        return self._masters
+
+
+def _check_equal_on_all_ranks(masks: dict[str, Tensor]) -> None:
+    """Raise RuntimeError naming the layers whose masks differ between ranks: their weights have diverged."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_world_size() == 1:
+        return
+    digests = torch.stack([_digest(mask) for mask in masks.values()])
+    low, high = digests.clone(), digests.clone()
+    torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
+    differ = [name for name, bad in zip(masks, (low != high).any(dim=1).tolist(), strict=True) if bad]
+    if differ:
+        raise RuntimeError(
+            f"ranks chose different masks for {', '.join(differ)}: their weights have diverged"
+        )
+
+
+def _digest(mask: Tensor) -> Tensor:
+    """Three int64 that tell masks apart: number kept, sum of their positions, and a multiplicative hash of
+    them."""
+    kept = mask.flatten().nonzero().flatten()
+    return torch.stack([kept.new_tensor(kept.numel()), kept.sum(), (kept * kept * 0x9E3779B1).sum()])

@@ -1,0 +1,131 @@
+"""Layers that multiply their weight by a keep-mask, and how a model's layers are chosen and converted.
+
+A converted layer keeps its identity, its parameters and their names; it gains one persistent boolean buffer,
+`mask` (True: kept), of the weight's shape. The mask is all ones in dense phases and is only ever updated in
+place: the forward pass has no branch on the phase, so a compiled graph stays valid over phase switches, and
+autograd multiplies the weight's gradient by the mask.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class MaskedConv2d(nn.Conv2d):
+    """Conv2d of weight * mask. `mask`: bool, (out, in / groups, kh, kw)."""
+
+    weight: nn.Parameter
+    mask: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight * self.mask, self.bias)
+
+
+class MaskedLinear(nn.Linear):
+    """Linear of weight * mask. `mask`: bool, (out_features, in_features)."""
+
+    weight: nn.Parameter
+    mask: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight * self.mask, self.bias)
+
+
+MaskedLayer = MaskedConv2d | MaskedLinear
+_MASKED: dict[type[nn.Module], type[MaskedLayer]] = {nn.Conv2d: MaskedConv2d, nn.Linear: MaskedLinear}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {masked: plain for plain, masked in _MASKED.items()}
+
+
+def mask_layers(
+    model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()
+) -> dict[str, MaskedLayer]:
+    """Convert the chosen layers of `model` in place and return them by name, in the model's order.
+
+    include, exclude: shell-style patterns over the names of the model's Conv2d and Linear layers ("layer1.*",
+    "*.downsample.0", "fc"); chosen is what any include pattern matches and no exclude pattern does. Raises
+    ValueError, and converts nothing, for a pattern that matches no layer, when no layer is left, for a
+    subclass of Conv2d or Linear (it may compute with its weight elsewhere, past the mask), for a layer that
+    is masked already, and for a weight that two layers share.
+    """
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
+    }
+    chosen = {name: layers[name] for name in choose(list(layers), include, exclude)}
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        first = owners.setdefault(id(layer.weight), name)
+        if first != name and (name in chosen or first in chosen):
+            raise ValueError(f"layers {first!r} and {name!r} share one weight; exclude both")
+    for name, layer in chosen.items():
+        if isinstance(layer, MaskedLayer):
+            raise ValueError(f"layer {name!r} is masked already; one ACDC object owns a layer")
+        if type(layer) not in _MASKED:
+            raise ValueError(
+                f"layer {name!r} is a {type(layer).__name__}, a kind of its own that may use its weight past "
+                "the mask; masked are torch.nn.Conv2d and torch.nn.Linear: exclude it"
+            )
+    masked: dict[str, MaskedLayer] = {}
+    for name, layer in chosen.items():
+        layer.register_buffer("mask", torch.ones_like(layer.weight, dtype=torch.bool, requires_grad=False))
+        _become(layer, _MASKED[type(layer)])
+        assert isinstance(layer, MaskedLayer)
+        masked[name] = layer
+    return masked
+
+
+def choose(names: list[str], include: Iterable[str], exclude: Iterable[str]) -> list[str]:
+    """The names that an include pattern matches and no exclude pattern does, in their order."""
+    include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
+    for role, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+                hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+                raise ValueError(
+                    f"{role} pattern {pattern!r} matches no convolution or linear layer{hint}\n"
+                    f"the model's layers: {_shorten(names)}"
+                )
+    chosen = [
+        name
+        for name in names
+        if any(fnmatchcase(name, pattern) for pattern in include)
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    ]
+    if not chosen:
+        raise ValueError(f"no layer is left to mask: include {include}, exclude {exclude}")
+    return chosen
+
+
+def to_plain(model: nn.Module) -> nn.Module:
+    """A deep copy of the model as it was before mask_layers: masks multiplied into the weights, no mask
+    buffers, the plain layer classes."""
+    plain = copy.deepcopy(model)
+    for layer in plain.modules():
+        if isinstance(layer, MaskedLayer):
+            layer.weight.detach().mul_(layer.mask)
+            del layer.mask
+            _become(layer, _PLAIN[type(layer)])
+    return plain
+
+
+def _become(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Change a layer's class in place: hooks, parameters and everybody's references to it stay."""
+    layer.__class__ = kind
+
+
+def _patterns(patterns: Iterable[str], role: str) -> list[str]:
+    if isinstance(patterns, str):
+        raise ValueError(f"{role} is a list of patterns, not one text: [{patterns!r}]")
+    return list(patterns)
+
+
+def _shorten(names: list[str], most: int = 30) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,170 @@
+"""Where master weights and optimizer state live, so that masks reach them.
+
+    plain torch optimizer, DeepSpeed ZeRO stage 0    the parameter is the master; optimizer.state[parameter]
+    DeepSpeed ZeRO stages 1 and 2                    a flat fp32 master, cut into one fragment a rank
+
+A mask that reached only the parameter under ZeRO-1/2 would be undone by the next step, which copies the
+master back. DeepSpeed is reached through what it hangs on each parameter (its `_hp_mapping`); nothing here
+imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+# First moments: what "momentum" means in torch's SGD and Adam family.
+MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
+
+
+class Masters(Protocol):
+    """Master weights and per-weight optimizer state of the parameters of one optimizer."""
+
+    def weight(self, parameter: Parameter) -> Tensor:
+        """The whole master weight, of the parameter's shape. Under ZeRO-1/2 a collective: call it on every
+        rank."""
+
+    def mask_(self, parameter: Parameter, keep: Tensor) -> None:
+        """Zero the dropped weights of master and parameter, and their optimizer state (momentum)."""
+
+    def reset_momentum_(self) -> None:
+        """Zero the momentum of every parameter, masked or not."""
+
+    def state(self, parameter: Parameter) -> dict[str, Tensor]:
+        """Whole per-weight optimizer state by key, of the parameter's shape. Collective like `weight`."""
+
+    def load_(self, parameter: Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Put a whole master weight and per-weight optimizer state in their places."""
+
+
+def masters_of(optimizer: Any) -> Masters:
+    """The masters behind a torch optimizer or a DeepSpeed engine.
+
+    Raises TypeError for anything else and ValueError for an engine whose masters are not reached: ZeRO stage
+    3 (not proven yet) and the fp16/bf16 modes of stage 0 (use torch_autocast, which keeps fp32 weights).
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return TorchMasters(optimizer)
+    if hasattr(optimizer, "zero_optimization_stage") and hasattr(optimizer, "module"):
+        return _engine_masters(optimizer)
+    raise TypeError(
+        f"attach() takes a torch optimizer or a DeepSpeed engine, not a {type(optimizer).__name__}"
+    )
+
+
+def _engine_masters(engine: Any) -> Masters:
+    stage = int(engine.zero_optimization_stage())
+    if stage == 0:
+        if isinstance(engine.optimizer, torch.optim.Optimizer):
+            return TorchMasters(engine.optimizer)
+        raise ValueError(
+            f"DeepSpeed at ZeRO stage 0 with {type(engine.optimizer).__name__}: masters are hidden in it; "
+            'use "torch_autocast" in place of "fp16" or "bf16"'
+        )
+    if stage in (1, 2):
+        return ZeroMasters(engine)
+    raise ValueError(f"ZeRO stage {stage} is not supported with masks; use stage 0, 1 or 2")
+
+
+class TorchMasters:
+    """The parameters themselves are the masters."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def weight(self, parameter: Parameter) -> Tensor:
+        return parameter.detach()
+
+    def mask_(self, parameter: Parameter, keep: Tensor) -> None:
+        parameter.detach().mul_(keep)
+        for value in self.state(parameter).values():
+            value.mul_(keep)
+
+    def reset_momentum_(self) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                for key, value in self.state(parameter).items():
+                    if key in MOMENTUM_KEYS:
+                        value.zero_()
+
+    def state(self, parameter: Parameter) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(parameter, {})
+        return {key: v for key, v in state.items() if torch.is_tensor(v) and v.shape == parameter.shape}
+
+    def load_(self, parameter: Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
+        parameter.detach().copy_(weight)
+        own = self.optimizer.state[parameter]
+        for key in [key for key in self.state(parameter) if key not in state]:
+            del own[key]
+        for key, value in state.items():
+            # zeros_like keeps the parameter's memory format, as the optimizer's own first step does
+            own[key] = torch.zeros_like(parameter, dtype=value.dtype).copy_(value)
+
+
+class ZeroMasters:
+    """ZeRO-1/2: each rank holds, for some parameters, a fragment of the flat fp32 master and of its state."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        keys = {key for parameter in engine.module.parameters() for key in self._keys(parameter)}
+        if (
+            torch.distributed.is_initialized()
+        ):  # a rank may own no fragment and must still take part in gathers
+            everyone: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(everyone, keys)
+            keys = set().union(*everyone)
+        self.keys = sorted(keys)
+
+    def weight(self, parameter: Parameter) -> Tensor:
+        # The compute weight is the gathered master unless it is of lower precision.
+        return parameter.detach() if parameter.dtype == torch.float32 else self._gather(parameter, None)
+
+    def mask_(self, parameter: Parameter, keep: Tensor) -> None:
+        parameter.detach().mul_(keep)
+        for _, fragment, flat in self._fragments(parameter, keep):
+            fragment.mul_(flat)
+
+    def reset_momentum_(self) -> None:
+        for parameter in self.engine.module.parameters():
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                for key, fragment in mapping.optim_fragment.items():
+                    if key in MOMENTUM_KEYS:
+                        fragment.zero_()
+
+    def state(self, parameter: Parameter) -> dict[str, Tensor]:
+        return {key: self._gather(parameter, key) for key in self.keys}
+
+    def load_(self, parameter: Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
+        parameter.detach().copy_(weight)
+        for key, fragment, flat in self._fragments(parameter, weight):
+            if key is None:
+                fragment.copy_(flat)
+        for name, value in state.items():
+            for key, fragment, flat in self._fragments(parameter, value):
+                if key == name:
+                    fragment.copy_(flat)
+
+    @staticmethod
+    def _keys(parameter: Parameter) -> list[str]:
+        mapping = getattr(parameter, "_hp_mapping", None)
+        return [] if mapping is None else list(mapping.optim_fragment)
+
+    @staticmethod
+    def _gather(parameter: Any, key: str | None) -> Tensor:
+        return parameter.get_full_hp_param(optim_state_key=key)
+
+    @staticmethod
+    def _fragments(parameter: Any, whole: Tensor) -> Iterator[tuple[str | None, Tensor, Tensor]]:
+        """(state key or None for the master, this rank's fragment, the same stretch of `whole`)."""
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return
+        address = mapping.lp_fragment_address
+        flat = whole.reshape(-1).narrow(0, address.start, address.numel)
+        for key, fragment in [(None, mapping.hp_fragment), *mapping.optim_fragment.items()]:
+            yield key, fragment, flat.to(fragment.device)

@@ -1,0 +1,156 @@
+"""Which weights to keep: pure functions from weights to keep-masks.
+
+A pattern is called with the weights by layer name and returns boolean keep-masks by the same names, of the
+same shapes, on the same device: True is kept. Only magnitudes matter. Sources: Peste et al., NeurIPS 2021,
+section 3 (top-k by magnitude, global and uniform) and appendix (2:4).
+
+Each pattern has two rules for how many weights stay:
+
+    "exact"     keeps exactly round(n * (1 - sparsity)) of n weights; of equal magnitudes the earlier stays
+    "original"  what the paper's implementation computed: k = ceil(n * (1 - sparsity)), the threshold is the
+                k-th largest of |w| + 1e-4, and only weights strictly above it stay: k - 1, fewer with ties
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+Rule = Literal["exact", "original"]
+Weights = Mapping[str, Tensor]
+Masks = dict[str, Tensor]
+
+
+class Pattern(Protocol):
+    """What ACDC needs: weights by name in, boolean keep-masks by name out."""
+
+    def __call__(self, weights: Weights) -> Masks: ...
+
+
+@dataclass(frozen=True)
+class GlobalMagnitude:
+    """Keep the largest magnitudes over all layers together: one threshold for the whole network.
+
+    sparsity: share of the weights to drop, 0 <= sparsity < 1.
+    """
+
+    sparsity: float
+    rule: Rule = "exact"
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self.sparsity)
+        _check_rule(self.rule)
+
+    def __call__(self, weights: Weights) -> Masks:
+        magnitudes = torch.cat([_magnitudes(weight) for weight in weights.values()])
+        keep = _keep_largest(magnitudes, self.sparsity, self.rule)
+        parts = torch.split(keep, [weight.numel() for weight in weights.values()])
+        return {name: part.view(weights[name].shape) for name, part in zip(weights, parts, strict=True)}
+
+
+@dataclass(frozen=True)
+class UniformMagnitude:
+    """Keep the largest magnitudes of each layer by itself: every layer has the same sparsity."""
+
+    sparsity: float
+    rule: Rule = "exact"
+
+    def __post_init__(self) -> None:
+        _check_sparsity(self.sparsity)
+        _check_rule(self.rule)
+
+    def __call__(self, weights: Weights) -> Masks:
+        return {
+            name: _keep_largest(_magnitudes(weight), self.sparsity, self.rule).view(weight.shape)
+            for name, weight in weights.items()
+        }
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep the n largest magnitudes of every m consecutive weights along the input channels: NM(2, 4) is 2:4.
+
+    A convolution's weight (out, in, kh, kw) is read in (out, kh, kw, in) order, so that groups lie along the
+    K dimension of the GEMM that computes it; a linear layer's along in_features. The rules differ only in
+    which of equal magnitudes stays: the earlier ("exact") or the later ("original").
+    """
+
+    n: int
+    m: int
+    rule: Rule = "exact"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(
+                f"N:M sparsity {self.n}:{self.m}: n of every m weights stay, 0 < n < m, e.g. NM(2, 4)"
+            )
+        _check_rule(self.rule)
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def __call__(self, weights: Weights) -> Masks:
+        return {name: self._mask(name, weight) for name, weight in weights.items()}
+
+    def _mask(self, name: str, weight: Tensor) -> Tensor:
+        if weight.numel() % self.m:
+            raise ValueError(
+                f"{self.n}:{self.m} sparsity: layer {name!r} has {weight.numel()} weights, shape "
+                f"{tuple(weight.shape)}, not a multiple of {self.m}; exclude it"
+            )
+        input_last = weight.detach().movedim(1, -1)
+        groups = input_last.reshape(-1, self.m).abs()
+        if self.rule == "exact":
+            kept = groups.argsort(dim=1, descending=True, stable=True)[:, : self.n]
+        else:
+            kept = groups.argsort(dim=1, stable=True)[:, self.m - self.n :]
+        keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, kept, True)
+        return keep.view(input_last.shape).movedim(-1, 1)
+
+    def straddling(self, weights: Weights) -> list[str]:
+        """Layers whose input channels are no multiple of m: their groups run over the border of a kernel
+        position (the paper's grouping), which no hardware kernel can use. A 3-channel stem is one."""
+        return [name for name, weight in weights.items() if weight.shape[1] % self.m]
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity}: the share of weights to drop, 0 <= sparsity < 1, e.g. 0.9")
+
+
+def _check_rule(rule: str) -> None:
+    if rule not in get_args(Rule):
+        raise ValueError(f"unknown rule {rule!r}; one of {', '.join(get_args(Rule))}")
+
+
+def _magnitudes(weight: Tensor) -> Tensor:
+    """|w| in one dimension, in the logical (row-major) order of the weight's shape."""
+    return weight.detach().abs().flatten()
+
+
+def _keep_largest(magnitudes: Tensor, sparsity: float, rule: Rule) -> Tensor:
+    """Boolean keep-mask over magnitudes in one dimension."""
+    n = magnitudes.numel()
+    if sparsity == 0:
+        return torch.ones_like(magnitudes, dtype=torch.bool)
+    if rule == "original":
+        shifted = magnitudes + 1e-4
+        return shifted > _kth_largest(shifted, math.ceil(n * (1 - sparsity)))
+    k = n - round(n * sparsity)
+    if k == 0:
+        return torch.zeros_like(magnitudes, dtype=torch.bool)
+    threshold = _kth_largest(magnitudes, k)
+    keep = magnitudes > threshold
+    ties = (magnitudes == threshold).nonzero().flatten()
+    keep[ties[: k - int(keep.sum())]] = True
+    return keep
+
+
+def _kth_largest(values: Tensor, k: int) -> Tensor:
+    return values.kthvalue(values.numel() - k + 1).values

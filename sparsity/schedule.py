@@ -1,0 +1,195 @@
+"""When the network is dense and when it is sparse, as a pure value.
+
+    schedule = PhaseSchedule.parse("dense 10, (sparse 5, dense 5) x6, sparse 5, dense 10, sparse 15")
+    schedule.num_epochs        # 100
+    schedule.compressions      # (10, 20, 30, 40, 50, 60, 70, 85): masks are chosen as these epochs begin
+    schedule.decompressions    # (15, 25, 35, 45, 55, 65, 75)
+
+That is the paper's ImageNet schedule (Peste et al., NeurIPS 2021, section 4). The unit is the epoch, epochs
+count from 0, and spans are half-open: a phase holds for the epochs start, start + 1, ..., end - 1.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Kind = Literal["dense", "sparse"]
+
+_GRAMMAR = 'phases like "dense 10, (sparse 5, dense 5) x6, sparse 15", lengths in whole epochs, 1 or more'
+_MAX_PHASES, _MAX_DEPTH = 10_000, 20  # a slip of the finger must not fill the memory
+_TOKEN = re.compile(r"\s*(?:(?P<word>[A-Za-z]+)|(?P<number>\d+(?:\.\d+)?)|(?P<mark>[(),]))")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A span of epochs, start inclusive and end exclusive, in which the network is dense or sparse."""
+
+    kind: Kind
+    start: int
+    end: int
+
+    @property
+    def num_epochs(self) -> int:
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        last = self.end - 1
+        return (
+            f"{self.kind}, epoch {self.start}"
+            if last == self.start
+            else f"{self.kind}, epochs {self.start}-{last}"
+        )
+
+
+@dataclass(frozen=True)
+class PhaseSchedule:
+    """Alternating dense (decompressed) and sparse (compressed) phases: pairs of a kind and a number of
+    epochs.
+
+    Neighbours of one kind are one phase: "dense 2, dense 3" equals "dense 5".
+    """
+
+    spans: tuple[tuple[Kind, int], ...]
+
+    def __post_init__(self) -> None:
+        if not self.spans:
+            raise ValueError(f"a phase schedule needs at least one phase; write {_GRAMMAR}")
+        merged: list[tuple[Kind, int]] = []
+        for kind, length in self.spans:
+            if kind not in ("dense", "sparse"):
+                raise ValueError(f"unknown phase {kind!r}; a phase is dense or sparse")
+            if length < 1:
+                raise ValueError(f"phase {kind!r} of {length} epochs; a phase lasts 1 epoch or more")
+            if merged and merged[-1][0] == kind:
+                merged[-1] = (kind, merged[-1][1] + length)
+            else:
+                merged.append((kind, length))
+        object.__setattr__(self, "spans", tuple(merged))
+
+    @classmethod
+    def parse(cls, text: str) -> PhaseSchedule:
+        """Read the text form. Raises ValueError that shows the place in the text where it went wrong."""
+        return cls(tuple(_Parser(text).schedule()))
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        phases, start = [], 0
+        for kind, length in self.spans:
+            phases.append(Phase(kind, start, start + length))
+            start += length
+        return tuple(phases)
+
+    @property
+    def num_epochs(self) -> int:
+        return self.phases[-1].end
+
+    def phase_at(self, epoch: int) -> Phase:
+        """The phase in force in `epoch`. Raises ValueError outside 0 .. num_epochs - 1."""
+        for phase in self.phases:
+            if phase.start <= epoch < phase.end:
+                return phase
+        raise ValueError(f"epoch {epoch} is outside the schedule's epochs 0-{self.num_epochs - 1}")
+
+    @property
+    def compressions(self) -> tuple[int, ...]:
+        """Epochs at whose beginning masks are chosen."""
+        return tuple(phase.start for phase in self.phases if phase.kind == "sparse")
+
+    @property
+    def decompressions(self) -> tuple[int, ...]:
+        """Epochs at whose beginning all weights are restored."""
+        return tuple(phase.start for phase in self.phases[1:] if phase.kind == "dense")
+
+    def last(self, kind: Kind) -> Phase | None:
+        """The last phase of a kind: the dense twin is taken at the end of last("dense"), the sparse model
+        at the end of last("sparse")."""
+        return next((phase for phase in reversed(self.phases) if phase.kind == kind), None)
+
+    def __str__(self) -> str:
+        """The shortest text with one level of "( ) xN" for pairs of phases; parse(str(s)) == s."""
+        parts, i = [], 0
+        while i < len(self.spans):
+            pair, repeats = self.spans[i : i + 2], 1
+            while len(pair) == 2 and self.spans[i + 2 * repeats : i + 2 * repeats + 2] == pair:
+                repeats += 1
+            if repeats > 1:
+                parts.append(f"({', '.join(f'{kind} {length}' for kind, length in pair)}) x{repeats}")
+                i += 2 * repeats
+            else:
+                parts.append("{} {}".format(*self.spans[i]))
+                i += 1
+        return ", ".join(parts)
+
+
+class _Parser:
+    """Recursive descent over: schedule = item {"," item}; item = kind number | "(" schedule ")" "x"
+    number."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens: list[tuple[str, int]] = []
+        position, end = 0, len(text.rstrip())
+        while position < end:
+            match = _TOKEN.match(text, position)
+            if match is None:
+                position += len(text[position:]) - len(text[position:].lstrip())
+                raise self.error(f"unexpected {text[position]!r}", position)
+            group = match.lastgroup or ""
+            word, at = match.group(group), match.start(group)
+            self.tokens.append((word, at))
+            position = match.end()
+        self.at = 0
+
+    def error(self, what: str, position: int) -> ValueError:
+        return ValueError(
+            f"{what} in the phase schedule\n    {self.text}\n    {' ' * position}^\nexpected {_GRAMMAR}"
+        )
+
+    def peek(self) -> str:
+        return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
+
+    def fail(self, wanted: str) -> ValueError:
+        found = repr(self.peek()) if self.peek() else "the end"
+        position = self.tokens[self.at][1] if self.at < len(self.tokens) else len(self.text.rstrip())
+        return self.error(f"{wanted} expected, {found} found", position)
+
+    def take(self, token: str) -> None:
+        if self.peek() != token:
+            raise self.fail(repr(token))
+        self.at += 1
+
+    def number(self) -> int:
+        if not self.peek().isdigit() or int(self.peek()) < 1:
+            raise self.fail("a whole number of 1 or more")
+        self.at += 1
+        return int(self.tokens[self.at - 1][0])
+
+    def schedule(self, depth: int = 0) -> list[tuple[Kind, int]]:
+        spans = self.item(depth)
+        while self.peek() == ",":
+            self.at += 1
+            spans += self.item(depth)
+        if depth == 0 and self.at < len(self.tokens):
+            raise self.fail("','")
+        return spans
+
+    def item(self, depth: int) -> list[tuple[Kind, int]]:
+        token = self.peek()
+        if token == "(" and depth < _MAX_DEPTH:
+            self.at += 1
+            inner = self.schedule(depth + 1)
+            self.take(")")
+            self.take("x")
+            repeats = self.number()
+            if len(inner) * repeats > _MAX_PHASES:
+                self.at -= 1
+                raise self.fail(f"a schedule of at most {_MAX_PHASES} phases")
+            return inner * repeats
+        if token == "dense" or token == "sparse":
+            self.at += 1
+            kind: Kind = "dense" if token == "dense" else "sparse"
+            return [(kind, self.number())]
+        raise self.fail("'dense', 'sparse' or '('")

@@ -1,0 +1,58 @@
+"""Figures about masks. Sparsity is the share of dropped weights; density is 1 - sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Counts over the masked (prunable) weights, and over all parameters of the model, biases and norms
+    included."""
+
+    num_weights: int
+    num_kept: int
+    num_parameters: int
+    by_layer: dict[str, float]
+
+    @property
+    def overall(self) -> float:
+        """Over the masked weights: the paper's definition."""
+        return 1 - self.num_kept / self.num_weights
+
+    @property
+    def of_all_parameters(self) -> float:
+        return (self.num_weights - self.num_kept) / self.num_parameters
+
+
+def measure(model: nn.Module, masks: Mapping[str, Tensor]) -> Sparsity:
+    """Count the kept weights of keep-masks by layer name. One device read for all layers."""
+    kept = torch.stack([mask.sum() for mask in masks.values()]).tolist()
+    sizes = [mask.numel() for mask in masks.values()]
+    return Sparsity(
+        num_weights=sum(sizes),
+        num_kept=sum(kept),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        by_layer={name: 1 - k / n for name, k, n in zip(masks, kept, sizes, strict=True)},
+    )
+
+
+def relative_mask_difference(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
+    """Share of the masked weights that changed sides between two compressions, beyond the growth in sparsity.
+
+    Per layer: number of differing entries minus the growth of the number of dropped ones; summed, over the
+    number of weights (the measure that the paper's implementation logs, there in percent). 0 is no change.
+    """
+    changed = torch.stack(
+        [(old[name] != mask).sum() - old[name].sum() + mask.sum() for name, mask in new.items()]
+    )
+    return int(changed.sum()) / sum(mask.numel() for mask in new.values())
+
+
+def num_leaked(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> int:
+    """Number of dropped weights that are not exactly 0: 0 at any time of a compressed phase."""
+    return int(torch.stack([((weights[name] != 0) & ~mask).sum() for name, mask in masks.items()]).sum())

@@ -1,0 +1,124 @@
+"""From a configuration to a Trainer: every part made, checked and tied together, before any work starts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data import fashion_mnist
+from data.arrays import ImageArrays
+from data.dali import DaliArrayLoader
+from data.stream import EvalStream, TrainStream
+from sparsity import ACDC, NM, count_flops
+from trainer import checkpoint, ranks, run_dir
+from trainer.classifier import Classifier
+from trainer.config import Config, DataConfig, SparsityConfig
+from trainer.engine import build_engine
+from trainer.errors import as_user_error
+from trainer.export import build_model, describe_model
+from trainer.loop import Trainer
+from trainer.monitor import Monitor
+from trainer.optim import build_optimizer
+from trainer.run_dir import RunDir
+from trainer.screen import Screen
+from trainer.state import Position, restore
+
+log = logging.getLogger(__name__)
+
+
+def build_trainer(config: Config, device: torch.device) -> Trainer:
+    """Raises UserError for what the user has to change and EnvironmentLacks for what has to be installed."""
+    resumed = run_dir.find_resumed(config)
+    train, train_loader = _train_loader(config, device)
+    test_loader = build_test_loader(config.data, device)
+    model_info = describe_model(config, train)
+    torch.manual_seed(config.seed)
+    with as_user_error("model"):
+        model = build_model(model_info)
+    steps_per_epoch = train_loader.batches_per_epoch // config.engine.accumulation_steps
+    with as_user_error("sparsity"):
+        acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
+    flops = count_flops(model, train.shape)
+    folder = ranks.from_main(_open_folder(config, resumed) if ranks.is_main() else None)
+
+    classifier = Classifier(model, train.mean, train.std)
+    engine, settings = build_engine(classifier, build_optimizer(config.optimizer, classifier), config, device)
+    engine.train()
+    acdc.attach(engine)
+    position = Position()
+    if resumed is not None:
+        with as_user_error(f"resume {resumed[1]}"):
+            state = checkpoint.read(resumed[1], checkpoint.STATE)
+            position = restore(state, engine, acdc, train_loader)
+    monitor = None
+    if ranks.is_main():
+        folder.write_config(config, settings)
+        monitor = Monitor(
+            folder, Screen(config.epochs * steps_per_epoch, acdc.step, config.epochs), acdc.step
+        )
+    return Trainer(
+        config,
+        acdc,
+        engine,
+        device,
+        train_loader,
+        test_loader,
+        folder,
+        monitor,
+        model_info,
+        flops,
+        position,
+        data_source=f"{len(train):,} training and {test_loader.num_images:,} test images from {train.source}",
+    )
+
+
+def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) -> ACDC:
+    pattern, schedule = config.build_pattern(), config.build_schedule()
+    acdc = ACDC(model, pattern, schedule, steps_per_epoch, include=config.include, exclude=config.exclude)
+    if isinstance(pattern, NM):
+        pattern(
+            acdc.weights()
+        )  # a layer whose weights do not divide is told now, not at the first compression
+        if layers := pattern.straddling(acdc.weights()):
+            log.warning("%d:%d without hardware support in %s", pattern.n, pattern.m, ", ".join(layers))
+    return acdc
+
+
+def _open_folder(config: Config, resumed: tuple[RunDir, Path] | None) -> RunDir:
+    folder = resumed[0] if resumed else run_dir.create(config)
+    with as_user_error(f"run folder {folder.path}"):
+        checkpoint.write_text(folder.path / ".writable", "")
+        (folder.path / ".writable").unlink()
+    return folder
+
+
+def _train_loader(config: Config, device: torch.device) -> tuple[ImageArrays, DaliArrayLoader]:
+    data = config.data
+    with as_user_error("data"):
+        train = load_split(data, "train")
+        stream = TrainStream(
+            len(train),
+            data.batch_size,
+            config.seed,
+            ranks.rank(),
+            ranks.world_size(),
+            config.engine.accumulation_steps,
+            data.crop_padding,
+            data.flip,
+        )
+        return train, DaliArrayLoader(train, stream, device, data.num_threads)
+
+
+def build_test_loader(data: DataConfig, device: torch.device) -> DaliArrayLoader:
+    """Raises UserError for a data set that is missing or damaged, EnvironmentLacks without DALI."""
+    with as_user_error("data"):
+        test = load_split(data, "test")
+        stream = EvalStream(len(test), data.eval_batch_size, ranks.rank(), ranks.world_size())
+        return DaliArrayLoader(test, stream, device, data.num_threads)
+
+
+def load_split(data: DataConfig, split: fashion_mnist.Split) -> ImageArrays:
+    return fashion_mnist.load(None if data.root is None else Path(data.root).expanduser(), split)

@@ -1,0 +1,152 @@
+"""Folders of files that are either whole or not there, and that tell when a bit in them has changed.
+
+A checkpoint is a folder with torch files and `manifest.json`, which holds the SHA-256 of each. It is written
+under another name, synced to the disk and renamed, so a run killed at any moment leaves the previous
+checkpoint. Files are read with weights_only=True: nothing in them is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE, MODEL = "state.pt", "model.pt"
+
+
+class CheckpointError(ValueError):
+    """Not a checkpoint, or a damaged one; the message names the folder and says which."""
+
+
+def save(folder: Path, contents: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Write `contents` (file name -> what torch.save takes) and the manifest with `info` as `folder`, at
+    once.
+
+    Raises OSError when the disk refuses; what was at `folder` before is then still there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        digests = {}
+        for name, content in contents.items():
+            with (partial / name).open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            digests[name] = sha256(partial / name)
+        manifest = {"format": FORMAT, "sha256": digests, "info": info}
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        sync_folder(partial)
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """The info of a checkpoint, every file checked against its SHA-256. Raises CheckpointError."""
+    manifest = _manifest(folder)
+    for name, expected in manifest["sha256"].items():
+        try:
+            actual = sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
+        if actual != expected:
+            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+    return manifest["info"]
+
+
+def read(folder: Path, name: str) -> Any:
+    """One file's content on the CPU, after read_info's check. Raises CheckpointError."""
+    read_info(folder)
+    try:
+        return torch.load(folder / name, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as error:
+        raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+
+
+def training_checkpoints(folder: Path) -> list[Path]:
+    """The folders of training states below `folder`, oldest step first, damaged ones too."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest training state that passes its check; damaged ones are passed over with a warning."""
+    for path in reversed(training_checkpoints(folder)):
+        try:
+            read_info(path)
+        except CheckpointError as error:
+            log.warning("passed over: %s", error)
+        else:
+            return path
+    return None
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}"
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    for path in training_checkpoints(folder)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file at once: never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, digests, info = manifest["format"], manifest["sha256"], manifest["info"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: no readable {MANIFEST} in it ({error})"
+        ) from error
+    if version != FORMAT:
+        raise CheckpointError(f"{folder} has checkpoint format {version}; this version reads format {FORMAT}")
+    if not isinstance(digests, dict) or not isinstance(info, dict):
+        raise CheckpointError(f"{folder} is not a checkpoint: its {MANIFEST} has no table of files")
+    return manifest

@@ -1,0 +1,46 @@
+"""Everything a step computes before the backward pass, as one module, so that it compiles to one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from data.loader import PADDING_LABEL
+
+
+class Classifier(nn.Module):
+    """uint8 images -> normalise -> model -> cross-entropy and counts.
+
+    forward(images, labels) takes a data.loader.Batch and returns
+        in training: the mean loss, and counts [sum of losses, number right, 0, number of images] in
+        evaluation: the sum of losses, and counts [sum of losses, top-1 right, top-5 right, number of images]
+    Counts are float32, (4,), detached; evaluation ignores padding. With fewer than 5 classes top-5 is always
+    right.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model((images - self.mean) / self.std).float()
+        if self.training:
+            loss = functional.cross_entropy(logits, labels)
+            right = (logits.detach().argmax(1) == labels).sum()
+            num_images = torch.full_like(loss, labels.numel())
+            return loss, _stack(loss.detach() * num_images, right, torch.zeros_like(right), num_images)
+        loss = functional.cross_entropy(logits, labels, ignore_index=PADDING_LABEL, reduction="sum")
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        return loss, _stack(loss.detach(), best[:, 0].sum(), best.sum(), (labels != PADDING_LABEL).sum())
+
+
+def _stack(*counts: Tensor) -> Tensor:
+    return torch.stack([count.float() for count in counts])

@@ -1,0 +1,225 @@
+"""The `acdc` command: one thin function per subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import EnvironmentLacks, Failure, UserError, as_user_error
+
+
+def train(options: argparse.Namespace) -> int:
+    """Check the recipe, then hand over to the deepspeed launcher on a free port."""
+    from trainer.config import load_config
+
+    load_config(options.config, options.overrides)
+
+    from trainer.ranks import choose_accelerator, free_port
+
+    choose_accelerator()
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
+    command += ["--log_level", "critical"]
+    if options.devices is not None:
+        command += ["--num_gpus", str(options.devices)]
+    command += ["--module", "trainer.train", options.config, *options.overrides]
+    return _launch(command)
+
+
+def _launch(command: list[str]) -> int:
+    """Run the launcher in a process group of its own; a signal to us goes to all of it, and we wait for its
+    end."""
+    received: list[int] = []
+    process = subprocess.Popen(command, start_new_session=True)
+
+    def forward(number: int, _: Any) -> None:
+        received.append(number)
+        try:
+            os.killpg(process.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    code = process.wait()
+    while received and _alive(process.pid):
+        time.sleep(0.1)
+    return 128 + received[0] if received else code
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Accuracy of a saved model, a training checkpoint, or both models of a run folder."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer.build import build_test_loader
+    from trainer.classifier import Classifier
+    from trainer.config import parse_config
+    from trainer.evaluate import evaluate as measure
+    from trainer.export import load_model
+    from trainer.recipes import override
+    from trainer.run_dir import DENSE_TWIN, SPARSE
+
+    path = Path(options.path).expanduser()
+    pair = [path / "checkpoints" / key for key in (DENSE_TWIN, SPARSE)]
+    folders = [folder for folder in pair if folder.is_dir()] or [path]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table = Table()
+    for column in ("model", "top-1 %", "top-5 %", "loss", "images", "zero weights %"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for folder in folders:
+        with as_user_error("eval"):
+            model, info = load_model(folder)
+        content = info["config"]
+        override(content, options.overrides)
+        loader = build_test_loader(parse_config(content, str(folder)).data, device)
+        description = info["model"]
+        classifier = Classifier(model, description["mean"], description["std"]).to(device)
+        metrics = measure(classifier, loader, device)
+        weights = [weight for weight in model.parameters() if weight.dim() > 1]
+        zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(
+            weight.numel() for weight in weights
+        )
+        figures = (
+            f"{metrics.top1:.2f}",
+            f"{metrics.top5:.2f}",
+            f"{metrics.loss:.4f}",
+            f"{metrics.num_images:,}",
+        )
+        table.add_row(folder.name, *figures, f"{100 * zeros:.3f}")
+    Console().print(table)
+    return 0
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Store a data set where training finds it."""
+    from data import fashion_mnist
+    from data.places import data_home
+
+    source = None if options.source is None else Path(options.source).expanduser()
+    with as_user_error("prepare fashion-mnist"):
+        print(f"stored in {fashion_mnist.prepare(source, data_home())}")
+    return 0
+
+
+def schedule(options: argparse.Namespace) -> int:
+    """A recipe's phases and learning rates, epoch by epoch, without running anything."""
+    from trainer.config import load_config
+    from trainer.optim import learning_rate
+
+    config = load_config(options.config, options.overrides)
+    phases = config.sparsity.build_schedule()
+    print(f"{phases}    {config.sparsity.build_pattern()}")
+    for epoch in range(config.epochs):
+        phase = phases.phase_at(epoch)
+        switch = {"sparse": "compress", "dense": "decompress" if epoch else ""}[phase.kind]
+        lr = learning_rate(config.lr, config.optimizer.lr, epoch, config.epochs)
+        print(
+            f"epoch {epoch:3}  {phase.kind:6}  lr {lr:.6g}  {switch if epoch == phase.start else ''}".rstrip()
+        )
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Draw a run's report.html again, or its accuracy curve as a picture."""
+    from trainer.report import write_picture, write_report
+    from trainer.run_dir import RunDir
+
+    run_dir = RunDir(Path(options.run).expanduser())
+    with as_user_error("report"):
+        if options.picture is None:
+            write_report(run_dir)
+        else:
+            write_picture(run_dir, Path(options.picture))
+    print(options.picture or run_dir.report)
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """What this machine has for training, and what is missing."""
+    import shutil
+
+    from trainer.run_dir import environment
+
+    found = environment()
+    for key in ("python", "platform", "cpu", "cpu_cores", "gpus", "cuda"):
+        print(f"{key:12} {found[key]}")
+    missing = []
+    for package, version in found["packages"].items():
+        print(f"{package:22} {version or 'missing'}")
+        if version is None and package != "acdc-train":
+            missing.append(package)
+    compiler = next(
+        filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))), None
+    )
+    print(f"{'C++ compiler':22} {compiler or 'missing: models run uncompiled on the CPU'}")
+    if missing:
+        raise EnvironmentLacks(f"missing packages: {', '.join(missing)}; pip install {' '.join(missing)}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="acdc", description="AC/DC training: one run, a sparse model and its dense twin."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any) -> argparse.ArgumentParser:
+        summary = function.__doc__.splitlines()[0]
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(function=function)
+        return sub
+
+    for name, function in (("train", train), ("schedule", schedule)):
+        sub = command(name, function)
+        sub.add_argument("config", metavar="CONFIG", help="a recipe's name under configs/, or a path")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=0.05")
+        if function is train:
+            sub.add_argument(
+                "--devices", type=int, metavar="N", help="processes on this machine; default: all GPUs"
+            )
+    sub = command("eval", evaluate)
+    sub.add_argument("path", metavar="PATH", help="a run folder, or a checkpoint folder in it")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/fashion-mnist")
+    sub = command("prepare", prepare)
+    sub.add_argument("dataset", choices=["fashion-mnist"])
+    sub.add_argument("source", nargs="?", metavar="FOLDER", help="with the four idx files; default: Debian's")
+    sub = command("report", report)
+    sub.add_argument("run", metavar="RUN", help="a run folder")
+    sub.add_argument("--picture", metavar="FILE", help="write the accuracy curve there instead (.svg, .png)")
+    command("doctor", doctor)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]  # overrides may follow options
+    try:
+        if getattr(options, "devices", None) is not None and options.devices < 1:
+            raise UserError(f"--devices {options.devices}: 1 or more")
+        return options.function(options)
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

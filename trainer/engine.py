@@ -1,0 +1,108 @@
+"""The DeepSpeed engine around the compiled model: precision, memory format, ZeRO stage, compilation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.places import data_home
+from trainer import ranks
+from trainer.config import Config
+from trainer.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's JSON: generated from ours, with the user's own file merged in.
+
+    Raises UserError for a file that is not one, and for a value in it that contradicts the recipe.
+    """
+    micro_batch = config.data.batch_size // (ranks.world_size() * config.engine.accumulation_steps)
+    generated: dict[str, Any] = {
+        "train_batch_size": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": config.engine.accumulation_steps,
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        # Weights stay fp32 masters, BatchNorm stays fp32. The bf16 and fp16 modes would cast both.
+        "torch_autocast": {"enabled": precision(config, device) == torch.bfloat16, "dtype": "bfloat16"},
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "steps_per_print": 2**62,
+    }
+    if config.engine.deepspeed is not None:
+        path = Path(config.engine.deepspeed).expanduser()
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"engine.deepspeed {path}: {error}") from error
+        if not isinstance(theirs, dict):
+            raise UserError(f"engine.deepspeed {path}: a DeepSpeed configuration is a JSON object")
+        _merge(generated, theirs, str(path), "")
+    return generated
+
+
+def _merge(ours: dict[str, Any], theirs: dict[str, Any], source: str, prefix: str) -> None:
+    for key, value in theirs.items():
+        if isinstance(value, dict) and isinstance(ours.get(key), dict):
+            _merge(ours[key], value, source, f"{prefix}{key}.")
+        elif key in ours and ours[key] != value:
+            raise UserError(
+                f"{source}: {prefix}{key} is {value!r} there, but the recipe makes it {ours[key]!r}; "
+                "set it in one place, the recipe"
+            )
+        else:
+            ours[key] = value
+
+
+def precision(config: Config, device: torch.device) -> torch.dtype:
+    """What matrix products are computed in."""
+    if config.engine.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.precision]
+
+
+def build_engine(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, device: torch.device
+) -> tuple[Any, dict[str, Any]]:
+    """The engine, ready to train, and the DeepSpeed configuration it runs with."""
+    deepspeed = ranks.import_deepspeed()
+    settings = deepspeed_config(config, device)
+    engine, *_ = deepspeed.initialize(
+        model=module.to(device), optimizer=optimizer, config=json.loads(json.dumps(settings))
+    )
+    if config.engine.zero_stage == 0:
+        # Not earlier: initialize() refuses such weights. Not for ZeRO-1/2: its flat masters undo it.
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if should_compile(config, device):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(data_home() / "compiled"))
+        if device.type == "cuda":
+            # torch 2.13 loses channels_last in some backward graphs (pytorch#189239)
+            torch._inductor.config.force_layout_optimization = True
+        engine.compile(compile_kwargs={"dynamic": False})
+    return engine, settings
+
+
+def should_compile(config: Config, device: torch.device) -> bool:
+    if config.engine.compile != "auto":
+        return config.engine.compile
+    if device.type == "cpu" and not any(
+        map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))
+    ):
+        log.warning("no C++ compiler found: the model runs uncompiled, slower; install g++ to change that")
+        return False
+    return True
+
+
+def num_graphs() -> int:
+    """Graphs that torch.compile has made in this process: 2, for training and evaluation, however many
+    phases."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -1,0 +1,50 @@
+"""Failures that end a run with a message for people instead of a traceback, and the exit code of each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+
+class Failure(Exception):
+    """Ends the program with `exit_code` after its message is printed."""
+
+    exit_code = 1
+
+
+class UserError(Failure):
+    """The user's input or configuration is wrong."""
+
+    exit_code = 2
+
+
+class EnvironmentLacks(Failure):
+    """The environment lacks something; the message says what to install or change."""
+
+    exit_code = 3
+
+
+class Diverged(Failure):
+    """Training produced a loss that is not finite; the message names the last good checkpoint."""
+
+    exit_code = 4
+
+
+class Stopped(Failure):
+    """Asked to stop by a signal, after a checkpoint was saved: 128 + the signal's number, as shells count."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+@contextlib.contextmanager
+def as_user_error(where: str) -> Iterator[None]:
+    """Turn the ValueError or OSError of a lower floor, met while doing what the user asked, into a
+    UserError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise EnvironmentLacks(str(error)) from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{where}: {error}") from error

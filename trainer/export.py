@@ -1,0 +1,69 @@
+"""Models on disk: the dense twin, the sparse model, and how any checkpoint of ours becomes a plain model
+again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from data.arrays import ImageArrays
+from trainer import checkpoint
+from trainer.config import Config
+from trainer.models import get_model
+
+MASK = ".mask"
+
+
+def describe_model(config: Config, train: ImageArrays) -> dict[str, Any]:
+    """What it takes to build the model again and to feed it, in plain values."""
+    arguments = {"in_channels": train.shape[0], **config.model.arguments}
+    return {
+        "name": config.model.name,
+        "num_classes": train.num_classes,
+        "arguments": arguments,
+        "input_shape": list(train.shape),
+        "mean": list(train.mean),
+        "std": list(train.std),
+    }
+
+
+def build_model(description: Mapping[str, Any]) -> nn.Module:
+    """Raises ValueError for a model that get_model does not know or whose arguments it refuses."""
+    return get_model(description["name"], description["num_classes"], **description["arguments"])
+
+
+def save_model(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Write a plain model as a checkpoint of its own. info: "model" as describe_model gives it, and
+    results."""
+    checkpoint.save(folder, {checkpoint.MODEL: model.state_dict()}, info)
+
+
+def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The plain model of a saved model or of a training state, and the checkpoint's info.
+
+    Raises trainer.checkpoint.CheckpointError when it is neither or damaged.
+    """
+    info = checkpoint.read_info(folder)
+    if (folder / checkpoint.MODEL).exists():
+        state = checkpoint.read(folder, checkpoint.MODEL)
+    else:
+        state = plain_state(checkpoint.read(folder, checkpoint.STATE)["model"])
+    model = build_model(info["model"])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(f"{folder} does not fit its own model: {error}") from error
+    return model, info
+
+
+def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A masked model's state_dict as a plain model's: masks multiplied into their weights and dropped."""
+    plain = {name: value for name, value in state.items() if not name.endswith(MASK)}
+    for name, mask in state.items():
+        if name.endswith(MASK):
+            weight = name.removesuffix(MASK) + ".weight"
+            plain[weight] = plain[weight] * mask
+    return plain

@@ -1,0 +1,240 @@
+"""The training loop.
+
+for each epoch:
+    set the learning rate
+    for each optimizer step: acdc.before_step(); forward, backward and step per micro-batch
+    evaluate, record
+    at the end of the last dense phase save the dense twin, of the last sparse phase the sparse model
+    save a checkpoint when one is due
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.loader import Batch, Loader
+from sparsity import ACDC, ModelFlops, Sparsity, measure
+from trainer import checkpoint, ranks
+from trainer.clock import Clock
+from trainer.config import Config, duration_steps
+from trainer.engine import num_graphs
+from trainer.errors import Diverged, Stopped
+from trainer.evaluate import Metrics, evaluate
+from trainer.export import save_model
+from trainer.monitor import Monitor
+from trainer.optim import learning_rate, set_learning_rate
+from trainer.run_dir import DENSE_TWIN, SPARSE, RunDir
+from trainer.signals import StopRequest
+from trainer.state import Position, capture
+
+
+class Trainer:
+    """What a run needs, built by trainer.build, and the loop over it.
+
+    engine: a DeepSpeed engine around a Classifier around acdc.model. monitor: None on ranks but the first.
+    model_info: what a saved model carries along, see trainer.export.describe_model. data_source: where the
+    training data came from, for people.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        acdc: ACDC,
+        engine: Any,
+        device: torch.device,
+        train_loader: Loader,
+        test_loader: Loader,
+        run_dir: RunDir,
+        monitor: Monitor | None,
+        model_info: dict[str, Any],
+        flops: ModelFlops,
+        position: Position,
+        data_source: str,
+    ) -> None:
+        self.config, self.acdc, self.engine, self.device = config, acdc, engine, device
+        self.train_loader, self.test_loader = train_loader, test_loader
+        self.run_dir, self.monitor, self.model_info, self.flops = run_dir, monitor, model_info, flops
+        self.position, self.data_source = position, data_source
+        self.micro_batches = config.engine.accumulation_steps
+        self.steps_per_epoch = acdc.steps_per_epoch
+        self.log_steps = duration_steps(config.log.every, self.steps_per_epoch)
+        self.checkpoint_steps = duration_steps(config.checkpoint.every, self.steps_per_epoch)
+        self.graphs_at_first: int | None = None  # compiled by the end of this process's first epoch
+        self._clock = Clock()
+        self._stop_request = StopRequest()
+        self._began = time.monotonic() - position.seconds
+
+    def fit(self) -> None:
+        """Train from the position to the last epoch. Raises Diverged, or Stopped after a signal."""
+        with self._stop_request:
+            for epoch in range(self.position.epoch, self.config.epochs):
+                trained = self.train_epoch(epoch)
+                ranks.average_buffers(self.engine.module)
+                tested = evaluate(self.engine, self.test_loader, self.device, epoch)
+                self.record_epoch(epoch, trained, tested)
+                self.save_pair(epoch, tested)
+                last = epoch + 1 == self.config.epochs
+                stopping = not last and self.should_stop()
+                if last or stopping or self.acdc.step % self.checkpoint_steps == 0:
+                    self.save_checkpoint()
+                if stopping:
+                    self.stop()
+
+    def train_epoch(self, epoch: int) -> Metrics:
+        """The rest of an epoch from the position's step on; loss and accuracy over the whole of it."""
+        position = self.position
+        set_learning_rate(self.engine.optimizer, self.lr(epoch))
+        if position.step == 0:
+            torch.manual_seed(_epoch_seed(self.config.seed, epoch, ranks.rank()))
+        totals = torch.tensor(position.totals, dtype=torch.float64, device=self.device)
+        batches = self.train_loader.epoch(epoch, position.step * self.micro_batches)
+        self._clock.restart()
+        while position.step < self.steps_per_epoch:
+            self.acdc.before_step()
+            for _ in range(self.micro_batches):
+                totals += self.train_batch(batches)
+            position.step += 1
+            self._clock.step(self.config.data.batch_size)
+            if self.monitor:
+                self.monitor.screen.step()
+            if position.step == self.steps_per_epoch:
+                break
+            logging = position.step % self.log_steps == 0
+            if logging:
+                self.log_step(epoch, totals)
+            stopping = (logging or ranks.world_size() == 1) and self.should_stop()
+            if stopping or self.acdc.step % self.checkpoint_steps == 0:
+                position.totals = totals.tolist()
+                self.save_checkpoint()
+            if stopping:
+                self.stop()
+        trained = Metrics.of(ranks.sum_over_ranks(totals))
+        self._rates = {"images_per_second": self._clock.images_per_second, "data_wait": self._clock.data_wait}
+        self.check_finite(trained.loss, epoch)
+        position.epoch, position.step, position.totals = epoch + 1, 0, [0.0] * 4
+        return trained
+
+    def train_batch(self, batches: Iterator[Batch]) -> torch.Tensor:
+        images, labels = self._clock.next_of(batches)
+        loss, counts = self.engine(images, labels)
+        self.engine.backward(loss)
+        self.engine.step()
+        return counts
+
+    def lr(self, epoch: int) -> float:
+        return learning_rate(self.config.lr, self.config.optimizer.lr, epoch, self.config.epochs)
+
+    def log_step(self, epoch: int, totals: torch.Tensor) -> None:
+        """Read the epoch's loss so far from the device, and record it."""
+        so_far = Metrics.of(ranks.sum_over_ranks(totals.clone()))
+        self.check_finite(so_far.loss, epoch)
+        if self.monitor:
+            rates = {"images_per_second": self._clock.images_per_second, "data_wait": self._clock.data_wait}
+            phase, sparsity = self.acdc.phase.kind, self.sparsity().overall
+            self.monitor.screen.status(epoch, phase, sparsity, so_far.loss, rates["images_per_second"])
+            record = {"epoch": epoch, "step": self.acdc.step, "phase": phase, "lr": self.lr(epoch)}
+            self.monitor.step({**record, "loss": so_far.loss, **rates})
+
+    def record_epoch(self, epoch: int, trained: Metrics, tested: Metrics) -> None:
+        sparsity = self.sparsity()
+        density = {name: 1 - share for name, share in sparsity.by_layer.items()}
+        self.position.training_flops += self.flops.training(density) * trained.num_images
+        self.position.seconds = time.monotonic() - self._began
+        if self.graphs_at_first is None:
+            self.graphs_at_first = num_graphs()
+        if self.monitor:
+            compressed = epoch in self.acdc.schedule.compressions
+            record = {
+                "epoch": epoch,
+                "step": self.acdc.step,
+                "phase": self.acdc.phase.kind,
+                "lr": self.lr(epoch),
+                "train_loss": trained.loss,
+                "train_top1": trained.top1,
+                "val_loss": tested.loss,
+                "val_top1": tested.top1,
+                "val_top5": tested.top5,
+                "sparsity": sparsity.overall,
+                "sparsity_of_all_parameters": sparsity.of_all_parameters,
+                "mask_difference": self.acdc.mask_difference if compressed else None,
+                **self._rates,
+                "training_flops": self.position.training_flops,
+                "graphs": num_graphs(),
+                "seconds": self.position.seconds,
+            }
+            self.monitor.epoch(record, sparsity.by_layer)
+
+    def save_pair(self, epoch: int, tested: Metrics) -> None:
+        """Save the dense twin or the sparse model if its phase ends with this epoch."""
+        for key, kind in ((DENSE_TWIN, "dense"), (SPARSE, "sparse")):
+            phase = self.acdc.schedule.last("dense" if kind == "dense" else "sparse")
+            if phase is None or epoch + 1 != phase.end:
+                continue
+            sparsity = self.sparsity()
+            density = {name: 1 - share for name, share in sparsity.by_layer.items()}
+            self.position.pair[key] = {
+                **tested.as_dict(),
+                "epoch": epoch,
+                "sparsity": sparsity.overall,
+                "sparsity_of_all_parameters": sparsity.of_all_parameters,
+                "num_weights": sparsity.num_weights,
+                "num_kept": sparsity.num_kept,
+                "inference_flops": self.flops.forward(density),
+            }
+            if ranks.is_main():
+                info = {**self.info(), "result": self.position.pair[key]}
+                save_model(self.run_dir.checkpoints / key, self.acdc.export().cpu(), info)
+
+    def save_checkpoint(self) -> None:
+        self.position.seconds = time.monotonic() - self._began
+        state = capture(self.engine, self.acdc, self.train_loader, self.position)
+        if ranks.is_main():
+            folder = self.run_dir.checkpoints
+            checkpoint.save(
+                checkpoint.step_folder(folder, self.acdc.step), {checkpoint.STATE: state}, self.info()
+            )
+            checkpoint.remove_old(folder, self.config.checkpoint.keep)
+
+    def info(self) -> dict[str, Any]:
+        return {
+            "model": self.model_info,
+            "config": self.config.model_dump(mode="json"),
+            "step": self.acdc.step,
+            "epoch": self.position.epoch,
+            "phase": self.acdc.phase.kind,
+        }
+
+    def sparsity(self) -> Sparsity:
+        return measure(self.acdc.model, self.acdc.masks())
+
+    def check_finite(self, loss: float, epoch: int) -> None:
+        if np.isfinite(loss):
+            return
+        last = checkpoint.newest_whole(self.run_dir.checkpoints)
+        raise Diverged(
+            f"training diverged: the loss is {loss} in epoch {epoch}, at step {self.acdc.step}; "
+            + (f"the last good checkpoint is {last}" if last else "no checkpoint was saved before")
+            + f". A lower learning rate (optimizer.lr={self.config.optimizer.lr}) or a longer warm-up "
+            f"(lr.warmup_epochs={self.config.lr.warmup_epochs}) helps most often"
+        )
+
+    def should_stop(self) -> bool:
+        return ranks.any_rank(self._stop_request.number != 0, self.device)
+
+    def stop(self) -> None:
+        folder = self.run_dir.path
+        raise Stopped(
+            f"stopped at step {self.acdc.step}; a checkpoint is saved. Go on with resume={folder}",
+            self._stop_request.number or 15,
+        )
+
+
+def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
+    """Of torch's generators (dropout), so that an epoch draws the same whether resumed at its start or
+    not."""
+    return int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0])

@@ -1,0 +1,102 @@
+"""Recipe files: finding them, reading YAML without its traps, applying key=value overrides."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.errors import UserError
+
+RECIPES = Path(__file__).resolve().parent.parent / "configs"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without its traps: 1e-4 is a number, 2:4 is a text (not 124), 010 is ten, only true and false
+    are truth values, and a key given twice is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's own name
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if tag.split(":")[-1] not in ("bool", "int", "float")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def decimal(self, node: yaml.ScalarNode) -> int:
+        return int(node.value)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?\d[\d_]*", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.decimal)
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's path from its name under configs/ ("quickstart") or from a path. Raises UserError."""
+    for candidate in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(
+        f"no recipe {name!r}: neither a file nor a name under configs/{hint} One of: {', '.join(known)}"
+    )
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError naming file and line."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: a recipe is a mapping of keys to values, this is a {type(content).__name__}"
+        )
+    return content
+
+
+def override(content: dict[str, Any], assignments: Iterable[str]) -> None:
+    """Apply "dotted.key=value" assignments in place; values are read as YAML. Raises UserError."""
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"{assignment!r} is no override; write key=value, e.g. optimizer.lr=0.1")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value of {assignment!r} cannot be read: {error}") from error
+        *parents, last = key.split(".")
+        section = content
+        for parent in parents:
+            child = section.setdefault(parent, {})
+            if child is None:
+                child = section[parent] = {}
+            if not isinstance(child, dict):
+                raise UserError(f"{assignment!r}: {parent!r} holds {child!r}, which has no keys below it")
+            section = child
+        section[last] = value

@@ -1,0 +1,127 @@
+"""What the user sees while a run goes: a progress bar on a terminal, plain lines elsewhere, tables at the
+end."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.box import SIMPLE_HEAVY
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+LINE_EVERY = 10.0  # seconds between plain lines within an epoch
+
+
+class Screen:
+    """num_steps: optimizer steps of the whole run, of which `done` are behind us."""
+
+    def __init__(self, num_steps: int, done: int, num_epochs: int, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self.num_steps, self.done, self.num_epochs = num_steps, done, num_epochs
+        self._started: tuple[float, int] | None = None  # time and steps done when the clock started
+        self._last_line = time.monotonic()
+        self._status = ""
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
+            )
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task("starting", total=num_steps, completed=done, left="")
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self) -> None:
+        """After every optimizer step. The first of this process compiles, so the clock starts behind it."""
+        self.done += 1
+        if self._started is None:
+            self._started = (time.monotonic(), self.done)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, description=self._status, left=self.time_left())
+        elif time.monotonic() - self._last_line > LINE_EVERY and self._status:
+            self._line(f"{self._status}  {self.time_left()}")
+
+    def status(self, epoch: int, phase: str, sparsity: float, loss: float, images_per_second: float) -> None:
+        """What the bar shows, or the next plain line: figures read from the device just now."""
+        self._status = (
+            f"epoch {epoch + 1:>{len(str(self.num_epochs))}}/{self.num_epochs}  {phase:6} "
+            f"{100 * sparsity:5.2f} %  loss {loss:.4f}  {images_per_second:,.0f} img/s"
+        )
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch's line, which stays on the screen."""
+        self.status(
+            record["epoch"],
+            record["phase"],
+            record["sparsity"],
+            record["train_loss"],
+            record["images_per_second"],
+        )
+        test = f"loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} top-5 {record['val_top5']:.2f}"
+        wait = f"data wait {100 * record['data_wait']:.1f} %"
+        self._line(f"{self._status}  {wait}  test: {test}  {self.time_left()}")
+
+    def time_left(self) -> str:
+        if self._started is None or self.done == self._started[1]:
+            return ""
+        pace = (time.monotonic() - self._started[0]) / (self.done - self._started[1])
+        seconds = round(pace * (self.num_steps - self.done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _line(self, text: str) -> None:
+        self.say(text)
+        self._last_line = time.monotonic()
+
+
+def closing_table(result: dict[str, Any]) -> Table:
+    """Dense twin and sparse model: accuracy, sparsity, FLOPs of one image, and those against dense."""
+    table = Table(box=SIMPLE_HEAVY)
+    for column in ("", "top-1 %", "top-5 %", "loss", "sparsity %", "epoch", "FLOPs", "vs dense"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for key, name in (("dense_twin", "dense twin"), ("sparse", "sparse model")):
+        if (row := result[key]) is None:
+            continue
+        table.add_row(
+            name,
+            f"{row['top1']:.2f}",
+            f"{row['top5']:.2f}",
+            f"{row['loss']:.4f}",
+            f"{100 * row['sparsity']:.3f}",
+            str(row["epoch"] + 1),
+            count(row["inference_flops"]),
+            f"{row['inference_flops'] / result['flops']['inference_dense']:.3f}",
+        )
+    return table
+
+
+def closing_lines(result: dict[str, Any]) -> list[str]:
+    flops, compiled = result["flops"], result["compile"]
+    lines = [
+        f"training    {count(flops['training'])}FLOPs, {flops['training_ratio']:.3f} of dense training's",
+        f"compiled    {compiled['graphs']} graphs, {compiled['recompilations']} more after the first epoch",
+        f"time        {result['seconds']:.0f} s",
+    ]
+    if result["dense_twin"] and result["sparse"]:
+        gap = result["sparse"]["top1"] - result["dense_twin"]["top1"]
+        lines.insert(0, f"accuracy    the sparse model is {gap:+.2f} points from its dense twin")
+    return lines
+
+
+def count(number: float) -> str:
+    """A number in engineering units: 18.9 M."""
+    units = ["", "k", "M", "G", "T", "P", "E"]
+    while abs(number) >= 1000 and len(units) > 1:
+        number, units = number / 1000, units[1:]
+    return f"{number:.3g} {units[0]}"

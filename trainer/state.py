@@ -1,0 +1,124 @@
+"""The whole state of a run: taken from the live objects, and put back into them.
+
+The state does not depend on the ZeRO stage: master weights and momentum are stored whole, by parameter name.
+It hardly depends on the number of ranks: only what is a rank's own (random generators, its BatchNorm
+statistics within an epoch, its share of the epoch's counts) is stored per rank, and merged when their number
+changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.loader import Loader
+from sparsity import ACDC
+from sparsity.masters import masters_of
+from trainer import ranks
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    epoch, step: the next epoch, and optimizer steps done in it. totals: this rank's counts in it, see
+    trainer.classifier. training_flops: so far. seconds: wall-clock time of the run so far, resumed parts
+    added up. pair: what is known of the dense twin and the sparse model once they are saved.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    totals: list[float] = field(default_factory=lambda: [0.0] * 4)
+    training_flops: float = 0.0
+    seconds: float = 0.0
+    pair: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict[str, Any]:
+    """Everything, on the CPU, in tensors and plain values. Collective: call it on every rank."""
+    masters = masters_of(engine)
+    model = acdc.model
+    mine = {"rng": _random_states(), "buffers": _statistics(model), "totals": position.totals}
+    return {
+        "model": _to_cpu(model.state_dict()),
+        "optimizer": {
+            name: _to_cpu(masters.state(parameter)) for name, parameter in model.named_parameters()
+        },
+        "acdc": _to_cpu(acdc.state_dict()),
+        "position": {key: value for key, value in asdict(position).items() if key != "totals"},
+        "data": loader.fingerprint(),
+        "ranks": ranks.gather(mine),
+    }
+
+
+def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader) -> Position:
+    """Put a captured state back. Raises ValueError, before anything is changed, where the model, the schedule
+    or the stream of data is another one, naming the difference."""
+    model = acdc.model
+    _check_same_model(model.state_dict(), state["model"])
+    _check_same_data(state["data"], loader.fingerprint())
+    acdc.load_state_dict(state["acdc"])
+    model.load_state_dict(state["model"])
+    masters = masters_of(engine)
+    for name, parameter in model.named_parameters():
+        masters.load_(parameter, state["model"][name].to(parameter.device), state["optimizer"][name])
+    position = Position(**state["position"])
+    if len(state["ranks"]) == ranks.world_size():
+        mine = state["ranks"][ranks.rank()]
+        position.totals = mine["totals"]
+        model.load_state_dict(mine["buffers"], strict=False)
+        _set_random_states(mine["rng"])
+    elif ranks.is_main():
+        position.totals = [sum(column) for column in zip(*(r["totals"] for r in state["ranks"]), strict=True)]
+    return position
+
+
+def _check_same_model(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        a, b = ours.get(name), theirs.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            shapes = ["missing" if t is None else str(tuple(t.shape)) for t in (b, a)]
+            raise ValueError(
+                f"another model: {name} is {shapes[0]} in the checkpoint, {shapes[1]} in the recipe"
+            )
+
+
+def _check_same_data(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    differences = [
+        f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
+    if differences:
+        raise ValueError(f"another stream of training data: {'; '.join(differences)}")
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """BatchNorm's running statistics: what differs between ranks within an epoch."""
+    return {name: b.detach().cpu().clone() for name, b in model.named_buffers() if b.is_floating_point()}
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _to_cpu(value: Any) -> Any:
+    """Plain copies of tensors in nested dicts; an OrderedDict becomes a dict."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, Mapping):
+        return {key: _to_cpu(inner) for key, inner in value.items()}
+    return value

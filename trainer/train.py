@@ -1,0 +1,61 @@
+"""Entry point of every training process: deepspeed --module trainer.train CONFIG [key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+
+from trainer.errors import Failure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed --module trainer.train", description="Train an AC/DC recipe."
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a recipe's name under configs/, or a path")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=0.05")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    options = parser.parse_args(arguments)
+    main_rank = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.INFO if main_rank else logging.ERROR, format="%(levelname)s: %(message)s"
+    )
+    try:
+        train(options.config, options.overrides)
+    except Failure as failure:
+        if not main_rank:
+            time.sleep(5)  # the launcher ends all ranks when one ends: let the first speak
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+        return failure.exit_code
+    return 0
+
+
+def train(recipe: str, overrides: list[str]) -> None:
+    """Parse, build, fit, close. Raises Failure for everything that a user can mend."""
+    from trainer.config import load_config
+
+    config = load_config(recipe, overrides)  # before the slow imports: a typing error is told at once
+
+    from trainer import ranks
+    from trainer.build import build_trainer
+    from trainer.close import close, introduce
+
+    device = ranks.start()
+    try:
+        trainer = build_trainer(config, device)
+        introduce(trainer)
+        try:
+            trainer.fit()
+            close(trainer)
+        finally:
+            if trainer.monitor:
+                trainer.monitor.close()
+    finally:
+        ranks.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
