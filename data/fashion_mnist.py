@@ -92,7 +92,7 @@ def write_archive(path: Path, arrays: Mapping[str, NDArray[np.uint8]]) -> Path:
 
 def _read_archive(path: Path, split: Split) -> dict[str, NDArray[np.uint8]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in (f"{split}_images", f"{split}_labels")}
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a whole Fashion-MNIST archive: {error}") from error

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data.loader import Batch, Loader
-from sparsity import ACDC, ModelFlops, Sparsity, measure
+from sparsity import ACDC, ModelFlops, Phase, Sparsity, measure
 from trainer import checkpoint, ranks
 from trainer.clock import Clock
 from trainer.config import Config, duration_steps
@@ -66,6 +66,8 @@ class Trainer:
         self.checkpoint_steps = duration_steps(config.checkpoint.every, self.steps_per_epoch)
         self.graphs_at_first: int | None = None  # compiled by the end of this process's first epoch
         self._clock = Clock()
+        self._rates: dict[str, float] = {}
+        self._sparsity: tuple[Phase, Sparsity] | None = None
         self._stop_request = StopRequest()
         self._began = time.monotonic() - position.seconds
 
@@ -210,7 +212,11 @@ class Trainer:
         }
 
     def sparsity(self) -> Sparsity:
-        return measure(self.acdc.model, self.acdc.masks())
+        """Counted once a phase: masks change only at phase switches."""
+        phase = self.acdc.phase
+        if self._sparsity is None or self._sparsity[0] != phase:
+            self._sparsity = (phase, measure(self.acdc.model, self.acdc.masks()))
+        return self._sparsity[1]
 
     def check_finite(self, loss: float, epoch: int) -> None:
         if np.isfinite(loss):

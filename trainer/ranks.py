@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 from typing import Any
@@ -51,6 +52,7 @@ def start() -> torch.device:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", 1))))
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        atexit.register(dist.destroy_process_group)
     return device
 
 
@@ -75,11 +77,6 @@ def import_deepspeed() -> Any:
     deepspeed.utils.logger.setLevel("ERROR")
     operators["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

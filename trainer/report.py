@@ -5,14 +5,9 @@ from __future__ import annotations
 import html
 import io
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-logging.getLogger("matplotlib").setLevel(logging.WARNING)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 

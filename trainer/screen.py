@@ -19,6 +19,8 @@ class Screen:
 
     def __init__(self, num_steps: int, done: int, num_epochs: int, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = 110  # a log file has no width of its own
         self.num_steps, self.done, self.num_epochs = num_steps, done, num_epochs
         self._started: tuple[float, int] | None = None  # time and steps done when the clock started
         self._last_line = time.monotonic()

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from trainer.errors import Failure
+from trainer.errors import EnvironmentLacks, Failure
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if main_rank else logging.ERROR, format="%(levelname)s: %(message)s"
     )
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # announces its font cache
     try:
         train(options.config, options.overrides)
     except Failure as failure:
@@ -30,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(5)  # the launcher ends all ranks when one ends: let the first speak
         print(f"error: {failure}", file=sys.stderr, flush=True)
         return failure.exit_code
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -43,18 +46,17 @@ def train(recipe: str, overrides: list[str]) -> None:
     from trainer.build import build_trainer
     from trainer.close import close, introduce
 
-    device = ranks.start()
+    trainer = build_trainer(config, ranks.start())
+    introduce(trainer)
     try:
-        trainer = build_trainer(config, device)
-        introduce(trainer)
-        try:
-            trainer.fit()
-            close(trainer)
-        finally:
-            if trainer.monitor:
-                trainer.monitor.close()
+        trainer.fit()
+        close(trainer)
+    except OSError as error:  # a full disk, a lost mount: what was saved before is whole
+        folder = trainer.run_dir.path
+        raise EnvironmentLacks(f"{error}; once that is mended, go on with resume={folder}") from error
     finally:
-        ranks.stop()
+        if trainer.monitor:
+            trainer.monitor.close()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""Shared by all tests: recorded data, a tiny data set, an environment apart from the user's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture(autouse=True)
+def _own_data_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty $ACDC_DATA: the bundled subset is used, whatever is prepared on this machine."""
+    monkeypatch.setenv("ACDC_DATA", str(tmp_path_factory.getbasetemp() / "data-home"))
+
+
+def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+def write_fashion_idx(folder: Path, num_train: int, num_test: int) -> Path:
+    """A folder with four idx files: real images of the bundled subset, a few of them."""
+    from data import fashion_mnist
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", num_train), ("test", num_test)):
+        arrays = fashion_mnist.load(None, "train" if split == "train" else "test")
+        write_idx(folder / fashion_mnist.IDX_FILES[f"{split}_images"], arrays.images[:count, :, :, 0])
+        write_idx(folder / fashion_mnist.IDX_FILES[f"{split}_labels"], arrays.labels[:count].astype(np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fashion-MNIST with 320 training and 150 test images, as idx files."""
+    return write_fashion_idx(tmp_path_factory.mktemp("tiny-fashion"), 320, 150)

@@ -1,0 +1,232 @@
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from sparsity import ACDC, NM, GlobalMagnitude, PhaseSchedule, UniformMagnitude, measure, num_leaked
+from trainer.models import get_model
+
+SCHEDULE = PhaseSchedule.parse("dense 1, (sparse 1, dense 1) x2, sparse 2")
+STEPS = 4  # per epoch
+
+
+def make_net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)
+    )
+
+
+def sgd(net, **arguments):
+    defaults = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
+    return torch.optim.SGD(net.parameters(), **{**defaults, **arguments})
+
+
+def make_acdc(net, optimizer, pattern=None, **arguments) -> ACDC:
+    acdc = ACDC(net, pattern or GlobalMagnitude(0.9), SCHEDULE, STEPS, **arguments)
+    acdc.attach(optimizer)
+    return acdc
+
+
+def one_step(net, optimizer, number):
+    generator = torch.Generator().manual_seed(number)
+    x, y = torch.randn(6, 1, 8, 8, generator=generator), torch.randint(0, 10, (6,), generator=generator)
+    nn.functional.cross_entropy(net(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_the_readmes_loop():
+    """The example of the README, to the letter but for the model and the data."""
+    model, loss_fn = make_net(), nn.functional.cross_entropy
+    model = nn.ModuleDict({"net": model, "downsample": nn.Sequential(nn.Conv2d(1, 1, 1))})
+    model.forward = lambda x: model["net"](model["downsample"](x))
+    optimizer = sgd(model)
+    loader = [(torch.randn(6, 1, 8, 8), torch.randint(0, 10, (6,))) for _ in range(3)]
+
+    schedule = PhaseSchedule.parse("dense 2, (sparse 2, dense 2) x2, sparse 4")  # units: epochs
+    acdc = ACDC(model, GlobalMagnitude(0.9), schedule, steps_per_epoch=len(loader), exclude=["*downsample.0"])
+    acdc.attach(optimizer)
+    for epoch in range(schedule.num_epochs):
+        for x, y in loader:
+            acdc.before_step()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        sparse = schedule.phase_at(epoch).kind == "sparse"
+        assert measure(model, acdc.masks()).overall == pytest.approx(0.9 if sparse else 0, abs=1e-3)
+    assert list(acdc.masks()) == ["net.0", "net.4"]
+    assert num_leaked(acdc.weights(), acdc.masks()) == 0
+
+
+@pytest.mark.parametrize("pattern", [GlobalMagnitude(0.9), UniformMagnitude(0.8), NM(1, 4)])
+@pytest.mark.parametrize(
+    "momentum", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0}]
+)
+def test_dropped_weights_stay_zero_and_momentum_is_reset(pattern, momentum):
+    net = make_net()
+    optimizer = sgd(net, **momentum)
+    acdc = make_acdc(net, optimizer, pattern, exclude=[] if not isinstance(pattern, NM) else ["0"])
+    for number in range(SCHEDULE.num_epochs * STEPS):
+        before = {name: weight.clone() for name, weight in acdc.weights().items()}
+        dropped = {name: ~mask.clone() for name, mask in acdc.masks().items()}
+        acdc.before_step()
+        epoch, at_switch = divmod(number, STEPS)
+        if at_switch == 0 and epoch in SCHEDULE.decompressions:
+            assert all(mask.all() for mask in acdc.masks().values())
+            assert all((before[name][dropped[name]] == 0).all() for name in before)
+            states = [
+                value
+                for state in optimizer.state.values()
+                for value in state.values()
+                if torch.is_tensor(value)
+            ]
+            assert all((value == 0).all() for value in states)
+            assert len(states) == (len(list(net.parameters())) if momentum["momentum"] else 0)
+        if at_switch == 0 and epoch in SCHEDULE.compressions:
+            chosen = pattern(before)
+            for name, layer in acdc.layers.items():
+                assert torch.equal(layer.mask, chosen[name])
+                assert torch.equal(layer.weight, before[name] * chosen[name])
+                buffer = optimizer.state[layer.weight].get("momentum_buffer")
+                assert buffer is None or (buffer[~layer.mask] == 0).all()
+        one_step(net, optimizer, number)
+        assert num_leaked(acdc.weights(), acdc.masks()) == 0
+    assert measure(net, acdc.masks()).overall == pytest.approx(pattern.sparsity, abs=2 / 80)
+
+
+def test_weights_other_than_the_dropped_go_on_from_where_they_were():
+    net = make_net()
+    optimizer = sgd(net)
+    acdc = make_acdc(net, optimizer)
+    norm_momentum = None
+    for number in range(2 * STEPS):
+        if number == STEPS:
+            norm_momentum = optimizer.state[net[1].weight]["momentum_buffer"].clone()
+        acdc.before_step()
+        if number == STEPS:  # compression leaves the momentum of what it keeps, and of unmasked parameters
+            assert torch.equal(optimizer.state[net[1].weight]["momentum_buffer"], norm_momentum)
+            assert (optimizer.state[net[0].weight]["momentum_buffer"][net[0].mask] != 0).all()
+        one_step(net, optimizer, number)
+
+
+@pytest.mark.parametrize("make_optimizer", [torch.optim.Adam, torch.optim.AdamW])
+def test_adam_family(make_optimizer):
+    net = make_net()
+    optimizer = make_optimizer(net.parameters(), lr=1e-3, weight_decay=1e-2)
+    acdc = make_acdc(net, optimizer)
+    for number in range(SCHEDULE.num_epochs * STEPS):
+        acdc.before_step()
+        if number and number == SCHEDULE.decompressions[0] * STEPS:
+            assert all((optimizer.state[p]["exp_avg"] == 0).all() for p in net.parameters())
+        one_step(net, optimizer, number)
+        assert num_leaked(acdc.weights(), acdc.masks()) == 0
+
+
+@pytest.mark.parametrize(
+    "saved_at", [2, STEPS, 2 * STEPS - 1, 2 * STEPS, 2 * STEPS + 1, 3 * STEPS, 5 * STEPS + 2]
+)
+def test_loading_goes_on_as_if_nothing_had_happened(saved_at):
+    """At the middle of phases and right at their borders; bit for bit."""
+
+    def train(net, optimizer, acdc, start, end):
+        for number in range(start, end):
+            acdc.before_step()
+            one_step(net, optimizer, number)
+
+    net = make_net()
+    optimizer = sgd(net)
+    acdc = make_acdc(net, optimizer)
+    train(net, optimizer, acdc, 0, saved_at)
+    saved = copy.deepcopy((net.state_dict(), optimizer.state_dict(), acdc.state_dict()))
+    end = SCHEDULE.num_epochs * STEPS
+    train(net, optimizer, acdc, saved_at, end)
+
+    again = make_net(seed=1)
+    second_optimizer = sgd(again)
+    second = make_acdc(again, second_optimizer)
+    for loaded, state in zip((again, second_optimizer, second), saved, strict=True):
+        loaded.load_state_dict(state)
+    train(again, second_optimizer, second, saved_at, end)
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values(), strict=True)
+    )
+    assert second.mask_difference == acdc.mask_difference
+    assert second.mask_difference > 0
+
+
+def test_states_that_do_not_fit_are_refused():
+    net = make_net()
+    acdc = make_acdc(net, sgd(net))
+    for _ in range(STEPS + 1):
+        acdc.before_step()
+    state = acdc.state_dict()
+    other = ACDC(make_net(), GlobalMagnitude(0.9), SCHEDULE, STEPS + 1)
+    with pytest.raises(ValueError, match="4 steps per epoch, this one has 5"):
+        other.load_state_dict(state)
+    dense = ACDC(make_net(), GlobalMagnitude(0.9), PhaseSchedule.parse("dense 9"), STEPS)
+    with pytest.raises(
+        ValueError, match="saved in a sparse phase at step 5, where the schedule 'dense 9' has dense"
+    ):
+        dense.load_state_dict(state)
+    assert dense.step == 0
+    longer = ACDC(make_net(), GlobalMagnitude(0.9), PhaseSchedule.parse("dense 1, sparse 8"), STEPS)
+    longer.load_state_dict(state)  # differs only later
+    assert longer.step == STEPS + 1
+
+
+def test_misuse_is_told():
+    net = make_net()
+    acdc = ACDC(net, GlobalMagnitude(0.9), SCHEDULE, STEPS)
+    with pytest.raises(RuntimeError, match="attach"):
+        acdc.before_step()
+    with pytest.raises(TypeError, match="a torch optimizer or a DeepSpeed engine, not a str"):
+        acdc.attach("sgd")
+    with pytest.raises(ValueError, match="steps_per_epoch 0"):
+        ACDC(make_net(), GlobalMagnitude(0.9), SCHEDULE, 0)
+
+
+def test_a_schedule_that_begins_sparse_compresses_at_once():
+    net = make_net()
+    acdc = ACDC(net, GlobalMagnitude(0.5), PhaseSchedule.parse("sparse 1, dense 1"), STEPS)
+    acdc.attach(sgd(net))
+    acdc.before_step()
+    assert measure(net, acdc.masks()).overall == pytest.approx(0.5, abs=1e-3)
+    for _ in range(5 * STEPS):  # beyond the end nothing more happens
+        acdc.before_step()
+    assert all(mask.all() for mask in acdc.masks().values())
+
+
+def test_export_is_plain_and_equal():
+    net = make_net()
+    optimizer = sgd(net)
+    acdc = make_acdc(net, optimizer)
+    for number in range(2 * STEPS):
+        acdc.before_step()
+        one_step(net, optimizer, number)
+    exported, x = acdc.export().eval(), torch.randn(4, 1, 8, 8)
+    assert list(exported.state_dict()) == list(make_net().state_dict())
+    assert torch.equal(exported(x), net.eval()(x))
+
+
+def test_phase_switches_do_not_recompile():
+    """Four compressions and three decompressions: one graph for training, one for evaluation."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    net = get_model("resnet_cifar", num_classes=10, depth=8, width=4, in_channels=1)
+    optimizer = sgd(net)
+    schedule = PhaseSchedule.parse("(dense 1, sparse 1) x4")
+    acdc = ACDC(net, GlobalMagnitude(0.9), schedule, STEPS)
+    acdc.attach(optimizer)
+    net.compile(backend="aot_eager")
+    graphs = []
+    for epoch, step in itertools.product(range(schedule.num_epochs), range(STEPS)):
+        acdc.before_step()
+        one_step(net.train(), optimizer, epoch * STEPS + step)
+        if step == STEPS - 1:
+            with torch.no_grad():
+                net.eval()(torch.randn(6, 1, 8, 8))
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [2] * schedule.num_epochs

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from torch import nn
+
+from sparsity import MaskedConv2d, MaskedLinear, mask_layers, to_plain
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10)
+    )
+
+
+def test_conversion_is_in_place_and_keeps_parameters_and_names():
+    net = small_net()
+    names, parameters, layer = [n for n, _ in net.named_parameters()], list(net.parameters()), net[0]
+    masked = mask_layers(net)
+    assert list(masked) == ["0", "4"]
+    assert [n for n, _ in net.named_parameters()] == names
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    assert net[0] is layer
+    assert isinstance(net[0], MaskedConv2d)
+    assert isinstance(net[4], MaskedLinear)
+    assert net[0].mask.dtype == torch.bool
+    assert net[0].mask.all()
+    assert {name for name in net.state_dict() if "mask" in name} == {"0.mask", "4.mask"}
+
+
+def test_dropped_weights_neither_act_nor_learn():
+    net = small_net().eval()
+    x = torch.randn(2, 1, 8, 8)
+    mask_layers(net)
+    keep = torch.rand_like(net[0].weight) > 0.5
+    net[0].mask.copy_(keep)
+    changed = net(x)
+    with torch.no_grad():
+        net[0].weight.add_(~keep * 5.0)
+    assert torch.equal(net(x), changed)
+    net(x).sum().backward()
+    assert (net[0].weight.grad[~keep] == 0).all()
+    assert (net[0].weight.grad[keep] != 0).any()
+
+
+def test_to_plain_has_neither_masks_nor_wrappers_and_computes_the_same():
+    net = small_net().eval()
+    mask_layers(net)
+    net[4].mask[:, ::3] = False
+    plain, x = to_plain(net), torch.randn(2, 1, 8, 8)
+    assert type(plain[0]) is nn.Conv2d
+    assert type(plain[4]) is nn.Linear
+    assert list(plain.state_dict()) == list(small_net().state_dict())
+    assert (plain[4].weight[:, ::3] == 0).all()
+    assert torch.equal(plain(x), net(x))
+    assert isinstance(net[4], MaskedLinear)
+
+
+def test_include_and_exclude_choose_by_name():
+    net = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 1), "body": small_net(), "head": nn.Linear(4, 2)})
+    assert list(mask_layers(net, include=["body.*", "head"], exclude=["*.4"])) == ["body.0", "head"]
+    assert type(net["stem"]) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"include": ["layer1.*"]}, "include pattern 'layer1.\\*' matches no convolution or linear layer"),
+        ({"exclude": ["body.44"]}, "exclude pattern 'body.44' matches no .* did you mean 'body.4'"),
+        ({"exclude": ["*"]}, "no layer is left to mask"),
+        ({"include": "body.4"}, "include is a list of patterns"),
+    ],
+)
+def test_a_pattern_that_chooses_nothing_is_an_error_and_changes_nothing(arguments, message):
+    net = nn.ModuleDict({"body": small_net()})
+    with pytest.raises(ValueError, match=message):
+        mask_layers(net, **arguments)
+    assert not any(isinstance(module, MaskedConv2d | MaskedLinear) for module in net.modules())
+
+
+class OwnConv(nn.Conv2d):
+    pass
+
+
+def test_layers_that_might_bypass_the_mask_are_refused_by_name():
+    with pytest.raises(ValueError, match="layer '0' is a OwnConv"):
+        mask_layers(nn.Sequential(OwnConv(1, 1, 1)))
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match=r"attention\.out_proj.*exclude it"):
+        mask_layers(attention)
+    assert list(mask_layers(attention, exclude=["*.out_proj"])) == ["fc"]
+
+
+def test_shared_weights_and_second_conversions_are_refused():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    with pytest.raises(ValueError, match="'0' and '1' share one weight"):
+        mask_layers(net)
+    twice = nn.Sequential(nn.Linear(4, 4))
+    mask_layers(twice)
+    with pytest.raises(ValueError, match="masked already"):
+        mask_layers(twice)
