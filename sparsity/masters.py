@@ -106,18 +106,13 @@ class TorchMasters:
 
 
 class ZeroMasters:
-    """ZeRO-1/2: each rank holds, for some parameters, a fragment of the flat fp32 master and of its state."""
+    """ZeRO-1/2: each rank holds, for some parameters, a fragment of the flat fp32 master and of its state.
+
+    The state exists from the first optimizer step on; DeepSpeed hangs its fragments on parameters only then.
+    """
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        keys = {key for parameter in engine.module.parameters() for key in self._keys(parameter)}
-        if (
-            torch.distributed.is_initialized()
-        ):  # a rank may own no fragment and must still take part in gathers
-            everyone: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather_object(everyone, keys)
-            keys = set().union(*everyone)
-        self.keys = sorted(keys)
 
     def weight(self, parameter: Parameter) -> Tensor:
         # The compute weight is the gathered master unless it is of lower precision.
@@ -125,46 +120,55 @@ class ZeroMasters:
 
     def mask_(self, parameter: Parameter, keep: Tensor) -> None:
         parameter.detach().mul_(keep)
-        for _, fragment, flat in self._fragments(parameter, keep):
+        for _, fragment, flat in self.fragments(parameter, keep):
             fragment.mul_(flat)
 
     def reset_momentum_(self) -> None:
         for parameter in self.engine.module.parameters():
-            mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None:
-                for key, fragment in mapping.optim_fragment.items():
-                    if key in MOMENTUM_KEYS:
-                        fragment.zero_()
+            for key, fragment, _ in self.fragments(parameter, parameter.detach()):
+                if key in MOMENTUM_KEYS:
+                    fragment.zero_()
 
     def state(self, parameter: Parameter) -> dict[str, Tensor]:
-        return {key: self._gather(parameter, key) for key in self.keys}
+        # Keys of the flat partitions, which every rank has: one without a fragment takes part in the gathers.
+        keys = {key for flat in self._partitions() for key in self._flat_state(flat)}
+        return {key: self._gather(parameter, key) for key in sorted(keys)}
 
     def load_(self, parameter: Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
         parameter.detach().copy_(weight)
-        for key, fragment, flat in self._fragments(parameter, weight):
-            if key is None:
-                fragment.copy_(flat)
-        for name, value in state.items():
-            for key, fragment, flat in self._fragments(parameter, value):
-                if key == name:
-                    fragment.copy_(flat)
-
-    @staticmethod
-    def _keys(parameter: Parameter) -> list[str]:
         mapping = getattr(parameter, "_hp_mapping", None)
-        return [] if mapping is None else list(mapping.optim_fragment)
+        if mapping is None:
+            return
+        flat = self._partitions()[mapping.param_group_index]
+        own = self.engine.optimizer.optimizer.state[flat]
+        for name in state:
+            own.setdefault(name, torch.zeros_like(flat))  # before the first step
+        mapping.set_optim_state_fragment(flat, own)
+        sources: list[tuple[str | None, Tensor]] = [(None, weight), *state.items()]
+        for source, whole in sources:
+            for key, fragment, stretch in self.fragments(parameter, whole):
+                if key == source:
+                    fragment.copy_(stretch)
 
     @staticmethod
-    def _gather(parameter: Any, key: str | None) -> Tensor:
-        return parameter.get_full_hp_param(optim_state_key=key)
-
-    @staticmethod
-    def _fragments(parameter: Any, whole: Tensor) -> Iterator[tuple[str | None, Tensor, Tensor]]:
+    def fragments(parameter: Any, whole: Tensor) -> Iterator[tuple[str | None, Tensor, Tensor]]:
         """(state key or None for the master, this rank's fragment, the same stretch of `whole`)."""
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             return
         address = mapping.lp_fragment_address
-        flat = whole.reshape(-1).narrow(0, address.start, address.numel)
-        for key, fragment in [(None, mapping.hp_fragment), *mapping.optim_fragment.items()]:
-            yield key, fragment, flat.to(fragment.device)
+        stretch = whole.reshape(-1).narrow(0, address.start, address.numel)
+        for key, fragment in [(None, mapping.hp_fragment), *(mapping.optim_fragment or {}).items()]:
+            yield key, fragment.detach(), stretch.to(fragment.device)
+
+    def _partitions(self) -> list[Tensor]:
+        """This rank's flat fp32 master of each parameter group."""
+        return self.engine.optimizer.single_partition_of_fp32_groups
+
+    def _flat_state(self, flat: Tensor) -> dict[str, Tensor]:
+        state = self.engine.optimizer.optimizer.state.get(flat, {})
+        return {key: v for key, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape}
+
+    @staticmethod
+    def _gather(parameter: Any, key: str | None) -> Tensor:
+        return parameter.get_full_hp_param(optim_state_key=key)

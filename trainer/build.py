@@ -16,7 +16,7 @@ from sparsity import ACDC, NM, count_flops
 from trainer import checkpoint, ranks, run_dir
 from trainer.classifier import Classifier
 from trainer.config import Config, DataConfig, SparsityConfig
-from trainer.engine import build_engine
+from trainer.engine import build_engine, deepspeed_config
 from trainer.errors import as_user_error
 from trainer.export import build_model, describe_model
 from trainer.loop import Trainer
@@ -42,11 +42,12 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     with as_user_error("sparsity"):
         acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
     flops = count_flops(model, train.shape)
+    settings = deepspeed_config(config, device)
     folder = ranks.from_main(_open_folder(config, resumed) if ranks.is_main() else None)
 
     classifier = Classifier(model, train.mean, train.std)
-    engine, settings = build_engine(classifier, build_optimizer(config.optimizer, classifier), config, device)
-    engine.train()
+    optimizer = build_optimizer(config.optimizer, classifier)
+    engine = build_engine(classifier, optimizer, settings, config, device)
     acdc.attach(engine)
     position = Position()
     if resumed is not None:

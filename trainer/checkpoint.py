@@ -107,7 +107,10 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def remove_old(folder: Path, keep: int) -> None:
+    """Remove all training states but the newest `keep`, and what a killed run left half done."""
     for path in training_checkpoints(folder)[:-keep]:
+        path.rename(path.with_name(f".{path.name}.removed"))  # from here on it is no checkpoint, whole or not
+    for path in folder.glob(".*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -71,13 +72,16 @@ def precision(config: Config, device: torch.device) -> torch.dtype:
 
 
 def build_engine(
-    module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, device: torch.device
-) -> tuple[Any, dict[str, Any]]:
-    """The engine, ready to train, and the DeepSpeed configuration it runs with."""
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    config: Config,
+    device: torch.device,
+) -> Any:
+    """The engine, ready to train. settings: as deepspeed_config makes them."""
     deepspeed = ranks.import_deepspeed()
-    settings = deepspeed_config(config, device)
     engine, *_ = deepspeed.initialize(
-        model=module.to(device), optimizer=optimizer, config=json.loads(json.dumps(settings))
+        model=module.to(device), optimizer=optimizer, config=copy.deepcopy(settings)
     )
     if config.engine.zero_stage == 0:
         # Not earlier: initialize() refuses such weights. Not for ZeRO-1/2: its flat masters undo it.
@@ -88,7 +92,8 @@ def build_engine(
             # torch 2.13 loses channels_last in some backward graphs (pytorch#189239)
             torch._inductor.config.force_layout_optimization = True
         engine.compile(compile_kwargs={"dynamic": False})
-    return engine, settings
+    engine.train()
+    return engine
 
 
 def should_compile(config: Config, device: torch.device) -> bool:

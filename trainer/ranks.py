@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import warnings
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ def import_deepspeed() -> Any:
             f"training needs DeepSpeed: pip install deepspeed==0.19.8 ({error})"
         ) from error
     deepspeed.utils.logger.setLevel("ERROR")
+    # DeepSpeed 0.19.8 under torch 2.13, at every start with ZeRO-1/2
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
     operators["deepspeed_shm_comm"] = False
     return deepspeed
 

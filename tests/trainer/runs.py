@@ -1,0 +1,86 @@
+"""A recipe small enough to run in two seconds, and what the tests of whole runs share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import checkpoint
+from trainer.train import main
+
+SCHEDULE = "dense 1, (sparse 1, dense 1) x2, sparse 1"
+NUM_STEPS = 60  # 320 images in batches of 32, 6 epochs
+
+
+def tiny(data: Path, run_root: Path, *overrides: str) -> list[str]:
+    """The arguments of a run of quickstart on a tiny data set with a tiny model, not compiled."""
+    return [
+        "quickstart",
+        f"run_root={run_root}",
+        f"data.root={data}",
+        "data.batch_size=32",
+        "data.crop_padding=2",
+        "model.arguments.width=4",
+        "epochs=6",
+        f"sparsity.schedule={SCHEDULE}",
+        "engine.compile=false",
+        "log.every=4st",
+        *overrides,
+    ]
+
+
+def run_here(data: Path, run_root: Path, *overrides: str) -> Path:
+    """Train in this process and return the run folder."""
+    assert main(tiny(data, run_root, *overrides)) == 0
+    return newest_run(run_root)
+
+
+def newest_run(run_root: Path) -> Path:
+    return max((run_root / "quickstart").iterdir(), key=lambda path: path.stat().st_mtime)
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    return checkpoint.read(checkpoint.step_folder(run / "checkpoints", NUM_STEPS), checkpoint.STATE)
+
+
+def assert_equal_states(a: Any, b: Any, at: str = "") -> None:
+    """Bit for bit, but for the wall clock."""
+    assert type(a) is type(b), at
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), at
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        for key in a:
+            if key != "seconds":
+                assert_equal_states(a[key], b[key], f"{at}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), at
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_states(x, y, f"{at}[{i}]")
+    else:
+        assert a == b, at
+
+
+def command(*arguments: str) -> list[str]:
+    """`acdc ...` with this interpreter."""
+    return [sys.executable, "-m", "trainer.cli", *arguments]
+
+
+def launcher(*arguments: str, devices: int = 1, module: str = "trainer.train") -> list[str]:
+    """`deepspeed --module ...` on a port of its own."""
+    from trainer.ranks import free_port
+
+    options = ["--master_port", str(free_port()), "--num_gpus", str(devices)]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--module", module, *arguments]
+
+
+def execute(arguments: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "110"}
+    return subprocess.run(
+        arguments, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )
