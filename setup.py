@@ -27,6 +27,7 @@ setup(
         "dev": [
             "hypothesis>=6.100",
             "mypy==2.4.1",
+            "psutil",
             "pytest>=8.3",
             "ruff==0.17.6",
             "types-PyYAML",
