@@ -24,6 +24,7 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
+        "timm": ["timm>=1.0"],
         "dev": [
             "hypothesis>=6.100",
             "mypy==2.4.1",

@@ -1,0 +1,29 @@
+"""Importing torchvision where its compiled part does not fit torch.
+
+torchvision on the package index is built for CUDA; beside a CPU build of torch its import ends with "operator
+torchvision::nms does not exist", although models, data sets and transforms need no compiled operator.
+Declaring the two operators that its Python code registers fake kernels for lets the import pass.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+_library: torch.library.Library | None = None
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, with `models` and `transforms` loaded. Raises ModuleNotFoundError where it is not
+    installed."""
+    global _library
+    try:
+        import torchvision
+    except RuntimeError:
+        _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+        for operator in ("nms", "qnms"):
+            _library.define(f"{operator}{_SCHEMA}")  # type: ignore[no-untyped-call]
+        import torchvision
+    return torchvision
