@@ -11,17 +11,15 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.arrays import ImageArrays
-from data.idx import read_idx
+from data.idx import Split, read_idx_set
 from data.places import data_home
 
-Split = Literal["train", "test"]
-
+NAME = "Fashion-MNIST (Debian's package dataset-fashion-mnist has its four files)"
 NUM_CLASSES = 10
 MEAN, STD = (0.2860,), (0.3530,)
 CLASSES = (
@@ -39,12 +37,6 @@ CLASSES = (
 BUNDLED = Path(__file__).parent / "bundled" / "fashion_mnist_subset.npz"
 ARCHIVE = "fashion_mnist.npz"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-IDX_FILES = {
-    "train_images": "train-images-idx3-ubyte",
-    "train_labels": "train-labels-idx1-ubyte",
-    "test_images": "t10k-images-idx3-ubyte",
-    "test_labels": "t10k-labels-idx1-ubyte",
-}
 
 
 def load(root: Path | None, split: Split) -> ImageArrays:
@@ -58,7 +50,9 @@ def load(root: Path | None, split: Split) -> ImageArrays:
     else:
         prepared = data_home() / "fashion-mnist" / ARCHIVE
         archive = prepared if prepared.exists() else BUNDLED
-    arrays = _read_archive(archive, split) if archive is not None else _read_idx_files(root or Path(), split)
+    arrays = (
+        _read_archive(archive, split) if archive is not None else read_idx_set(root or Path(), split, NAME)
+    )
     images = arrays[f"{split}_images"]
     labels = arrays[f"{split}_labels"].astype(np.int64)
     return ImageArrays(images[..., None], labels, NUM_CLASSES, MEAN, STD, str(archive or root))
@@ -69,7 +63,7 @@ def prepare(source: Path | None, home: Path) -> Path:
     archive under `home`; returns its path. An archive that is there already stays as it is until the new one
     is whole."""
     source = source or DEBIAN_FOLDER
-    arrays = {**_read_idx_files(source, "train"), **_read_idx_files(source, "test")}
+    arrays = {**read_idx_set(source, "train", NAME), **read_idx_set(source, "test", NAME)}
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"].astype(np.int64)
         ImageArrays(images[..., None], labels, NUM_CLASSES, MEAN, STD, str(source))
@@ -96,19 +90,3 @@ def _read_archive(path: Path, split: Split) -> dict[str, NDArray[np.uint8]]:
             return {key: archive[key] for key in (f"{split}_images", f"{split}_labels")}
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a whole Fashion-MNIST archive: {error}") from error
-
-
-def _read_idx_files(folder: Path, split: Split) -> dict[str, NDArray[np.uint8]]:
-    arrays = {}
-    for key in (f"{split}_images", f"{split}_labels"):
-        names = (IDX_FILES[key], IDX_FILES[key] + ".gz")
-        path = next((folder / name for name in names if (folder / name).is_file()), None)
-        if path is None:
-            raise FileNotFoundError(
-                f"no Fashion-MNIST in {folder}: {names[0]} or {names[1]} is missing "
-                "(Debian's package dataset-fashion-mnist has the four files)"
-            )
-        arrays[key] = read_idx(path)
-    if arrays[f"{split}_images"].shape[1:] != (28, 28):
-        raise ValueError(f"{folder}: images of shape {arrays[f'{split}_images'].shape}, not (N, 28, 28)")
-    return arrays

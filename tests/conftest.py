@@ -30,12 +30,13 @@ def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
 def write_fashion_idx(folder: Path, num_train: int, num_test: int) -> Path:
     """A folder with four idx files: real images of the bundled subset, a few of them."""
     from data import fashion_mnist
+    from data.idx import IDX_FILES
 
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", num_train), ("test", num_test)):
         arrays = fashion_mnist.load(None, "train" if split == "train" else "test")
-        write_idx(folder / fashion_mnist.IDX_FILES[f"{split}_images"], arrays.images[:count, :, :, 0])
-        write_idx(folder / fashion_mnist.IDX_FILES[f"{split}_labels"], arrays.labels[:count].astype(np.uint8))
+        write_idx(folder / IDX_FILES[f"{split}_images"], arrays.images[:count, :, :, 0])
+        write_idx(folder / IDX_FILES[f"{split}_labels"], arrays.labels[:count].astype(np.uint8))
     return folder
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import fashion_mnist
+from data import sources
 from data.arrays import ImageArrays
 from data.dali import DaliArrayLoader
+from data.idx import Split
 from data.stream import EvalStream, TrainStream
 from sparsity import ACDC, NM, count_flops
 from trainer import checkpoint, ranks, run_dir
@@ -121,5 +122,5 @@ def build_test_loader(data: DataConfig, device: torch.device) -> DaliArrayLoader
         return DaliArrayLoader(test, stream, device, data.num_threads)
 
 
-def load_split(data: DataConfig, split: fashion_mnist.Split) -> ImageArrays:
-    return fashion_mnist.load(None if data.root is None else Path(data.root).expanduser(), split)
+def load_split(data: DataConfig, split: Split) -> ImageArrays:
+    return sources.load(data.name, None if data.root is None else Path(data.root).expanduser(), split)

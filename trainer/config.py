@@ -59,7 +59,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    name: Literal["fashion_mnist"] = Field(description="the data set")
+    name: Literal["fashion_mnist", "mnist", "cifar10", "cifar100"] = Field(description="the data set")
     root: str | None = Field(
         default=None, description="its folder; else where `acdc prepare` put it, else the bundled"
     )

@@ -3,6 +3,7 @@ import pytest
 
 from data import fashion_mnist
 from data.arrays import ImageArrays
+from data.idx import IDX_FILES
 from tests.conftest import write_fashion_idx
 
 
@@ -32,7 +33,7 @@ def test_a_given_folder_comes_first_then_the_prepared_set(tiny_data, tmp_path, m
 
 
 def test_missing_and_damaged_sets_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no Fashion-MNIST in .*train-images-idx3-ubyte"):
+    with pytest.raises(FileNotFoundError, match=r"no Fashion-MNIST .*train-images-idx3-ubyte"):
         fashion_mnist.load(tmp_path, "train")
     (tmp_path / fashion_mnist.ARCHIVE).write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(ValueError, match="not a whole Fashion-MNIST archive"):
@@ -43,7 +44,7 @@ def test_a_failed_preparation_leaves_what_was_there(tiny_data, tmp_path):
     stored = fashion_mnist.prepare(tiny_data, tmp_path)
     before = stored.read_bytes()
     broken = write_fashion_idx(tmp_path / "broken", 32, 16)
-    labels = broken / fashion_mnist.IDX_FILES["train_labels"]
+    labels = broken / IDX_FILES["train_labels"]
     labels.write_bytes(labels.read_bytes()[:-1] + bytes([77]))
     with pytest.raises(ValueError, match=r"labels run from 0 to 77, not within 0 \.\. 9"):
         fashion_mnist.prepare(broken, tmp_path)

@@ -28,7 +28,7 @@ def test_prepare_then_train_data_is_the_full_set(tmp_path, monkeypatch, capsys):
     assert stored == tmp_path / "home" / "fashion-mnist" / fashion_mnist.ARCHIVE
     assert len(fashion_mnist.load(None, "train")) == 64
     assert main(["prepare", "fashion-mnist", str(tmp_path)]) == 2
-    assert "no Fashion-MNIST in" in capsys.readouterr().err
+    assert "no Fashion-MNIST " in capsys.readouterr().err
 
 
 def write_metrics(run: Path) -> None:

@@ -62,7 +62,10 @@ def test_resolved_configuration_loads_again(tmp_path):
         ("optimizer.lr=0", "optimizer.lr: should be greater than 0, not 0"),
         ("optimizer.lr=.nan", "optimizer.lr: should be"),
         ("optimizer={}", "optimizer.lr: missing; base learning rate"),
-        ("data.name=imagenot", "data.name: should be 'fashion_mnist', not 'imagenot'"),
+        (
+            "data.name=imagenot",
+            "data.name: should be 'fashion_mnist', 'mnist', 'cifar10' or 'cifar100', not 'imagenot'",
+        ),
         (
             "engine.compile=maybe",
             "engine.compile: should be a valid boolean, not 'maybe' or should be 'auto'",

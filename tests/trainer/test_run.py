@@ -185,7 +185,7 @@ def test_a_finished_run_is_left_alone(finished, tiny_data, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["data.root=/nowhere"], "data: no Fashion-MNIST in /nowhere"),
+        (["data.root=/nowhere"], "data: no Fashion-MNIST "),
         (["data.batch_size=500"], "320 training images are fewer than one batch of 500"),
         (["sparsity.exclude=[layer9.*]"], "sparsity: exclude pattern 'layer9.*' matches no convolution"),
         (
