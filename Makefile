@@ -18,7 +18,7 @@ $(INSTALLED): setup.py
 	@touch $@
 
 train: setup
-	$(BIN)/acdc train quickstart
+	$(BIN)/acdc train quickstart --devices 1
 
 test: setup
 	$(BIN)/python -m pytest

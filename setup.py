@@ -20,6 +20,7 @@ setup(
         "tensorboard>=2.18",
         "pyyaml>=6.0",
         "pydantic>=2.9",
+        "psutil>=5.9",
         "rich>=13.7",
         "matplotlib>=3.9",
     ],
@@ -28,7 +29,6 @@ setup(
         "dev": [
             "hypothesis>=6.100",
             "mypy==2.4.1",
-            "psutil",
             "pytest>=8.3",
             "ruff==0.17.6",
             "types-PyYAML",

@@ -94,8 +94,7 @@ def main(out: Path, recipe: str, overrides: list[str]) -> None:
     trainer = build_trainer(load_config(recipe, overrides), ranks.start())
     watch = Watch(trainer)
     trainer.fit()
-    if trainer.monitor:
-        trainer.monitor.close()
+    trainer.close()
     (out / f"rank{ranks.rank()}.json").write_text(json.dumps(asdict(watch.close())), encoding="utf-8")
 
 

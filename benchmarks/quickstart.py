@@ -19,8 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainer.ranks import choose_accelerator, free_port
-from trainer.run_dir import environment
+from trainer.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,7 +29,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "quickstart.json", help="where the record goes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for both runs, e.g. seed=2")
     options = parser.parse_args()
-    choose_accelerator()
     with tempfile.TemporaryDirectory() as folder:
         cold, seconds = run_cold(Path(folder), options.overrides)
         watched = run_watched(Path(folder), options.overrides)
@@ -61,11 +59,13 @@ def run_cold(folder: Path, overrides: list[str]) -> tuple[dict[str, Any], float]
 
 
 def run_watched(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
-    """benchmarks.invariants on two ranks: what each of them saw."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    launcher += ["--master_port", str(free_port()), "--log_level", "critical"]
+    """benchmarks.invariants on two ranks of the CPU: what each of them saw."""
+    code = "import sys; from trainer.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
     arguments = [str(folder), "quickstart", f"run_root={folder / 'watched'}", *overrides]
-    subprocess.run([*launcher, "--module", "benchmarks.invariants", *arguments], check=True)
+    command = [sys.executable, "-c", code, "benchmarks.invariants", *arguments]
+    subprocess.run(
+        command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    )
     return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 

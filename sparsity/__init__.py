@@ -2,6 +2,7 @@
 
 from sparsity.acdc import ACDC
 from sparsity.flops import ModelFlops, count_flops
+from sparsity.gradual import CubicSparsity
 from sparsity.layers import MaskedConv2d, MaskedLinear, mask_layers, to_plain
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
@@ -10,6 +11,7 @@ from sparsity.stats import Sparsity, measure, num_leaked, relative_mask_differen
 __all__ = [
     "ACDC",
     "NM",
+    "CubicSparsity",
     "GlobalMagnitude",
     "MaskedConv2d",
     "MaskedLinear",

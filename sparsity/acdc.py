@@ -18,15 +18,17 @@ The algorithm, in the words that the code uses:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsity.gradual import CubicSparsity
 from sparsity.layers import mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
-from sparsity.patterns import Pattern
-from sparsity.schedule import Kind, Phase, PhaseSchedule
+from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
+from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import relative_mask_difference
 
 
@@ -37,8 +39,10 @@ class ACDC:
         acdc.attach(optimizer)
         ... acdc.before_step() before each optimizer step
 
-    steps_per_epoch: optimizer steps (not micro-batches) in an epoch of the schedule.
-    include, exclude: name patterns, see sparsity.layers.mask_layers, whose ValueErrors this raises.
+    steps_per_epoch: optimizer steps (not micro-batches) in an epoch of the schedule. include, exclude: name
+    patterns, see sparsity.layers.mask_layers, whose ValueErrors this raises. A schedule without sparse phases
+    masks no layer: dense training by the same loop. gradual: compress again and again within the one sparse
+    phase, with growing sparsity (GMP).
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class ACDC:
         *,
         include: Iterable[str] = ("*",),
         exclude: Iterable[str] = (),
+        gradual: CubicSparsity | None = None,
     ) -> None:
         if steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch {steps_per_epoch}: optimizer steps in an epoch, 1 or more")
@@ -57,14 +62,12 @@ class ACDC:
         self.pattern = pattern
         self.schedule = schedule
         self.steps_per_epoch = steps_per_epoch
-        self.layers = mask_layers(model, include, exclude)
+        self.actions = _actions(pattern, schedule, gradual)
+        self.layers = mask_layers(model, include, exclude) if schedule.compressions else {}
         self.step = 0  # optimizer steps begun
         self.mask_difference: float | None = None  # between the last two compressions
         self._previous: dict[str, Tensor] = {}  # masks of the last compression, while its phase is over
         self._masters: Masters | None = None
-        self._switches: dict[int, Kind] = {p.start * steps_per_epoch: p.kind for p in schedule.phases}
-        if schedule.phases[0].kind == "dense":
-            del self._switches[0]  # a fresh model is dense already
 
     def attach(self, optimizer: Any) -> None:
         """Say whose masters and momentum to act on: a torch optimizer or a DeepSpeed engine, over this model.
@@ -85,20 +88,24 @@ class ACDC:
         at once."""
         if self._masters is None:
             raise RuntimeError("call acdc.attach(optimizer) before the first before_step()")
-        switch = self._switches.get(self.step)
+        epoch, within = divmod(self.step, self.steps_per_epoch)
         self.step += 1
-        if switch == "sparse":
-            self.compress()
-        elif switch == "dense":
-            self.decompress()
+        if within == 0 and epoch in self.actions:
+            pattern = self.actions[epoch]
+            if pattern is None:
+                self.decompress()
+            else:
+                self.compress(pattern)
 
     @torch.no_grad()
-    def compress(self) -> None:
+    def compress(self, pattern: Pattern) -> None:
         """Choose the masks from the master weights; zero the dropped weights and their momentum."""
         masters = self._attached()
-        chosen = self.pattern({name: masters.weight(layer.weight) for name, layer in self.layers.items()})
+        chosen = pattern({name: masters.weight(layer.weight) for name, layer in self.layers.items()})
         _check_equal_on_all_ranks(chosen)
-        self.mask_difference = relative_mask_difference(self._previous, chosen) if self._previous else None
+        before = self._previous or self.masks()
+        first = not self._previous and all(bool(mask.all()) for mask in before.values())
+        self.mask_difference = None if first else relative_mask_difference(before, chosen)
         for name, layer in self.layers.items():
             layer.mask.copy_(chosen[name])
             masters.mask_(layer.weight, layer.mask)
@@ -163,6 +170,25 @@ class ACDC:
         if self._masters is None:
             raise RuntimeError("call acdc.attach(optimizer) first")
         return self._masters
+
+
+def _actions(
+    pattern: Pattern, schedule: PhaseSchedule, gradual: CubicSparsity | None
+) -> dict[int, Pattern | None]:
+    """Epoch -> what happens as it begins: a pattern to compress by, or None to decompress."""
+    actions: dict[int, Pattern | None] = dict.fromkeys(schedule.decompressions)
+    if gradual is None:
+        return {**actions, **dict.fromkeys(schedule.compressions, pattern)}
+    if not isinstance(pattern, GlobalMagnitude | UniformMagnitude):
+        raise ValueError(
+            f"gradual pruning changes the sparsity of a magnitude pattern, which {pattern} is not"
+        )
+    if schedule.compressions != (gradual.start,) or actions:
+        raise ValueError(
+            f"gradual pruning from epoch {gradual.start} needs one sparse phase that begins there and lasts "
+            f'to the end, e.g. "dense 1, sparse 89"; the schedule is "{schedule}"'
+        )
+    return {epoch: replace(pattern, sparsity=gradual.at(epoch)) for epoch in gradual.epochs}
 
 
 def _check_equal_on_all_ranks(masks: dict[str, Tensor]) -> None:

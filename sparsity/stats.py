@@ -22,7 +22,7 @@ class Sparsity:
     @property
     def overall(self) -> float:
         """Over the masked weights: the paper's definition."""
-        return 1 - self.num_kept / self.num_weights
+        return 1 - self.num_kept / self.num_weights if self.num_weights else 0.0
 
     @property
     def of_all_parameters(self) -> float:
@@ -31,7 +31,7 @@ class Sparsity:
 
 def measure(model: nn.Module, masks: Mapping[str, Tensor]) -> Sparsity:
     """Count the kept weights of keep-masks by layer name. One device read for all layers."""
-    kept = torch.stack([mask.sum() for mask in masks.values()]).tolist()
+    kept = torch.stack([mask.sum() for mask in masks.values()]).tolist() if masks else []
     sizes = [mask.numel() for mask in masks.values()]
     return Sparsity(
         num_weights=sum(sizes),

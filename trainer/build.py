@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,12 +14,12 @@ from data.arrays import ImageArrays
 from data.dali import DaliArrayLoader
 from data.idx import Split
 from data.stream import EvalStream, TrainStream
-from sparsity import ACDC, NM, count_flops
+from sparsity import ACDC, NM, ModelFlops, count_flops
 from trainer import checkpoint, ranks, run_dir
 from trainer.classifier import Classifier
 from trainer.config import Config, DataConfig, SparsityConfig
 from trainer.engine import build_engine, deepspeed_config
-from trainer.errors import as_user_error
+from trainer.errors import Finished, as_user_error
 from trainer.export import build_model, describe_model
 from trainer.loop import Trainer
 from trainer.monitor import Monitor
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 def build_trainer(config: Config, device: torch.device) -> Trainer:
     """Raises UserError for what the user has to change and EnvironmentLacks for what has to be installed."""
-    resumed = run_dir.find_resumed(config)
+    resumed = ranks.on_main(lambda: run_dir.find_resumed(config))
     train, train_loader = _train_loader(config, device)
     test_loader = build_test_loader(config.data, device)
     model_info = describe_model(config, train)
@@ -42,25 +43,29 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     steps_per_epoch = train_loader.batches_per_epoch // config.engine.accumulation_steps
     with as_user_error("sparsity"):
         acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
-    flops = count_flops(model, train.shape)
+    with as_user_error("model"):
+        flops = _count_flops(model, train)
     settings = deepspeed_config(config, device)
-    folder = ranks.from_main(_open_folder(config, resumed) if ranks.is_main() else None)
+    folder = ranks.on_main(lambda: _open_folder(config, resumed))
 
-    classifier = Classifier(model, train.mean, train.std)
-    optimizer = build_optimizer(config.optimizer, classifier)
-    engine = build_engine(classifier, optimizer, settings, config, device)
-    acdc.attach(engine)
-    position = Position()
-    if resumed is not None:
-        with as_user_error(f"resume {resumed[1]}"):
-            state = checkpoint.read(resumed[1], checkpoint.STATE)
-            position = restore(state, engine, acdc, train_loader)
-    monitor = None
-    if ranks.is_main():
-        folder.write_config(config, settings)
-        monitor = Monitor(
-            folder, Screen(config.epochs * steps_per_epoch, acdc.step, config.epochs), acdc.step
-        )
+    try:
+        classifier = Classifier(model, train.mean, train.std)
+        optimizer = build_optimizer(config.optimizer, classifier)
+        engine = build_engine(classifier, optimizer, settings, config, device)
+        acdc.attach(engine)
+        position = Position()
+        if resumed is not None:
+            with as_user_error(f"resume {resumed[1]}"):
+                state = checkpoint.read(resumed[1], checkpoint.STATE)
+                position = restore(state, engine, acdc, train_loader)
+        ranks.on_main(lambda: _check_unfinished(folder, position, config))
+        monitor = None
+        if ranks.is_main():
+            screen = Screen(config.epochs * steps_per_epoch, acdc.step, config.epochs)
+            monitor = _begin(folder, config, settings, screen, acdc.step)
+    except BaseException:
+        folder.release()
+        raise
     return Trainer(
         config,
         acdc,
@@ -79,7 +84,15 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
 
 def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) -> ACDC:
     pattern, schedule = config.build_pattern(), config.build_schedule()
-    acdc = ACDC(model, pattern, schedule, steps_per_epoch, include=config.include, exclude=config.exclude)
+    acdc = ACDC(
+        model,
+        pattern,
+        schedule,
+        steps_per_epoch,
+        include=config.include,
+        exclude=config.exclude,
+        gradual=config.build_gradual(),
+    )
     if isinstance(pattern, NM):
         pattern(
             acdc.weights()
@@ -89,12 +102,36 @@ def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) 
     return acdc
 
 
+def _count_flops(model: nn.Module, train: ImageArrays) -> ModelFlops:
+    try:
+        return count_flops(model, train.shape)
+    except RuntimeError as error:
+        raise ValueError(f"it does not take images of shape {train.shape}: {error}") from error
+
+
 def _open_folder(config: Config, resumed: tuple[RunDir, Path] | None) -> RunDir:
+    """The run's folder, locked and known to be writable."""
     folder = resumed[0] if resumed else run_dir.create(config)
     with as_user_error(f"run folder {folder.path}"):
         checkpoint.write_text(folder.path / ".writable", "")
         (folder.path / ".writable").unlink()
+        if not folder.try_lock():
+            raise ValueError("another process is training in it; wait for it, or stop it first")
     return folder
+
+
+def _check_unfinished(folder: RunDir, position: Position, config: Config) -> None:
+    if position.epoch == config.epochs and folder.result.exists():
+        raise Finished(f"{folder.path} is finished: its figures are in {folder.result}")
+
+
+def _begin(folder: RunDir, config: Config, settings: dict[str, Any], screen: Screen, step: int) -> Monitor:
+    """Write what the run is, and set aside what a run resumed at `step` is about to do again."""
+    with as_user_error(f"run folder {folder.path}"):
+        checkpoint.set_aside(folder.checkpoints, step)
+        folder.result.unlink(missing_ok=True)
+        folder.write_config(config, settings)
+        return Monitor(folder, screen, step)
 
 
 def _train_loader(config: Config, device: torch.device) -> tuple[ImageArrays, DaliArrayLoader]:

@@ -79,6 +79,8 @@ def read_info(folder: Path) -> dict[str, Any]:
 def read(folder: Path, name: str) -> Any:
     """One file's content on the CPU, after read_info's check. Raises CheckpointError."""
     read_info(folder)
+    if name not in _manifest(folder)["sha256"]:
+        raise CheckpointError(f"{folder} holds no {name} that its {MANIFEST} vouches for")
     try:
         return torch.load(folder / name, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as error:
@@ -104,6 +106,15 @@ def newest_whole(folder: Path) -> Path | None:
 
 def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:09d}"
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the training states after `step`, which a run resumed from there is about to replace."""
+    for path in training_checkpoints(folder):
+        if path > step_folder(folder, step):
+            aside = path.with_name(f"superseded-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def remove_old(folder: Path, keep: int) -> None:

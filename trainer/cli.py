@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import EnvironmentLacks, Failure, UserError, as_user_error
+from trainer.errors import EnvironmentLacks, Failure, as_user_error
 
 
 def train(options: argparse.Namespace) -> int:
@@ -20,44 +16,9 @@ def train(options: argparse.Namespace) -> int:
 
     load_config(options.config, options.overrides)
 
-    from trainer.ranks import choose_accelerator, free_port
+    from trainer.launch import launch
 
-    choose_accelerator()
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
-    command += ["--log_level", "critical"]
-    if options.devices is not None:
-        command += ["--num_gpus", str(options.devices)]
-    command += ["--module", "trainer.train", options.config, *options.overrides]
-    return _launch(command)
-
-
-def _launch(command: list[str]) -> int:
-    """Run the launcher in a process group of its own; a signal to us goes to all of it, and we wait for its
-    end."""
-    received: list[int] = []
-    process = subprocess.Popen(command, start_new_session=True)
-
-    def forward(number: int, _: Any) -> None:
-        received.append(number)
-        try:
-            os.killpg(process.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    code = process.wait()
-    while received and _alive(process.pid):
-        time.sleep(0.1)
-    return 128 + received[0] if received else code
-
-
-def _alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return launch(["trainer.train", options.config, *options.overrides], options.devices)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -69,6 +30,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from trainer.build import build_test_loader
     from trainer.classifier import Classifier
     from trainer.config import parse_config
+    from trainer.engine import precision
     from trainer.evaluate import evaluate as measure
     from trainer.export import load_model
     from trainer.recipes import override
@@ -86,10 +48,12 @@ def evaluate(options: argparse.Namespace) -> int:
             model, info = load_model(folder)
         content = info["config"]
         override(content, options.overrides)
-        loader = build_test_loader(parse_config(content, str(folder)).data, device)
-        description = info["model"]
-        classifier = Classifier(model, description["mean"], description["std"]).to(device)
-        metrics = measure(classifier, loader, device)
+        config = parse_config(content, str(folder))
+        loader = build_test_loader(config.data, device)
+        classifier = Classifier(model, info["model"]["mean"], info["model"]["std"]).to(device)
+        dtype = precision(config, device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # as in training
+            metrics = measure(classifier, loader, device)
         weights = [weight for weight in model.parameters() if weight.dim() > 1]
         zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(
             weight.numel() for weight in weights
@@ -151,23 +115,19 @@ def report(options: argparse.Namespace) -> int:
 
 def doctor(options: argparse.Namespace) -> int:
     """What this machine has for training, and what is missing."""
-    import shutil
-
-    from trainer.run_dir import environment
+    from trainer.environment import environment
 
     found = environment()
     for key in ("python", "platform", "cpu", "cpu_cores", "gpus", "cuda"):
-        print(f"{key:12} {found[key]}")
-    missing = []
+        print(f"{key:22} {found[key]}")
     for package, version in found["packages"].items():
         print(f"{package:22} {version or 'missing'}")
-        if version is None and package != "acdc-train":
-            missing.append(package)
-    compiler = next(
-        filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))), None
-    )
-    print(f"{'C++ compiler':22} {compiler or 'missing: models run uncompiled on the CPU'}")
-    if missing:
+    if found["packages"]["torch"] is not None:
+        from trainer.engine import missing_for_compilation
+
+        lacking = missing_for_compilation("cuda" if found["gpus"] else "cpu")
+        print(f"{'torch.compile':22} {f'lacks {lacking}: models run uncompiled' if lacking else 'works'}")
+    if missing := [package for package, version in found["packages"].items() if version is None]:
         raise EnvironmentLacks(f"missing packages: {', '.join(missing)}; pip install {' '.join(missing)}")
     return 0
 
@@ -213,12 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]  # overrides may follow options
     try:
-        if getattr(options, "devices", None) is not None and options.devices < 1:
-            raise UserError(f"--devices {options.devices}: 1 or more")
         return options.function(options)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return failure.exit_code
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; make setup installs what is needed, acdc doctor lists it", file=sys.stderr)
+        return EnvironmentLacks.exit_code
 
 
 if __name__ == "__main__":

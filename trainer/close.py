@@ -40,7 +40,7 @@ def introduce(trainer: Trainer) -> None:
         trainer.monitor.screen.say(line)
 
 
-def close(trainer: Trainer) -> None:
+def conclude(trainer: Trainer) -> None:
     """Write result.json and report.html, show the closing table."""
     if not trainer.monitor:
         return

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from sparsity.gradual import CubicSparsity
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, Rule, UniformMagnitude
 from sparsity.schedule import PhaseSchedule
 from trainer.errors import UserError
@@ -56,6 +57,13 @@ class ModelConfig(Section):
     arguments: dict[str, Scalar] = Field(
         default={}, description="what the model takes besides: depth, width, ..."
     )
+
+    @field_validator("arguments")
+    @classmethod
+    def _the_rest_is_known(cls, arguments: dict[str, Scalar]) -> dict[str, Scalar]:
+        for taken in sorted({"name", "num_classes", "in_channels"} & arguments.keys()):
+            raise ValueError(f"{taken} follows from the rest of the recipe; leave it out")
+        return arguments
 
 
 class DataConfig(Section):
@@ -105,8 +113,14 @@ class LRConfig(Section):
         return self
 
 
+class GradualConfig(Section):
+    initial: float = Field(default=0.05, ge=0, lt=1, description="sparsity at the sparse phase's first epoch")
+    end: int = Field(ge=1, description="epoch at which the cubic law reaches the target")
+    every: int = Field(default=1, ge=1, description="epochs between compressions")
+
+
 class SparsityConfig(Section):
-    pattern: str = Field(description="global, uniform, or N:M such as 2:4")
+    pattern: str = Field(default="global", description="global, uniform, or N:M such as 2:4")
     target: float | None = Field(
         default=None, ge=0, lt=1, description="share of weights to drop; N:M needs none"
     )
@@ -116,6 +130,7 @@ class SparsityConfig(Section):
     include: list[str] = Field(default=["*"], description="patterns over layer names: which to prune")
     exclude: list[str] = Field(default=[], description="patterns over layer names: which to leave dense")
     rule: Rule = Field(default="exact", description="how many weights stay: see sparsity.patterns")
+    gradual: GradualConfig | None = Field(default=None, description="gradual magnitude pruning, not AC/DC")
 
     @field_validator("schedule")
     @classmethod
@@ -126,9 +141,12 @@ class SparsityConfig(Section):
     @model_validator(mode="after")
     def _pattern_and_target(self) -> SparsityConfig:
         self.build_pattern()
+        self.build_gradual()
         return self
 
     def build_pattern(self) -> Pattern:
+        if not self.build_schedule().compressions:
+            return GlobalMagnitude(0)
         if match := _NM.fullmatch(self.pattern):
             if self.target is not None:
                 raise ValueError(f"pattern {self.pattern} has its sparsity in itself; leave target out")
@@ -145,6 +163,14 @@ class SparsityConfig(Section):
 
     def build_schedule(self) -> PhaseSchedule:
         return PhaseSchedule.parse(self.schedule)
+
+    def build_gradual(self) -> CubicSparsity | None:
+        if self.gradual is None:
+            return None
+        starts, final = self.build_schedule().compressions, self.target
+        if final is None or not starts:
+            raise ValueError("gradual pruning needs a target and a schedule with a sparse phase")
+        return CubicSparsity(self.gradual.initial, final, starts[0], self.gradual.end, self.gradual.every)
 
 
 class EngineConfig(Section):
@@ -183,7 +209,7 @@ class Config(Section):
     resume: str | None = Field(
         default=None, description="a run folder or a checkpoint in it, or auto: the newest run"
     )
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, le=2**63 - 1)
     epochs: int = Field(ge=1)
     model: ModelConfig
     data: DataConfig

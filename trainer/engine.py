@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from data.places import data_home
 from trainer import ranks
 from trainer.config import Config
 from trainer.errors import UserError
@@ -47,6 +47,10 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
             raise UserError(f"engine.deepspeed {path}: {error}") from error
         if not isinstance(theirs, dict):
             raise UserError(f"engine.deepspeed {path}: a DeepSpeed configuration is a JSON object")
+        if ours := [key for key in ("optimizer", "scheduler") if key in theirs]:
+            raise UserError(
+                f"engine.deepspeed {path}: {' and '.join(ours)} belong to the recipe, leave them out"
+            )
         _merge(generated, theirs, str(path), "")
     return generated
 
@@ -80,14 +84,23 @@ def build_engine(
 ) -> Any:
     """The engine, ready to train. settings: as deepspeed_config makes them."""
     deepspeed = ranks.import_deepspeed()
-    engine, *_ = deepspeed.initialize(
-        model=module.to(device), optimizer=optimizer, config=copy.deepcopy(settings)
-    )
+    module.to(device)
+    try:
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=copy.deepcopy(settings))
+    except (ValueError, TypeError, AssertionError) as error:
+        if config.engine.deepspeed is None:
+            raise
+        raise UserError(f"engine.deepspeed {config.engine.deepspeed}: {error}") from error
+    if not isinstance(
+        clipping := engine.gradient_clipping(), int | float
+    ):  # DeepSpeed finds out at the first step
+        raise UserError(
+            f"engine.deepspeed {config.engine.deepspeed}: gradient_clipping {clipping!r} is no number"
+        )
     if config.engine.zero_stage == 0:
         # Not earlier: initialize() refuses such weights. Not for ZeRO-1/2: its flat masters undo it.
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if should_compile(config, device):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(data_home() / "compiled"))
         if device.type == "cuda":
             # torch 2.13 loses channels_last in some backward graphs (pytorch#189239)
             torch._inductor.config.force_layout_optimization = True
@@ -99,12 +112,21 @@ def build_engine(
 def should_compile(config: Config, device: torch.device) -> bool:
     if config.engine.compile != "auto":
         return config.engine.compile
-    if device.type == "cpu" and not any(
-        map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))
-    ):
-        log.warning("no C++ compiler found: the model runs uncompiled, slower; install g++ to change that")
-        return False
-    return True
+    lacking = missing_for_compilation(device.type)
+    if lacking is not None:
+        log.warning("no %s found: the model runs uncompiled, slower", lacking)
+    return lacking is None
+
+
+def missing_for_compilation(device_type: str) -> str | None:
+    """What torch.compile would miss on this machine, or None: it builds C++ for a CPU, C launchers for a
+    GPU."""
+    variable, *known = ("CXX", "g++", "clang++") if device_type == "cpu" else ("CC", "gcc", "cc", "clang")
+    if not any(map(shutil.which, filter(None, (os.environ.get(variable), *known)))):
+        return f"C++ compiler ({known[0]})" if device_type == "cpu" else f"C compiler ({known[0]})"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python header files (python3-dev)"
+    return None
 
 
 def num_graphs() -> int:

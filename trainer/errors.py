@@ -30,6 +30,12 @@ class Diverged(Failure):
     exit_code = 4
 
 
+class Finished(Failure):
+    """There is nothing left to do."""
+
+    exit_code = 0
+
+
 class Stopped(Failure):
     """Asked to stop by a signal, after a checkpoint was saved: 128 + the signal's number, as shells count."""
 

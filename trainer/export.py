@@ -19,7 +19,7 @@ MASK = ".mask"
 
 def describe_model(config: Config, train: ImageArrays) -> dict[str, Any]:
     """What it takes to build the model again and to feed it, in plain values."""
-    arguments = {"in_channels": train.shape[0], **config.model.arguments}
+    arguments = {**config.model.arguments, "in_channels": train.shape[0]}
     return {
         "name": config.model.name,
         "num_classes": train.num_classes,
@@ -47,6 +47,8 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises trainer.checkpoint.CheckpointError when it is neither or damaged.
     """
     info = checkpoint.read_info(folder)
+    if not {"model", "config"} <= info.keys():
+        raise checkpoint.CheckpointError(f"{folder} does not say which model it holds")
     if (folder / checkpoint.MODEL).exists():
         state = checkpoint.read(folder, checkpoint.MODEL)
     else:

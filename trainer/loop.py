@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data.loader import Batch, Loader
-from sparsity import ACDC, ModelFlops, Phase, Sparsity, measure
+from sparsity import ACDC, ModelFlops, Sparsity, measure
 from trainer import checkpoint, ranks
 from trainer.clock import Clock
 from trainer.config import Config, duration_steps
@@ -31,6 +31,8 @@ from trainer.optim import learning_rate, set_learning_rate
 from trainer.run_dir import DENSE_TWIN, SPARSE, RunDir
 from trainer.signals import StopRequest
 from trainer.state import Position, capture
+
+ASK_SECONDS = 3.0  # between ranks' questions whether one of them was told to stop
 
 
 class Trainer:
@@ -67,8 +69,10 @@ class Trainer:
         self.graphs_at_first: int | None = None  # compiled by the end of this process's first epoch
         self._clock = Clock()
         self._rates: dict[str, float] = {}
-        self._sparsity: tuple[Phase, Sparsity] | None = None
+        self._sparsity: tuple[int, Sparsity] | None = None
         self._stop_request = StopRequest()
+        self._ask_steps = self._until_asked = 1
+        self._asked_at = time.monotonic()
         self._began = time.monotonic() - position.seconds
 
     def fit(self) -> None:
@@ -76,8 +80,10 @@ class Trainer:
         with self._stop_request:
             for epoch in range(self.position.epoch, self.config.epochs):
                 trained = self.train_epoch(epoch)
-                ranks.average_buffers(self.engine.module)
+                ranks.average_buffers(self.acdc.model)
                 tested = evaluate(self.engine, self.test_loader, self.device, epoch)
+                self.check_finite(tested.loss, epoch)
+                self.check_weights(epoch)
                 self.record_epoch(epoch, trained, tested)
                 self.save_pair(epoch, tested)
                 last = epoch + 1 == self.config.epochs
@@ -109,8 +115,9 @@ class Trainer:
             logging = position.step % self.log_steps == 0
             if logging:
                 self.log_step(epoch, totals)
-            stopping = (logging or ranks.world_size() == 1) and self.should_stop()
+            stopping = self.should_stop()
             if stopping or self.acdc.step % self.checkpoint_steps == 0:
+                self.check_weights(epoch)
                 position.totals = totals.tolist()
                 self.save_checkpoint()
             if stopping:
@@ -150,7 +157,7 @@ class Trainer:
         if self.graphs_at_first is None:
             self.graphs_at_first = num_graphs()
         if self.monitor:
-            compressed = epoch in self.acdc.schedule.compressions
+            compressed = self.acdc.actions.get(epoch) is not None
             record = {
                 "epoch": epoch,
                 "step": self.acdc.step,
@@ -212,10 +219,10 @@ class Trainer:
         }
 
     def sparsity(self) -> Sparsity:
-        """Counted once a phase: masks change only at phase switches."""
-        phase = self.acdc.phase
-        if self._sparsity is None or self._sparsity[0] != phase:
-            self._sparsity = (phase, measure(self.acdc.model, self.acdc.masks()))
+        """Counted once an epoch: masks change only as an epoch begins."""
+        epoch = (self.acdc.step - 1) // self.steps_per_epoch
+        if self._sparsity is None or self._sparsity[0] != epoch:
+            self._sparsity = (epoch, measure(self.acdc.model, self.acdc.masks()))
         return self._sparsity[1]
 
     def check_finite(self, loss: float, epoch: int) -> None:
@@ -229,8 +236,36 @@ class Trainer:
             f"(lr.warmup_epochs={self.config.lr.warmup_epochs}) helps most often"
         )
 
+    def check_weights(self, epoch: int) -> None:
+        """A checkpoint with weights that are not finite would be no good one."""
+        floats = [value for value in self.acdc.model.state_dict().values() if value.is_floating_point()]
+        finite = torch.stack([value.isfinite().all() for value in floats]).all()
+        if ranks.any_rank(not bool(finite), self.device):
+            self.check_finite(float("nan"), epoch)
+
     def should_stop(self) -> bool:
-        return ranks.any_rank(self._stop_request.number != 0, self.device)
+        """Whether a signal came to any rank. Several ranks ask each other every few seconds, all after the
+        same step: the launcher kills half a minute after its signal."""
+        asked = self._stop_request.number != 0
+        if ranks.world_size() == 1:
+            return asked
+        self._until_asked -= 1
+        if self._until_asked > 0:
+            return False
+        now = time.monotonic()
+        pace = (now - self._asked_at) / self._ask_steps
+        answers = ranks.sum_over_ranks(torch.tensor([float(asked), pace], device=self.device)).tolist()
+        self._ask_steps = self._until_asked = max(
+            1, int(ASK_SECONDS * ranks.world_size() / max(answers[1], 1e-6))
+        )
+        self._asked_at = now
+        return answers[0] > 0
+
+    def close(self) -> None:
+        """Let go of the run's files."""
+        if self.monitor:
+            self.monitor.close()
+        self.run_dir.release()
 
     def stop(self) -> None:
         folder = self.run_dir.path

@@ -34,11 +34,11 @@ class Monitor:
     def __init__(self, run_dir: RunDir, screen: Screen, start_step: int) -> None:
         self.screen = screen
         kept = [record for record in run_dir.read_metrics() if record["step"] <= start_step]
-        write_text(run_dir.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = run_dir.metrics.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(
             str(run_dir.tensorboard), purge_step=start_step + 1 if kept else None
         )
+        write_text(run_dir.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = run_dir.metrics.open("a", encoding="utf-8")
 
     def step(self, record: dict[str, Any]) -> None:
         """A record read within an epoch: kind, epoch, step, phase, lr, loss, images_per_second, data_wait."""

@@ -6,12 +6,16 @@ import atexit
 import os
 import socket
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from trainer.errors import EnvironmentLacks
+from data.places import data_home
+from trainer.errors import EnvironmentLacks, Failure
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -44,7 +48,13 @@ def start() -> torch.device:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    _keep_compiled_graphs()
     if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise EnvironmentLacks(
+                f"this machine shows {torch.cuda.device_count()} GPUs, too few for device {local_rank()}; "
+                "ask for fewer with --devices (with deepspeed: --num_gpus)"
+            )
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     else:
@@ -55,6 +65,18 @@ def start() -> torch.device:
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
         atexit.register(dist.destroy_process_group)
     return device
+
+
+def _keep_compiled_graphs() -> None:
+    """Let torch.compile keep its results beside the data sets, where a restart finds them; /tmp does not
+    last."""
+    folder = data_home() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def choose_accelerator() -> None:
@@ -95,12 +117,18 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
 
 
-def from_main(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
+def on_main(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0; its value on every rank, and so a Failure that it raises."""
+    box: list[Any] = [None, None]
+    if is_main():
+        try:
+            box[0] = function()
+        except Failure as failure:
+            box[1] = failure
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 

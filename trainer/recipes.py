@@ -21,7 +21,9 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's own name
         first: [
-            (tag, pattern) for tag, pattern in resolvers if tag.split(":")[-1] not in ("bool", "int", "float")
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag.split(":")[-1] not in ("bool", "int", "float", "timestamp")
         ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -29,6 +31,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -43,7 +47,7 @@ class _Loader(yaml.SafeLoader):
 
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?\d[\d_]*", "-+0123456789"),
+    ("int", r"[-+]?\d+(_\d+)*", "-+0123456789"),
     (
         "float",
         r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
@@ -54,12 +58,27 @@ for _tag, _pattern, _first in (
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.decimal)
 
 
+def _parse(text: str) -> Any:
+    """Raises ValueError for whatever PyYAML makes of text that it cannot read."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
 def find_recipe(name: str) -> Path:
     """A recipe's path from its name under configs/ ("quickstart") or from a path. Raises UserError."""
     for candidate in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
-        if candidate.is_file():
+        if _is_file(candidate):
             return candidate
-    known = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
+    known = recipe_names()
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(
@@ -67,17 +86,44 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError naming file and line."""
+def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, over that of its `base` (a path beside it). Raises UserError naming file
+    and line.
+
+    below: the files that named this one as their base.
+    """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = _parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path}: a recipe is a mapping of keys to values, this is a {type(content).__name__}"
         )
-    return content
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise UserError(f"{path}: base {base!r} is no file beside it")
+    chain = (*below, path.resolve())
+    if (path.parent / base).resolve() in chain:
+        raise UserError(f"{path}: base {base!r} leads back to itself")
+    return _merge(read_recipe(path.parent / base, chain), content)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `under`, section by section; lists and values are replaced."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def recipe_names() -> list[str]:
+    """The recipes under configs/, without the bases, whose names begin with an underscore."""
+    paths = (path.relative_to(RECIPES).with_suffix("") for path in RECIPES.rglob("*.yaml"))
+    return sorted(path.as_posix() for path in paths if not path.name.startswith("_"))
 
 
 def override(content: dict[str, Any], assignments: Iterable[str]) -> None:
@@ -87,8 +133,8 @@ def override(content: dict[str, Any], assignments: Iterable[str]) -> None:
         if not equals or not key:
             raise UserError(f"{assignment!r} is no override; write key=value, e.g. optimizer.lr=0.1")
         try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
+            value = _parse(text)
+        except ValueError as error:
             raise UserError(f"the value of {assignment!r} cannot be read: {error}") from error
         *parents, last = key.split(".")
         section = content

@@ -12,24 +12,19 @@ runs/<name>/<time>/  config.yaml     the resolved configuration
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch
 import yaml
 
 from trainer.checkpoint import newest_whole, write_text
 from trainer.config import Config
+from trainer.environment import environment
 from trainer.errors import UserError
 
-PACKAGES = ("acdc-train", "torch", "torchvision", "deepspeed", "nvidia-dali-cuda130", "numpy", "tensorboard")
 DENSE_TWIN, SPARSE = "dense_twin", "sparse"
 
 
@@ -41,6 +36,25 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
         self.report = path / "report.html"
+        self._lock: IO[str] | None = None
+
+    def try_lock(self) -> bool:
+        """Keep other processes from training here, until release() or this process's end. False if one is."""
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_lock": None}  # what other ranks get: the first alone holds the lock
 
     def write_config(self, config: Config, deepspeed: dict[str, Any]) -> None:
         write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -59,6 +73,17 @@ class RunDir:
             except ValueError:
                 continue
         return lines
+
+
+def _is_free(path: Path) -> bool:
+    """Whether no process is training in the run folder."""
+    run = RunDir(path)
+    try:
+        return run.try_lock()
+    except OSError:
+        return False
+    finally:
+        run.release()
 
 
 def create(config: Config) -> RunDir:
@@ -87,7 +112,8 @@ def find_resumed(config: Config) -> tuple[RunDir, Path] | None:
     path = Path(config.resume).expanduser()
     if config.resume == "auto":
         states = sorted((Path(config.run_root).expanduser() / config.name).glob("*/checkpoints/step-*"))
-        unfinished = [run for state in states if not (RunDir(run := state.parent.parent)).result.exists()]
+        runs = sorted({state.parent.parent for state in states})
+        unfinished = [run for run in runs if not RunDir(run).result.exists() and _is_free(run)]
         if not unfinished:
             return None
         path = unfinished[-1]
@@ -97,52 +123,3 @@ def find_resumed(config: Config) -> tuple[RunDir, Path] | None:
     if state is None:
         raise UserError(f"resume {config.resume}: no whole training checkpoint in {path / 'checkpoints'}")
     return RunDir(path), state
-
-
-def environment() -> dict[str, Any]:
-    """Versions, hardware, revision and command of this process."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "cuda": torch.version.cuda,
-        "gpus": gpus,
-        "cpu": _cpu(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "revision": _revision(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
-def _revision() -> str | None:
-    """The git revision of the code, with "+changes" where the tree differs from it; None outside a
-    checkout."""
-    here = Path(__file__).resolve().parent.parent
-    try:
-        revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        changes = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return revision.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

@@ -2,8 +2,8 @@
 
 The state does not depend on the ZeRO stage: master weights and momentum are stored whole, by parameter name.
 It hardly depends on the number of ranks: only what is a rank's own (random generators, its BatchNorm
-statistics within an epoch, its share of the epoch's counts) is stored per rank, and merged when their number
-changes.
+statistics within an epoch, its share of the epoch's counts) is stored per rank. When their number changes,
+statistics are averaged, counts added up, and random generators begin afresh.
 """
 
 from __future__ import annotations
@@ -72,8 +72,16 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader) -
         position.totals = mine["totals"]
         model.load_state_dict(mine["buffers"], strict=False)
         _set_random_states(mine["rng"])
-    elif ranks.is_main():
-        position.totals = [sum(column) for column in zip(*(r["totals"] for r in state["ranks"]), strict=True)]
+    else:
+        parts = state["ranks"]
+        statistics = {
+            name: sum(part["buffers"][name] for part in parts) / len(parts) for name in parts[0]["buffers"]
+        }
+        model.load_state_dict(statistics, strict=False)
+        if ranks.is_main():
+            position.totals = [
+                sum(column) for column in zip(*(part["totals"] for part in parts), strict=True)
+            ]
     return position
 
 

@@ -29,10 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     except Failure as failure:
         if not main_rank:
             time.sleep(5)  # the launcher ends all ranks when one ends: let the first speak
-        print(f"error: {failure}", file=sys.stderr, flush=True)
+        print(f"error: {failure}" if failure.exit_code else failure, file=sys.stderr, flush=True)
         return failure.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        if not main_rank:
+            time.sleep(5)  # most likely rank 0 failed first and left the collective: its message is the one
+        raise
     return 0
 
 
@@ -44,19 +48,18 @@ def train(recipe: str, overrides: list[str]) -> None:
 
     from trainer import ranks
     from trainer.build import build_trainer
-    from trainer.close import close, introduce
+    from trainer.close import conclude, introduce
 
     trainer = build_trainer(config, ranks.start())
     introduce(trainer)
     try:
         trainer.fit()
-        close(trainer)
+        conclude(trainer)
     except OSError as error:  # a full disk, a lost mount: what was saved before is whole
         folder = trainer.run_dir.path
         raise EnvironmentLacks(f"{error}; once that is mended, go on with resume={folder}") from error
     finally:
-        if trainer.monitor:
-            trainer.monitor.close()
+        trainer.close()
 
 
 if __name__ == "__main__":

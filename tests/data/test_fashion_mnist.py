@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,21 @@ def test_missing_and_damaged_sets_are_named(tmp_path):
     (tmp_path / fashion_mnist.ARCHIVE).write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(ValueError, match="not a whole Fashion-MNIST archive"):
         fashion_mnist.load(tmp_path, "train")
+
+
+def test_every_flipped_bit_of_an_archive_is_told_or_harmless(tiny_data, tmp_path):
+    stored = fashion_mnist.prepare(tiny_data, tmp_path)
+    whole, generator = stored.read_bytes(), random.Random(0)
+    right = fashion_mnist.load(stored.parent, "train").images
+    for _ in range(200):
+        content = bytearray(whole)
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        stored.write_bytes(content)
+        try:
+            images = fashion_mnist.load(stored.parent, "train").images
+        except ValueError as error:
+            images = right if str(stored) in str(error) else right[:0]
+        assert np.array_equal(images, right)
 
 
 def test_a_failed_preparation_leaves_what_was_there(tiny_data, tmp_path):

@@ -1,5 +1,7 @@
 import copy
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,26 +40,33 @@ def one_step(net, optimizer, number):
     optimizer.zero_grad()
 
 
-def test_the_readmes_loop():
-    """The example of the README, to the letter but for the model and the data."""
-    model, loss_fn = make_net(), nn.functional.cross_entropy
-    model = nn.ModuleDict({"net": model, "downsample": nn.Sequential(nn.Conv2d(1, 1, 1))})
-    model.forward = lambda x: model["net"](model["downsample"](x))
-    optimizer = sgd(model)
-    loader = [(torch.randn(6, 1, 8, 8), torch.randint(0, 10, (6,))) for _ in range(3)]
+class Stages(nn.Module):
+    """With a layer named as the README's example excludes it."""
 
-    schedule = PhaseSchedule.parse("dense 2, (sparse 2, dense 2) x2, sparse 4")  # units: epochs
-    acdc = ACDC(model, GlobalMagnitude(0.9), schedule, steps_per_epoch=len(loader), exclude=["*downsample.0"])
-    acdc.attach(optimizer)
-    for epoch in range(schedule.num_epochs):
-        for x, y in loader:
-            acdc.before_step()
-            loss_fn(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        sparse = schedule.phase_at(epoch).kind == "sparse"
-        assert measure(model, acdc.masks()).overall == pytest.approx(0.9 if sparse else 0, abs=1e-3)
-    assert list(acdc.masks()) == ["net.0", "net.4"]
+    def __init__(self):
+        super().__init__()
+        self.layer1 = nn.Sequential(make_net())
+        self.layer2 = nn.ModuleDict({"downsample": nn.Sequential(nn.Conv2d(1, 1, 1))})
+
+    def forward(self, x):
+        return self.layer1(self.layer2["downsample"](x))
+
+
+def test_the_readmes_example_runs_as_it_stands():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    model = Stages()
+    names = {
+        "model": model,
+        "optimizer": sgd(model),
+        "loss_fn": nn.functional.cross_entropy,
+        "loader": [(torch.randn(6, 1, 8, 8), torch.randint(0, 10, (6,))) for _ in range(3)],
+    }
+    exec(example, names)
+    acdc = names["acdc"]
+    assert list(acdc.masks()) == ["layer1.0.0", "layer1.0.4"]
+    assert acdc.step == 3 * 14
+    assert measure(model, acdc.masks()).overall == pytest.approx(0.9, abs=1e-3)
     assert num_leaked(acdc.weights(), acdc.masks()) == 0
 
 

@@ -29,8 +29,7 @@ def main(out: Path, recipe: str, overrides: list[str]) -> None:
     watch = Watch(trainer)
     trainer.fit()
     folder = trainer.run_dir.path
-    if trainer.monitor:
-        trainer.monitor.close()
+    trainer.close()
 
     copy = out / "resumed" / folder.name
     if ranks.is_main():
@@ -40,8 +39,7 @@ def main(out: Path, recipe: str, overrides: list[str]) -> None:
     resumed = build_trainer(load_config(recipe, [*overrides, f"resume={point}"]), device)
     assert resumed.acdc.step == RESUME_AT
     resumed.fit()
-    if resumed.monitor:
-        resumed.monitor.close()
+    resumed.close()
     dist.barrier()
     last = [checkpoint.step_folder(run / "checkpoints", NUM_STEPS) for run in (folder, copy)]
     assert_equal_states(*(checkpoint.read(path, checkpoint.STATE) for path in last))

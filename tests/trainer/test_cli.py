@@ -83,13 +83,13 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
 
 
 def test_doctor_tells_what_is_there_and_what_is_missing(monkeypatch, capsys):
-    from trainer import run_dir
+    from trainer import environment
 
     main(["doctor"])
     out = capsys.readouterr().out
     assert "cpu_cores" in out
     assert "torch" in out
-    found = {**run_dir.environment(), "packages": {"torch": "2.13.0", "deepspeed": None}}
-    monkeypatch.setattr(run_dir, "environment", lambda: found)
+    found = {**environment.environment(), "packages": {"torch": "2.13.0", "deepspeed": None}}
+    monkeypatch.setattr(environment, "environment", lambda: found)
     assert main(["doctor"]) == 3
     assert "missing packages: deepspeed; pip install deepspeed" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import yaml
 from sparsity import NM, GlobalMagnitude, UniformMagnitude
 from trainer.config import duration_steps, load_config
 from trainer.errors import UserError
-from trainer.recipes import RECIPES, find_recipe, read_recipe
+from trainer.recipes import RECIPES, find_recipe, read_recipe, recipe_names
 
 QUICKSTART = "quickstart"
 
@@ -16,10 +16,10 @@ def failure(*overrides: str, recipe: str = QUICKSTART) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("recipe", sorted(str(p.relative_to(RECIPES)) for p in RECIPES.rglob("*.yaml")))
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_loads_and_says_what_it_should_reach(recipe):
     assert load_config(recipe).epochs > 0
-    header = [line for line in (RECIPES / recipe).read_text().splitlines() if line.startswith("#")]
+    header = [line for line in find_recipe(recipe).read_text().splitlines() if line.startswith("#")]
     for word in ("Paper:", "Ours:", "Hardware:", "Command:"):
         assert any(word in line for line in header), word
 
@@ -92,6 +92,12 @@ def test_resolved_configuration_loads_again(tmp_path):
         ("epochs.more=1", "'epochs' holds 12, which has no keys below it"),
         ("epochs", "'epochs' is no override; write key=value"),
         ("epochs=[1", "the value of 'epochs=[1' cannot be read"),
+        ("seed=1__0", "seed: should be a valid integer, not '1__0'"),
+        ("seed=36893488147419103232", "seed: should be less than or equal to"),
+        ("data.root={{ROOT}}", "cannot be read"),
+        ("seed=!!int x", "cannot be read"),
+        ("epochs=2026-13-45", "epochs: should be a valid integer, not '2026-13-45'"),
+        ("model.arguments.num_classes=5", "model.arguments: num_classes follows from the rest of the recipe"),
     ],
 )
 def test_mistakes_are_named_with_what_is_allowed(override, expected):
@@ -107,6 +113,7 @@ def test_all_mistakes_are_told_at_once():
 def test_unknown_recipes_name_the_nearest():
     assert "no recipe 'quickstrat'" in failure(recipe="quickstrat")
     assert "did you mean 'quickstart'?" in failure(recipe="quickstrat")
+    assert "no recipe 'xxx" in failure(recipe="x" * 300)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +130,20 @@ def test_files_that_are_no_recipes(tmp_path, text, expected):
     message = failure(recipe=str(path))
     assert expected in message
     assert str(path) in message
+
+
+def test_recipes_build_on_a_base(tmp_path):
+    (tmp_path / "_base.yaml").write_text((RECIPES / "quickstart.yaml").read_text())
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: _base.yaml\nsparsity: {target: 0.5}\noptimizer: {lr: 0.2}\n")
+    mine, base = load_config(str(recipe)), load_config(QUICKSTART)
+    assert mine.name == "mine"
+    assert mine.sparsity == base.sparsity.model_copy(update={"target": 0.5})
+    assert mine.optimizer == base.optimizer.model_copy(update={"lr": 0.2})
+    (tmp_path / "_base.yaml").write_text("base: mine.yaml\n")
+    assert "leads back to itself" in failure(recipe=str(recipe))
+    recipe.write_text("base: nothing.yaml\n")
+    assert "base 'nothing.yaml' is no file beside it" in failure(recipe=str(recipe))
 
 
 def test_yaml_without_its_traps(tmp_path):

@@ -60,7 +60,7 @@ def test_keys_of_the_published_checkpoints_fit(recorded, ours, classes, golden):
         masks, plain = split_state({key: torch.empty(shape) for key, shape in keys.items()})
         model = get_model(ours, classes)
     assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    acdc = ACDC(model, GlobalMagnitude(0.9), PhaseSchedule.parse("dense 1"), 1)
+    acdc = ACDC(model, GlobalMagnitude(0.9), PhaseSchedule.parse("sparse 1"), 1)
     assert set(masks) == set(acdc.masks())
 
 

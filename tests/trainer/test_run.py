@@ -135,7 +135,7 @@ def test_resumed_anywhere_equals_uninterrupted(finished, tiny_data, tmp_path, st
     ) as stop:
         trainer.fit()
     assert stop.value.exit_code == 143
-    trainer.monitor.close()
+    trainer.close()
     run = newest_run(tmp_path)
     assert main(tiny(tiny_data, tmp_path, "resume=auto")) == 0
     assert newest_run(tmp_path) == run
@@ -159,27 +159,66 @@ def test_resuming_passes_over_a_damaged_checkpoint(finished, tiny_data, tmp_path
     assert_equal_states(final_state(run), final_state(finished))
 
 
-def test_a_finished_run_is_left_alone(finished, tiny_data, tmp_path):
-    """resume=auto starts a new run; naming the finished run only shows its result again."""
-    before = final_state(finished)
+def test_a_finished_run_is_left_alone(finished, tiny_data, tmp_path, capsys):
+    """Naming it says that it is finished and changes nothing; resume=auto starts a new run."""
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
     assert main(tiny(tiny_data, finished.parent.parent, f"resume={finished}")) == 0
-    assert_equal_states(final_state(finished), before)
+    assert f"{finished} is finished: its figures are in " in capsys.readouterr().err
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert {path: time for path, time in after.items() if path in before and time != before[path]} == {}
+    shutil.copytree(finished, tmp_path / "quickstart" / finished.name)
+    dense = ["epochs=1", "sparsity.schedule=dense 1", "lr.warmup_epochs=0"]
+    assert main(tiny(tiny_data, tmp_path, "resume=auto", *dense)) == 0
+    assert len(list((tmp_path / "quickstart").iterdir())) == 2
+
+
+def test_a_finished_training_without_its_result_gets_one(finished, tiny_data, tmp_path):
+    """Killed between the last checkpoint and result.json."""
     run = tmp_path / "quickstart" / finished.name
     shutil.copytree(finished, run)
-    assert (
-        main(
-            tiny(
-                tiny_data,
-                tmp_path,
-                "resume=auto",
-                "epochs=1",
-                "sparsity.schedule=dense 1",
-                "lr.warmup_epochs=0",
-            )
-        )
-        == 0
-    )
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()
+    assert main(tiny(tiny_data, tmp_path, "resume=auto")) == 0
+    again = json.loads((run / "result.json").read_text())
+    assert {key: again[key] for key in ("dense_twin", "sparse", "flops")} == {
+        key: result[key] for key in ("dense_twin", "sparse", "flops")
+    }
+
+
+def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(tiny_data, tmp_path):
+    """A finished run, gone on with from step 30 and stopped at 35: 35 is what a further resume finds."""
+    run = run_here(tiny_data, tmp_path, "checkpoint.keep=4")
+    state = final_state(run)
+    point = checkpoint.step_folder(run / "checkpoints", 30)
+    config = load_config("quickstart", tiny(tiny_data, tmp_path, f"resume={point}", "checkpoint.keep=4")[1:])
+    trainer = build_trainer(config, start())
+    trainer.acdc.before_step = StopAfter(trainer, 35)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    trainer.close()
+    steps = [path.name for path in checkpoint.training_checkpoints(run / "checkpoints")]
+    assert steps[-2:] == ["step-000000030", "step-000000035"]
+    assert not (run / "result.json").exists()
+    assert (run / "checkpoints" / "superseded-step-000000060").is_dir()
+    assert main(tiny(tiny_data, tmp_path, "resume=auto", "checkpoint.keep=4")) == 0
+    assert newest_run(tmp_path) == run
+    assert_equal_states(final_state(run), state)
+
+
+def test_a_run_in_progress_is_not_resumed_by_a_second_process(tiny_data, tmp_path, capsys):
+    trainer = build_trainer(load_config("quickstart", tiny(tiny_data, tmp_path)[1:]), start())
+    trainer.acdc.before_step = StopAfter(trainer, 11)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    run = newest_run(tmp_path)  # not closed: its lock is held
+    assert main(tiny(tiny_data, tmp_path, f"resume={run}")) == 2
+    assert "another process is training in it" in capsys.readouterr().err
+    dense = ["epochs=1", "sparsity.schedule=dense 1", "lr.warmup_epochs=0"]
+    assert main(tiny(tiny_data, tmp_path, "resume=auto", *dense)) == 0
     assert len(list((tmp_path / "quickstart").iterdir())) == 2
+    trainer.close()
+    assert main(tiny(tiny_data, tmp_path, "resume=auto")) == 0
+    assert (run / "result.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -192,9 +231,19 @@ def test_a_finished_run_is_left_alone(finished, tiny_data, tmp_path):
             ["sparsity.pattern=2:3", "sparsity.target=null"],
             "2:3 sparsity: layer 'layer2.0.downsample.0' has 32 weights",
         ),
-        (["model.name=resnet21"], "model: unknown model 'resnet21'; One of: resnet_cifar, resnet20"),
+        (["model.name=resnet21"], "model: unknown model 'resnet21'; did you mean"),
         (["model.arguments.depth=9"], "model: depth 9: these ResNets have 6 n + 2 layers"),
         (["model.arguments.widht=4"], "unexpected keyword argument 'widht'"),
+        (
+            ["model.arguments.in_channels=3"],
+            "model.arguments: in_channels follows from the rest of the recipe",
+        ),
+        (["model.arguments.width=0"], "model: width 0"),
+        (["sparsity.gradual.end=40"], "sparsity: gradual pruning from epoch 1 needs one sparse phase"),
+        (
+            ["model.name=torchvision:resnet18", "model.arguments={}"],
+            "model: torchvision's models take 3 input",
+        ),
         (["run_root=/dev/null/runs"], "run_root /dev/null/runs: the run folder cannot be written"),
         (["resume=/nowhere"], "resume /nowhere: no whole training checkpoint in /nowhere/checkpoints"),
         (["engine.deepspeed=/nowhere.json"], "engine.deepspeed /nowhere.json: "),
@@ -240,18 +289,60 @@ def test_a_checkpoint_that_is_none(finished, tiny_data, tmp_path, capsys):
     assert f"{fake} is not a checkpoint" in capsys.readouterr().err
     assert acdc_command(["eval", str(fake)]) == 2
     assert f"{fake} is not a checkpoint" in capsys.readouterr().err
+    checkpoint.save(fake, {checkpoint.MODEL: {}}, {"model": {}})
+    assert acdc_command(["eval", str(fake)]) == 2
+    assert f"{fake} does not say which model it holds" in capsys.readouterr().err
 
 
-def test_divergence_ends_with_code_4_and_names_the_last_good_checkpoint(tiny_data, tmp_path, capsys):
-    """Two good epochs, then a learning rate that blows up."""
-    arguments = ["lr.kind=constant", "lr.warmup_epochs=0", "optimizer.momentum=0.9"]
-    first = run_here(tiny_data, tmp_path, *arguments, "checkpoint.every=20st", "checkpoint.keep=9")
-    kept = checkpoint.step_folder(first / "checkpoints", 20)
-    capsys.readouterr()
-    assert main(tiny(tiny_data, tmp_path, *arguments, f"resume={kept}", "optimizer.lr=1e30")) == 4
+def test_a_checkpoint_in_a_folder_that_is_none(finished, tiny_data, tmp_path, capsys):
+    run = tmp_path / "quickstart" / finished.name
+    shutil.copytree(finished, run)
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "tb")
+    (run / "tb").write_text("a file where TensorBoard wants a folder")
+    assert main(tiny(tiny_data, tmp_path, f"resume={run}")) == 2
+    assert f"error: run folder {run}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer.lr=1e12", "log.every=9st", "checkpoint.every=1st"],  # saved between two looks at the loss
+        [
+            "optimizer.lr=1e30",
+            "data.batch_size=320",
+            "epochs=1",
+            "sparsity.schedule=dense 1",
+        ],  # by the last step
+        ["optimizer.lr=1e30", "checkpoint.every=2ep"],
+    ],
+)
+def test_divergence_ends_with_code_4_and_only_good_checkpoints_are_kept(
+    overrides, tiny_data, tmp_path, capsys
+):
+    constant = ["lr.kind=constant", "lr.warmup_epochs=0"]
+    assert main(tiny(tiny_data, tmp_path, *constant, *overrides)) == 4
     error = capsys.readouterr().err
-    assert "error: training diverged: the loss is " in error
-    assert "the last good checkpoint is " in error
+    assert "error: training diverged: " in error
+    run = newest_run(tmp_path)
+    kept = checkpoint.training_checkpoints(run / "checkpoints")
+    for path in kept:
+        model = checkpoint.read(path, checkpoint.STATE)["model"]
+        assert all(value.isfinite().all() for value in model.values() if value.is_floating_point())
+    assert (f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved before") in error
+    assert not (run / "checkpoints" / "dense_twin").exists()
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_divergence_of_a_resumed_run_names_where_it_came_from(tiny_data, tmp_path, capsys):
+    arguments = ["lr.kind=constant", "lr.warmup_epochs=0"]
+    first = run_here(tiny_data, tmp_path, *arguments, "checkpoint.every=20st", "checkpoint.keep=9")
+    point = checkpoint.step_folder(first / "checkpoints", 20)
+    capsys.readouterr()
+    assert main(tiny(tiny_data, tmp_path, *arguments, f"resume={point}", "optimizer.lr=1e30")) == 4
+    error = capsys.readouterr().err
+    assert f"the last good checkpoint is {point}" in error
     assert "optimizer.lr=1e+30" in error
 
 
@@ -261,9 +352,24 @@ def test_users_own_deepspeed_file_is_merged_and_conflicts_are_refused(tiny_data,
     short = ["epochs=2", "sparsity.schedule=dense 1, sparse 1"]
     run = run_here(tiny_data, tmp_path / "runs", f"engine.deepspeed={path}", *short)
     assert json.loads((run / "deepspeed.json").read_text())["gradient_clipping"] == 1.0
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    assert main(tiny(tiny_data, tmp_path / "runs", f"engine.deepspeed={path}", *short)) == 2
-    assert "zero_optimization.stage is 2 there, but the recipe makes it 0" in capsys.readouterr().err
+    for theirs, expected in (
+        (
+            {"zero_optimization": {"stage": 2}},
+            "zero_optimization.stage is 2 there, but the recipe makes it 0",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR"}, "optimizer": {}},
+            "optimizer and scheduler belong to the recipe",
+        ),
+        ({"gradient_clipping": "abc"}, f"engine.deepspeed {path}: "),
+        ({"zero_optimization": {"stage": 0, "foo": 1}}, f"engine.deepspeed {path}: "),
+        ([1], "a DeepSpeed configuration is a JSON object"),
+    ):
+        path.write_text(json.dumps(theirs))
+        assert main(tiny(tiny_data, tmp_path / "runs", f"engine.deepspeed={path}", *short)) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert "Traceback" not in error
 
 
 def test_accumulated_batches_make_the_same_steps(finished, tiny_data, tmp_path):
