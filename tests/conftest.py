@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for tests/gpu, which starts processes of its own
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: these tests compare bits, on the CPU
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
+import numpy as np
+import pytest
+from numpy.typing import NDArray
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -4,11 +4,13 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tests.trainer.runs import (
     NUM_STEPS,
@@ -21,6 +23,8 @@ from tests.trainer.runs import (
     run_here,
     tiny,
 )
+from trainer import launch
+from trainer.errors import UserError
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -69,7 +73,8 @@ def test_two_ranks(stage, tiny_data, tmp_path):
         assert seen["num_kept"] == 496
 
 
-def test_acdc_train_with_two_devices(tiny_data, tmp_path):
+def test_acdc_train_with_two_devices(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # the usual way to ask for the CPU
     done = execute(command("train", *tiny(tiny_data, tmp_path), "--devices", "2"))
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
@@ -81,11 +86,12 @@ def test_mistakes_keep_their_exit_code_through_the_launcher(tiny_data, tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("optimizer.lrr: unknown key; did you mean optimizer.lr?") == 1
     assert "Traceback" not in done.stderr + done.stdout
-    done = execute(
-        command("train", *tiny(tiny_data, tmp_path, "sparsity.include=[nothing]"), "--devices", "1")
-    )
+
+
+def test_a_failure_of_the_first_rank_alone_is_told_once(tiny_data, tmp_path):
+    done = execute(command("train", *tiny(tiny_data, tmp_path, "run_root=/dev/null/runs"), "--devices", "2"))
     assert done.returncode == 2
-    assert "include pattern 'nothing' matches no convolution" in done.stderr
+    assert done.stderr.count("run_root /dev/null/runs: the run folder cannot be written") == 1
     assert "Traceback" not in done.stderr + done.stdout
 
 
@@ -132,6 +138,53 @@ def test_a_signal_saves_and_stops(uninterrupted, tiny_data, tmp_path):
     assert not [
         p for p in psutil.process_iter() if str(tmp_path) in " ".join(_cmdline(p)) and p.pid != os.getpid()
     ]
+
+
+def test_a_killed_launcher_is_no_success(tiny_data, tmp_path):
+    """DeepSpeed's runner reports success then, and leaves the rank running."""
+    process = start_and_wait(command("train", *tiny(tiny_data, tmp_path), "--devices", "1"), tmp_path, 4)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (node,) = [child for child in children if "deepspeed.launcher.launch" in child.cmdline()]
+    node.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: the launcher was killed" in output
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_a_process_that_nobody_reaped_is_not_alive():
+    process = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    deadline = time.monotonic() + 20
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not launch._alive(process.pid)
+    process.wait()
+    living = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert launch._alive(living.pid)
+    living.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "options", "left"),
+    [
+        (None, None, ["--num_gpus", "4"], None),
+        (None, 2, ["--num_gpus", "2"], None),
+        ("2,3", None, ["--include", "localhost:2,3"], None),
+        ("2,3,5,6", 2, ["--include", "localhost:2,3"], None),
+        ("GPU-1,GPU-2,GPU-3,GPU-4", None, ["--num_gpus", "4"], "GPU-1,GPU-2,GPU-3,GPU-4"),
+    ],
+)
+def test_devices_are_the_visible_ones(visible, devices, options, left, monkeypatch):
+    """What the launcher is told on a GPU machine; a machine without one can check no more."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible.split(",")) if visible else 4)
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert launch._placement(devices, environment) == options
+    assert environment.get("CUDA_VISIBLE_DEVICES") == left
+    with pytest.raises(UserError, match=r"--devices 9: this machine shows \d GPUs"):
+        launch._placement(9, dict(environment))
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
