@@ -9,18 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from data import sources
 from data.arrays import ImageArrays
-from data.dali import DaliArrayLoader
-from data.idx import Split
-from data.stream import EvalStream, TrainStream
 from sparsity import ACDC, NM, ModelFlops, count_flops
 from trainer import checkpoint, ranks, run_dir
 from trainer.classifier import Classifier
-from trainer.config import Config, DataConfig, SparsityConfig
+from trainer.config import Config, SparsityConfig
 from trainer.engine import build_engine, deepspeed_config
 from trainer.errors import Finished, as_user_error
 from trainer.export import build_model, describe_model
+from trainer.loaders import build_loaders
 from trainer.loop import Trainer
 from trainer.monitor import Monitor
 from trainer.optim import build_optimizer
@@ -34,13 +31,13 @@ log = logging.getLogger(__name__)
 def build_trainer(config: Config, device: torch.device) -> Trainer:
     """Raises UserError for what the user has to change and EnvironmentLacks for what has to be installed."""
     resumed = ranks.on_main(lambda: run_dir.find_resumed(config))
-    train, train_loader = _train_loader(config, device)
-    test_loader = build_test_loader(config.data, device)
+    loaders = build_loaders(config, device)
+    train = loaders.arrays
     model_info = describe_model(config, train)
     torch.manual_seed(config.seed)
     with as_user_error("model"):
         model = build_model(model_info)
-    steps_per_epoch = train_loader.batches_per_epoch // config.engine.accumulation_steps
+    steps_per_epoch = loaders.train.batches_per_epoch // config.engine.accumulation_steps
     with as_user_error("sparsity"):
         acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
     with as_user_error("model"):
@@ -57,7 +54,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
         if resumed is not None:
             with as_user_error(f"resume {resumed[1]}"):
                 state = checkpoint.read(resumed[1], checkpoint.STATE)
-                position = restore(state, engine, acdc, train_loader)
+                position = restore(state, engine, acdc, loaders.train)
         ranks.on_main(lambda: _check_unfinished(folder, position, config))
         monitor = None
         if ranks.is_main():
@@ -66,20 +63,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     except BaseException:
         folder.release()
         raise
-    return Trainer(
-        config,
-        acdc,
-        engine,
-        device,
-        train_loader,
-        test_loader,
-        folder,
-        monitor,
-        model_info,
-        flops,
-        position,
-        data_source=f"{len(train):,} training and {test_loader.num_images:,} test images from {train.source}",
-    )
+    return Trainer(config, acdc, engine, device, loaders, folder, monitor, model_info, flops, position)
 
 
 def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) -> ACDC:
@@ -132,32 +116,3 @@ def _begin(folder: RunDir, config: Config, settings: dict[str, Any], screen: Scr
         folder.result.unlink(missing_ok=True)
         folder.write_config(config, settings)
         return Monitor(folder, screen, step)
-
-
-def _train_loader(config: Config, device: torch.device) -> tuple[ImageArrays, DaliArrayLoader]:
-    data = config.data
-    with as_user_error("data"):
-        train = load_split(data, "train")
-        stream = TrainStream(
-            len(train),
-            data.batch_size,
-            config.seed,
-            ranks.rank(),
-            ranks.world_size(),
-            config.engine.accumulation_steps,
-            data.crop_padding,
-            data.flip,
-        )
-        return train, DaliArrayLoader(train, stream, device, data.num_threads)
-
-
-def build_test_loader(data: DataConfig, device: torch.device) -> DaliArrayLoader:
-    """Raises UserError for a data set that is missing or damaged, EnvironmentLacks without DALI."""
-    with as_user_error("data"):
-        test = load_split(data, "test")
-        stream = EvalStream(len(test), data.eval_batch_size, ranks.rank(), ranks.world_size())
-        return DaliArrayLoader(test, stream, device, data.num_threads)
-
-
-def load_split(data: DataConfig, split: Split) -> ImageArrays:
-    return sources.load(data.name, None if data.root is None else Path(data.root).expanduser(), split)

@@ -27,12 +27,12 @@ def evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from trainer.build import build_test_loader
     from trainer.classifier import Classifier
     from trainer.config import parse_config
     from trainer.engine import precision
     from trainer.evaluate import evaluate as measure
     from trainer.export import load_model
+    from trainer.loaders import build_test_loader
     from trainer.recipes import override
     from trainer.run_dir import DENSE_TWIN, SPARSE
 

@@ -27,7 +27,7 @@ def introduce(trainer: Trainer) -> None:
     devices = f"{ranks.world_size()} x {trainer.device.type}"
     lines = [
         f"run folder  {trainer.run_dir.path}    (tensorboard --logdir {trainer.run_dir.tensorboard})",
-        f"data        {trainer.data_source}",
+        f"data        {trainer.loaders.describe()}",
         f"model       {config.model.name}, {masked}, {acdc.pattern}",
         f"phases      {acdc.schedule}",
         f"device      {devices}, {dtype}, ZeRO stage {config.engine.zero_stage}",

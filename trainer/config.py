@@ -78,6 +78,13 @@ class DataConfig(Section):
     )
     flip: bool = Field(default=False, description="mirror half of the training images")
     num_threads: int = Field(default=1, ge=1, description="threads of the data pipeline per device")
+    random_labels: int = Field(default=0, ge=0, description="training images that get a random label")
+
+    @model_validator(mode="after")
+    def _memorise_what_is_there(self) -> DataConfig:
+        if self.random_labels and (self.flip or self.crop_padding):
+            raise ValueError("random_labels go without augmentation: flip: false, crop_padding: 0")
+        return self
 
 
 class OptimizerConfig(Section):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.loader import Batch, Loader
+from data.loader import Batch
 from sparsity import ACDC, ModelFlops, Sparsity, measure
 from trainer import checkpoint, ranks
 from trainer.clock import Clock
@@ -26,6 +26,7 @@ from trainer.engine import num_graphs
 from trainer.errors import Diverged, Stopped
 from trainer.evaluate import Metrics, evaluate
 from trainer.export import save_model
+from trainer.loaders import Loaders
 from trainer.monitor import Monitor
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.run_dir import DENSE_TWIN, SPARSE, RunDir
@@ -39,8 +40,7 @@ class Trainer:
     """What a run needs, built by trainer.build, and the loop over it.
 
     engine: a DeepSpeed engine around a Classifier around acdc.model. monitor: None on ranks but the first.
-    model_info: what a saved model carries along, see trainer.export.describe_model. data_source: where the
-    training data came from, for people.
+    model_info: what a saved model carries along, see trainer.export.describe_model.
     """
 
     def __init__(
@@ -49,19 +49,17 @@ class Trainer:
         acdc: ACDC,
         engine: Any,
         device: torch.device,
-        train_loader: Loader,
-        test_loader: Loader,
+        loaders: Loaders,
         run_dir: RunDir,
         monitor: Monitor | None,
         model_info: dict[str, Any],
         flops: ModelFlops,
         position: Position,
-        data_source: str,
     ) -> None:
         self.config, self.acdc, self.engine, self.device = config, acdc, engine, device
-        self.train_loader, self.test_loader = train_loader, test_loader
+        self.loaders = loaders
         self.run_dir, self.monitor, self.model_info, self.flops = run_dir, monitor, model_info, flops
-        self.position, self.data_source = position, data_source
+        self.position = position
         self.micro_batches = config.engine.accumulation_steps
         self.steps_per_epoch = acdc.steps_per_epoch
         self.log_steps = duration_steps(config.log.every, self.steps_per_epoch)
@@ -81,10 +79,14 @@ class Trainer:
             for epoch in range(self.position.epoch, self.config.epochs):
                 trained = self.train_epoch(epoch)
                 ranks.average_buffers(self.acdc.model)
-                tested = evaluate(self.engine, self.test_loader, self.device, epoch)
+                tested = evaluate(self.engine, self.loaders.test, self.device, epoch)
                 self.check_finite(tested.loss, epoch)
                 self.check_weights(epoch)
-                self.record_epoch(epoch, trained, tested)
+                watched = {
+                    name: evaluate(self.engine, loader, self.device, epoch)
+                    for name, loader in self.loaders.watched.items()
+                }
+                self.record_epoch(epoch, trained, tested, watched)
                 self.save_pair(epoch, tested)
                 last = epoch + 1 == self.config.epochs
                 stopping = not last and self.should_stop()
@@ -100,7 +102,7 @@ class Trainer:
         if position.step == 0:
             torch.manual_seed(_epoch_seed(self.config.seed, epoch, ranks.rank()))
         totals = torch.tensor(position.totals, dtype=torch.float64, device=self.device)
-        batches = self.train_loader.epoch(epoch, position.step * self.micro_batches)
+        batches = self.loaders.train.epoch(epoch, position.step * self.micro_batches)
         self._clock.restart()
         while position.step < self.steps_per_epoch:
             self.acdc.before_step()
@@ -149,7 +151,9 @@ class Trainer:
             record = {"epoch": epoch, "step": self.acdc.step, "phase": phase, "lr": self.lr(epoch)}
             self.monitor.step({**record, "loss": so_far.loss, **rates})
 
-    def record_epoch(self, epoch: int, trained: Metrics, tested: Metrics) -> None:
+    def record_epoch(
+        self, epoch: int, trained: Metrics, tested: Metrics, watched: dict[str, Metrics]
+    ) -> None:
         sparsity = self.sparsity()
         density = {name: 1 - share for name, share in sparsity.by_layer.items()}
         self.position.training_flops += self.flops.training(density) * trained.num_images
@@ -168,6 +172,8 @@ class Trainer:
                 "val_loss": tested.loss,
                 "val_top1": tested.top1,
                 "val_top5": tested.top5,
+                **{f"{name}_loss": metrics.loss for name, metrics in watched.items()},
+                **{f"{name}_top1": metrics.top1 for name, metrics in watched.items()},
                 "sparsity": sparsity.overall,
                 "sparsity_of_all_parameters": sparsity.of_all_parameters,
                 "mask_difference": self.acdc.mask_difference if compressed else None,
@@ -201,7 +207,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         self.position.seconds = time.monotonic() - self._began
-        state = capture(self.engine, self.acdc, self.train_loader, self.position)
+        state = capture(self.engine, self.acdc, self.loaders.train, self.position)
         if ranks.is_main():
             folder = self.run_dir.checkpoints
             checkpoint.save(

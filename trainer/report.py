@@ -59,6 +59,12 @@ def accuracy_figure(epochs: list[dict[str, Any]], result: dict[str, Any] | None)
         markersize=4,
         label="test top-1",
     )
+    for key, name, color in (
+        ("memorised_top1", "random labels", ORANGE),
+        ("memorised_true_top1", "their true labels", GREY),
+    ):
+        if key in epochs[0]:
+            axes.plot(done, [record[key] for record in epochs], color=color, label=f"top-1 on {name}")
     for key, name, color in ((DENSE_TWIN, "dense twin", GREY), (SPARSE, "sparse model", ORANGE)):
         if row := (result or {}).get(key):
             label = f"{name}: {row['top1']:.2f} % at {100 * row['sparsity']:.1f} % sparsity"

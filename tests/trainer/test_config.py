@@ -87,6 +87,7 @@ def test_resolved_configuration_loads_again(tmp_path):
         ("lr.warmup_epochs=12", "lr.warmup_epochs is 12, not below epochs, 12"),
         ("lr.kind=step", "lr: milestones belong to kind: step, which needs them"),
         ("engine.accumulation_steps=3", "data.batch_size 64 does not divide by engine.accumulation_steps 3"),
+        ("data.random_labels=5", "data: random_labels go without augmentation: flip: false, crop_padding: 0"),
         ("optimizer.momentum=0", "nesterov needs a momentum above 0"),
         ("name=../up", "name: "),
         ("epochs.more=1", "'epochs' holds 12, which has no keys below it"),

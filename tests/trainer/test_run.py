@@ -9,7 +9,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data.cifar import CIFAR10
 from sparsity.layers import MaskedConv2d
+from tests.data.test_cifar import write_python
 from tests.trainer.runs import NUM_STEPS, assert_equal_states, final_state, newest_run, run_here, tiny
 from trainer import checkpoint
 from trainer.build import build_trainer
@@ -380,6 +382,33 @@ def test_accumulated_batches_make_the_same_steps(finished, tiny_data, tmp_path):
     assert math.isclose(ours["flops"]["training_dense"], other["flops"]["training_dense"])
     state = final_state(run)
     assert state["acdc"]["step"] == NUM_STEPS
+
+
+def test_memorisation_is_watched_in_both_ways(tiny_data, tmp_path):
+    plain = ["data.flip=false", "data.crop_padding=0", "data.random_labels=100"]
+    run = run_here(tiny_data, tmp_path, *plain, "epochs=2", "sparsity.schedule=dense 1, sparse 1")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    assert len(epochs) == 2
+    for record in epochs:
+        assert 0 <= record["memorised_top1"] <= 100
+        assert record["memorised_loss"] != record["memorised_true_loss"]
+    events = EventAccumulator(str(run / "tb"))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("memorised/true_labels_top1")]
+    assert logged == pytest.approx([record["memorised_true_top1"] for record in epochs])
+
+
+def test_a_cifar_recipe_runs_from_distributed_files(tmp_path):
+    write_python(tmp_path, CIFAR10)  # 100 training and 20 test images of noise
+    recipe = ["cifar10/memorisation_90", f"run_root={tmp_path / 'runs'}", f"data.root={tmp_path}"]
+    short = ["epochs=2", "sparsity.schedule=dense 1, sparse 1", "lr={kind: constant}", "engine.compile=false"]
+    assert (
+        main([*recipe, *short, "data.batch_size=20", "data.random_labels=20", "data.eval_batch_size=20"]) == 0
+    )
+    (run,) = (tmp_path / "runs" / "memorisation_90").iterdir()
+    result = json.loads((run / "result.json").read_text())
+    assert (result["sparse"]["num_weights"], result["sparse"]["num_kept"]) == (268_336, 26_834)
 
 
 def test_bf16_autocast_keeps_fp32_weights(tiny_data, tmp_path):
