@@ -28,7 +28,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from trainer.classifier import Classifier
-    from trainer.config import parse_config
+    from trainer.config import parse_eval_config
     from trainer.engine import precision
     from trainer.evaluate import evaluate as measure
     from trainer.export import load_model
@@ -46,9 +46,9 @@ def evaluate(options: argparse.Namespace) -> int:
     for folder in folders:
         with as_user_error("eval"):
             model, info = load_model(folder)
-        content = info["config"]
+        content = {key: info["config"][key] for key in ("data", "engine") if key in info["config"]}
         override(content, options.overrides)
-        config = parse_config(content, str(folder))
+        config = parse_eval_config(content, str(folder))
         loader = build_test_loader(config.data, device)
         classifier = Classifier(model, info["model"]["mean"], info["model"]["std"]).to(device)
         dtype = precision(config, device)
@@ -66,6 +66,28 @@ def evaluate(options: argparse.Namespace) -> int:
         )
         table.add_row(folder.name, *figures, f"{100 * zeros:.3f}")
     Console().print(table)
+    return 0
+
+
+def import_original(options: argparse.Namespace) -> int:
+    """Turn a checkpoint of the paper's implementation into a saved model of ours."""
+    from sparsity import measure
+    from trainer.export import save_model
+    from trainer.originals import describe_original, load_original
+
+    path = Path(options.file).expanduser()
+    out = Path(options.out) if options.out else path.with_suffix("")
+    with as_user_error("import"):
+        if out.exists():
+            raise ValueError(f"{out} exists already; name another folder with --out")
+        model, masks = load_original(path, options.arch)
+        info = describe_original(path, options.arch, model)
+        save_model(out, model, info)
+    sparsity = measure(model, masks)
+    print(f"{info['model']['name']} of epoch {info['epoch']}, {len(masks)} sparse layers")
+    if masks:
+        print(f"sparsity {100 * sparsity.overall:.4f} % over their {sparsity.num_weights:,} weights")
+    print(f"stored in {out}; its accuracy: acdc eval {out} data.root=FOLDER")
     return 0
 
 
@@ -155,6 +177,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("eval", evaluate)
     sub.add_argument("path", metavar="PATH", help="a run folder, or a checkpoint folder in it")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/fashion-mnist")
+    sub = command("import", import_original)
+    sub.add_argument("file", metavar="FILE", help="a .ckpt file")
+    sub.add_argument("--arch", help="a name of trainer.models; default: what the file says")
+    sub.add_argument("--out", metavar="FOLDER", help="default: the file's name without .ckpt")
     sub = command("prepare", prepare)
     sub.add_argument("dataset", choices=["fashion-mnist"])
     sub.add_argument("source", nargs="?", metavar="FOLDER", help="with the four idx files; default: Debian's")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -30,6 +30,9 @@ from trainer.recipes import find_recipe, override, read_recipe
 Scalar = bool | int | float | str
 _DURATION = re.compile(r"([1-9]\d*)(ep|st)")
 _NM = re.compile(r"(\d+):(\d+)")
+
+
+S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
@@ -249,6 +252,13 @@ class Config(Section):
         return self
 
 
+class EvalConfig(Section):
+    """What evaluating a saved model needs of the configuration that it was trained with."""
+
+    data: DataConfig
+    engine: EngineConfig = EngineConfig()
+
+
 def load_config(recipe: str, assignments: Iterable[str] = ()) -> Config:
     """Read a recipe by name or path and apply overrides. Raises UserError that lists every mistake found."""
     path = find_recipe(recipe)
@@ -260,12 +270,21 @@ def load_config(recipe: str, assignments: Iterable[str] = ()) -> Config:
 
 def parse_config(content: dict[str, Any], source: str) -> Config:
     """Check a configuration's content; `source` says in messages where it came from. Raises UserError."""
+    return _parse(Config, content, source)
+
+
+def parse_eval_config(content: dict[str, Any], source: str) -> EvalConfig:
+    """The same for what evaluation needs. Raises UserError."""
+    return _parse(EvalConfig, content, source)
+
+
+def _parse(root: type[S], content: dict[str, Any], source: str) -> S:
     try:
-        return Config.model_validate(content)
+        return root.model_validate(content)
     except ValidationError as error:
         mistakes: dict[str, list[str]] = {}
         for problem in error.errors():
-            key, message = _explain(dict(problem))
+            key, message = _explain(root, dict(problem))
             mistakes.setdefault(key, []).append(message)
         lines = [
             (f"{key}: {' or '.join(m)}" if key else m[0]).replace("\n", "\n  ") for key, m in mistakes.items()
@@ -275,29 +294,27 @@ def parse_config(content: dict[str, Any], source: str) -> Config:
         ) from error
 
 
-def _explain(problem: dict[str, Any]) -> tuple[str, str]:
+def _explain(root: type[Section], problem: dict[str, Any]) -> tuple[str, str]:
     """The dotted key of one mistake, and what is wrong there, what is allowed, the nearest valid key."""
     location = [
         part for part in problem["loc"] if part not in ("bool", "int", "float", "str", "literal['auto']")
     ]
     key = ".".join(map(str, location))
     if problem["type"] == "extra_forbidden":
-        allowed = list(_section_at(location[:-1]).model_fields)
+        allowed = list(_section_at(root, location[:-1]).model_fields)
         near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
         hint = f" did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else ""
         return key, f"unknown key;{hint} allowed here: {', '.join(allowed)}"
     if problem["type"] == "missing":
-        return (
-            key,
-            f"missing; {_section_at(location[:-1]).model_fields[location[-1]].description or 'give a value'}",
-        )
+        field = _section_at(root, location[:-1]).model_fields[location[-1]]
+        return key, f"missing; {field.description or 'give a value'}"
     if problem["type"] == "value_error":
         return key, problem["msg"].removeprefix("Value error, ")
     return key, f"{problem['msg'].removeprefix('Input ')}, not {problem['input']!r}"
 
 
-def _section_at(location: list[Any]) -> type[Section]:
-    section: type[Section] = Config
+def _section_at(root: type[Section], location: list[Any]) -> type[Section]:
+    section = root
     for part in location:
         inner = section.model_fields[part].annotation
         assert isinstance(inner, type)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from trainer import ranks
-from trainer.config import Config
+from trainer.config import Config, EvalConfig
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], source: str, prefix: st
             ours[key] = value
 
 
-def precision(config: Config, device: torch.device) -> torch.dtype:
+def precision(config: Config | EvalConfig, device: torch.device) -> torch.dtype:
     """What matrix products are computed in."""
     if config.engine.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32

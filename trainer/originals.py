@@ -21,10 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.cifar import CIFAR10, CIFAR100
 from trainer.models import get_model
 
 # our model for each of the original's names
 ARCHITECTURES = {"mobilenet": "mobilenetv1", "wideresnet": "wide_resnet28_10"}
+# mean, standard deviation, image size of the data sets that it trains on
+NORMALISATION = {
+    "cifar10": (CIFAR10.mean, CIFAR10.std, 32),
+    "cifar100": (CIFAR100.mean, CIFAR100.std, 32),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224),
+}
 _INERT = re.compile(
     r"optimization\.|torch\.optim\.|numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+)$|_codecs\.encode$"
 )
@@ -104,6 +111,28 @@ def read_original(path: Path) -> dict[str, Any]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise OriginalError(f"{path} is no checkpoint of the original: it has no model_state_dict of tensors")
     return content
+
+
+def describe_original(path: Path, arch: str | None, model: nn.Module) -> dict[str, Any]:
+    """What a saved model carries along, see trainer.export, as far as the checkpoint says it."""
+    content = read_original(path)
+    described = content.get("model_config")
+    dataset = described.get("dataset") if isinstance(described, Mapping) else None
+    mean, std, size = NORMALISATION.get(str(dataset), NORMALISATION["imagenet"])
+    classes = list(model.state_dict().values())[-1].shape[0]
+    return {
+        "model": {
+            "name": arch or described_architecture(path, content),
+            "num_classes": classes,
+            "arguments": {"in_channels": 3},
+            "input_shape": [3, size, size],
+            "mean": list(mean),
+            "std": list(std),
+        },
+        "config": {"data": {"name": dataset, "batch_size": 128}, "engine": {"precision": "fp32"}},
+        "epoch": content.get("epoch"),
+        "imported_from": path.name,
+    }
 
 
 def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from data.cifar import CIFAR10
 from sparsity import ACDC, GlobalMagnitude, PhaseSchedule
+from tests.data.test_cifar import write_python
+from trainer.cli import main
+from trainer.export import load_model
 from trainer.models import get_model
 from trainer.originals import OriginalError, load_original, read_original, split_state
 
@@ -114,3 +118,24 @@ def test_truncated_and_foreign_files(original, tmp_path):
         load_original(path, "resnet20")
     with pytest.raises(OriginalError, match="no such file"):
         load_original(tmp_path / "nowhere.ckpt", "resnet20")
+
+
+def test_imported_then_evaluated_it_gives_the_same_logits(original, expected, tmp_path, capsys):
+    """By `acdc import`, `acdc eval`, and the loaded model itself."""
+    out = tmp_path / "imported"
+    assert main(["import", str(original), "--arch", "resnet20", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "20 sparse layers" in printed
+    assert "sparsity 90.00" in printed
+    model, _ = load_model(out)
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(expected["x"])).numpy()
+    assert np.linalg.norm(logits - expected["logits"]) <= 1e-5 * np.linalg.norm(expected["logits"])
+    write_python(tmp_path, CIFAR10)
+    assert main(["eval", str(out), f"data.root={tmp_path}", "data.eval_batch_size=20"]) == 0
+    assert " 20 " in capsys.readouterr().out
+    assert main(["import", str(original), "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["import", str(original), "--arch", "resnet50", "--out", str(tmp_path / "other")]) == 2
+    assert "is not a resnet50: it lacks" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
