@@ -54,8 +54,10 @@ def run_cold(folder: Path, overrides: list[str]) -> tuple[dict[str, Any], float]
     arguments = ["train", "quickstart", f"run_root={folder / 'cold'}", *overrides]
     subprocess.run([sys.executable, "-m", "trainer.cli", *arguments], check=True, env={**os.environ, **cache})
     seconds = time.monotonic() - begin
-    (result,) = (folder / "cold").glob("*/*/result.json")
-    return json.loads(result.read_text(encoding="utf-8")), seconds
+    (path,) = (folder / "cold").glob("*/*/result.json")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    del result["run"]  # a temporary folder
+    return result, seconds
 
 
 def run_watched(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
