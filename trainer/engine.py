@@ -52,6 +52,8 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
                 f"engine.deepspeed {path}: {' and '.join(ours)} belong to the recipe, leave them out"
             )
         _merge(generated, theirs, str(path), "")
+    # DeepSpeed 0.19.8 clips gradients to norm 1 unless told otherwise; the paper does not clip
+    generated.setdefault("gradient_clipping", 0.0)
     return generated
 
 

@@ -90,7 +90,9 @@ def test_metrics_and_tensorboard_tell_the_same(finished):
 
 def test_the_run_folder_says_what_was_run(finished):
     assert load_config(str(finished / "config.yaml")) == load_config("quickstart", tiny_overrides(finished))
-    assert json.loads((finished / "deepspeed.json").read_text())["train_batch_size"] == 32
+    settings = json.loads((finished / "deepspeed.json").read_text())
+    assert settings["train_batch_size"] == 32
+    assert settings["gradient_clipping"] == 0  # DeepSpeed's default clips
     environment = json.loads((finished / "env.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     assert "<svg" in (finished / "report.html").read_text()
