@@ -13,11 +13,11 @@ from trainer.cli import main
 def test_schedule_shows_phases_and_learning_rates(capsys):
     assert main(["schedule", "quickstart", "optimizer.lr=0.2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("dense 2, sparse 1, dense 1, sparse 1, dense 4, sparse 3    GlobalMagnitude")
-    assert len(lines) == 13
-    assert lines[3] == "epoch   2  sparse  lr 0.195949  compress"
-    assert lines[4] == "epoch   3  dense   lr 0.184125  decompress"
-    assert lines[12].endswith(("sparse  lr 0.00405070", "sparse  lr 0.0040507"))
+    assert lines[0].startswith("dense 2, sparse 1, dense 1, sparse 1, dense 5, sparse 4    GlobalMagnitude")
+    assert len(lines) == 15
+    assert lines[3] == "epoch   2  sparse  lr 0.197094  compress"
+    assert lines[4] == "epoch   3  dense   lr 0.188546  decompress"
+    assert lines[14].startswith("epoch  13  sparse  lr 0.0029")
 
 
 def test_prepare_then_train_data_is_the_full_set(tmp_path, monkeypatch, capsys):
@@ -60,7 +60,7 @@ def test_report_of_an_unfinished_run(tmp_path, capsys):
         (["report", "/nowhere"], "error: report: /nowhere/metrics.jsonl holds no finished epoch"),
         (["eval", "/nowhere"], "error: eval: /nowhere is not a checkpoint"),
         (["train", "quickstrat"], "did you mean 'quickstart'?"),
-        (["train", "quickstart", "epochs=13"], "fills 12 epochs, but epochs is 13"),
+        (["train", "quickstart", "epochs=13"], "fills 14 epochs, but epochs is 13"),
         (["train", "quickstart", "--devices", "0"], "--devices 0: 1 or more"),
         (["schedule", "quickstart", "lr.kin=step"], "lr.kin: unknown key; did you mean lr.kind?"),
     ],
