@@ -18,8 +18,8 @@ from sparsity import num_leaked
 from sparsity.masters import ZeroMasters, masters_of
 from trainer import ranks
 from trainer.build import build_trainer
-from trainer.config import load_config
 from trainer.engine import num_graphs
+from trainer.load import load_config
 from trainer.loop import Trainer
 
 

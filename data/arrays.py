@@ -9,6 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from data.loader import ImageInfo
+
 
 @dataclass(frozen=True, eq=False)
 class ImageArrays:
@@ -50,6 +52,10 @@ class ImageArrays:
         """(channels, height, width) of one image, as a model takes it."""
         _, height, width, channels = self.images.shape
         return channels, height, width
+
+    @property
+    def info(self) -> ImageInfo:
+        return ImageInfo(self.shape, self.num_classes, self.mean, self.std)
 
     @cached_property
     def digest(self) -> str:

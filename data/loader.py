@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 PADDING_LABEL = -1  # fills the last evaluation batch, so that every batch has one shape
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What a model needs to know of the images it gets.
+
+    shape: (channels, height, width) in evaluation. mean, std: per channel, of pixel values scaled to 0 .. 1.
+    """
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class Batch(NamedTuple):
@@ -20,6 +34,10 @@ class Batch(NamedTuple):
 
 class Loader(Protocol):
     """This rank's share of one split."""
+
+    @property
+    def num_images(self) -> int:
+        """Images in the split, over all ranks."""
 
     @property
     def batches_per_epoch(self) -> int:

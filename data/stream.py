@@ -7,9 +7,10 @@ Nothing here has state, so any position of any epoch can be started from. Every 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,15 @@ class Draw(NamedTuple):
     flip: NDArray[np.int32]
 
 
-class Stream(Protocol):
+D = TypeVar("D", covariant=True)
+
+
+class Stream(Protocol[D]):
     """The draws of one rank, by position."""
+
+    @property
+    def num_images(self) -> int:
+        """Images in the split, over all ranks."""
 
     @property
     def batches_per_epoch(self) -> int: ...
@@ -39,7 +47,7 @@ class Stream(Protocol):
     def batch_size(self) -> int:
         """Images in each draw."""
 
-    def draw(self, epoch: int, index: int) -> Draw: ...
+    def draw(self, epoch: int, index: int) -> D: ...
 
     def fingerprint(self) -> dict[str, Any]: ...
 
@@ -49,8 +57,8 @@ class TrainStream:
     """A new permutation every epoch; an incomplete last global batch is dropped.
 
     global_batch: images per optimizer step over all ranks; micro_batches: into how many batches a rank splits
-    its share of it. Raises ValueError where these do not divide, or the set is smaller than one global batch.
-    """
+    its share of it. max_steps: global batches after which an epoch ends early. Raises ValueError where these
+    do not divide, or the set is smaller than one global batch."""
 
     num_images: int
     global_batch: int
@@ -60,6 +68,7 @@ class TrainStream:
     micro_batches: int = 1
     crop_padding: int = 0
     flip: bool = False
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.global_batch % (self.world_size * self.micro_batches):
@@ -78,15 +87,20 @@ class TrainStream:
 
     @property
     def batches_per_epoch(self) -> int:
-        return self.num_images // self.global_batch * self.micro_batches
+        steps = self.num_images // self.global_batch
+        return min(steps, self.max_steps or steps) * self.micro_batches
 
-    def draw(self, epoch: int, index: int) -> Draw:
+    def place(self, epoch: int, index: int) -> tuple[NDArray[np.int64], slice, np.random.Generator]:
+        """(indices of this rank's batch, its part of the global batch, the global batch's random numbers)."""
         step, micro = divmod(index, self.micro_batches)
         begin = (micro * self.world_size + self.rank) * self.batch_size
         mine = slice(begin, begin + self.batch_size)
         order = _permutation(self.seed, epoch, self.num_images)
         indices = order[step * self.global_batch : (step + 1) * self.global_batch][mine]
-        random = np.random.default_rng((self.seed, _AUGMENT, epoch, step))
+        return indices, mine, np.random.default_rng((self.seed, _AUGMENT, epoch, step))
+
+    def draw(self, epoch: int, index: int) -> Draw:
+        indices, mine, random = self.place(epoch, index)
         size, reach = self.global_batch, self.crop_padding
         shift = random.integers(-reach, reach, (size, 2), dtype=np.int32, endpoint=True)[mine]
         flip = random.integers(0, 1, size, dtype=np.int32, endpoint=True)[mine]
@@ -100,6 +114,8 @@ class TrainStream:
             "micro_batches": self.micro_batches,
             "crop_padding": self.crop_padding,
             "flip": self.flip,
+            "max_steps": self.max_steps,
+            "order": _order_digest(self.seed, self.num_images),
         }
 
 
@@ -130,3 +146,12 @@ class EvalStream:
 @lru_cache(maxsize=2)  # the loader reads ahead, over the end of an epoch
 def _permutation(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, _ORDER, epoch)).permutation(num_images)
+
+
+@lru_cache(maxsize=2)
+def _order_digest(seed: int, num_images: int) -> str:
+    """Tells whether this numpy draws what another one drew: SHA-256 of the first epoch's order and more."""
+    digest = hashlib.sha256(_permutation(seed, 0, num_images).astype("<i8").tobytes())
+    digest.update(np.random.default_rng((seed, _AUGMENT, 0, 0)).random(64).astype("<f8").tobytes())
+    digest.update(np.random.default_rng((seed, _AUGMENT, 0, 1)).integers(0, 9, 64).astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -17,7 +17,7 @@ The algorithm, in the words that the code uses:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -165,6 +165,32 @@ class ACDC:
         self._previous = {
             name: mask.to(layers[name].mask.device) for name, mask in state["previous_masks"].items()
         }
+
+    def start_at(self, epoch: int, masks: Mapping[str, Tensor]) -> None:
+        """Stand at the beginning of `epoch` of this schedule, with weights that another run trained till
+        then.
+
+        masks: that run's keep-masks by layer name, used where `epoch` lies within a sparse phase of this
+        schedule, without a compression of its own; elsewhere they are chosen anew, or all ones. Raises
+        ValueError, before anything is changed, where one that is used is missing, has another shape, or the
+        schedule ends before.
+        """
+        if epoch >= self.schedule.num_epochs:
+            raise ValueError(
+                f"it has {epoch} epochs behind it, and the schedule has {self.schedule.num_epochs}"
+            )
+        phase = self.schedule.phase_at(epoch)
+        if phase.kind == "sparse" and epoch not in self.actions:
+            for name, layer in self.layers.items():
+                if name not in masks or masks[name].shape != layer.mask.shape:
+                    raise ValueError(
+                        f"epoch {epoch} lies within a sparse phase, and there is no mask for layer "
+                        f"{name!r}: begin "
+                        "at a phase switch, or prune the same layers"
+                    )
+            for name, layer in self.layers.items():
+                layer.mask.copy_(masks[name])
+        self.step = epoch * self.steps_per_epoch
 
     def _attached(self) -> Masters:
         if self._masters is None:

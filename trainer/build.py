@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.arrays import ImageArrays
+from data.loader import ImageInfo
 from sparsity import ACDC, NM, ModelFlops, count_flops
 from trainer import checkpoint, ranks, run_dir
 from trainer.classifier import Classifier
@@ -23,35 +23,44 @@ from trainer.monitor import Monitor
 from trainer.optim import build_optimizer
 from trainer.run_dir import RunDir
 from trainer.screen import Screen
-from trainer.state import Position, restore
+from trainer.state import Position, branch_off, restore
+from trainer.weights import load_weights
 
 log = logging.getLogger(__name__)
 
 
-def build_trainer(config: Config, device: torch.device) -> Trainer:
-    """Raises UserError for what the user has to change and EnvironmentLacks for what has to be installed."""
-    resumed = ranks.on_main(lambda: run_dir.find_resumed(config))
+def build_trainer(config: Config, device: torch.device, path: Path | None = None) -> Trainer:
+    """path: the run's folder, made and resumed where need be; default: what the configuration says.
+
+    Raises UserError for what the user has to change and EnvironmentLacks for what has to be installed.
+    """
+    resumed = ranks.on_main(lambda: run_dir.find_resumed(config, path))
     loaders = build_loaders(config, device)
-    train = loaders.arrays
-    model_info = describe_model(config, train)
+    model_info = describe_model(config, loaders.info)
     torch.manual_seed(config.seed)
     with as_user_error("model"):
         model = build_model(model_info)
+        if config.model.weights is not None and resumed is None:
+            load_weights(model, Path(config.model.weights).expanduser())
     steps_per_epoch = loaders.train.batches_per_epoch // config.engine.accumulation_steps
     with as_user_error("sparsity"):
         acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
     with as_user_error("model"):
-        flops = _count_flops(model, train)
+        flops = _count_flops(model, loaders.info)
     settings = deepspeed_config(config, device)
-    folder = ranks.on_main(lambda: _open_folder(config, resumed))
+    folder = ranks.on_main(lambda: _open_folder(config, resumed, path))
 
     try:
-        classifier = Classifier(model, train.mean, train.std)
+        classifier = Classifier(model, loaders.info.mean, loaders.info.std)
         optimizer = build_optimizer(config.optimizer, classifier)
         engine = build_engine(classifier, optimizer, settings, config, device)
         acdc.attach(engine)
         position = Position()
-        if resumed is not None:
+        if resumed is None and config.checkpoint is not None:
+            branch, state = run_dir.read_branching_state(config.checkpoint)
+            with as_user_error(f"checkpoint {branch}"):
+                position = branch_off(state, engine, acdc)
+        elif resumed is not None:
             with as_user_error(f"resume {resumed[1]}"):
                 state = checkpoint.read(resumed[1], checkpoint.STATE)
                 position = restore(state, engine, acdc, loaders.train)
@@ -86,16 +95,16 @@ def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) 
     return acdc
 
 
-def _count_flops(model: nn.Module, train: ImageArrays) -> ModelFlops:
+def _count_flops(model: nn.Module, images: ImageInfo) -> ModelFlops:
     try:
-        return count_flops(model, train.shape)
+        return count_flops(model, images.shape)
     except RuntimeError as error:
-        raise ValueError(f"it does not take images of shape {train.shape}: {error}") from error
+        raise ValueError(f"it does not take images of shape {images.shape}: {error}") from error
 
 
-def _open_folder(config: Config, resumed: tuple[RunDir, Path] | None) -> RunDir:
+def _open_folder(config: Config, resumed: tuple[RunDir, Path] | None, path: Path | None) -> RunDir:
     """The run's folder, locked and known to be writable."""
-    folder = resumed[0] if resumed else run_dir.create(config)
+    folder = resumed[0] if resumed else run_dir.create(config, path)
     with as_user_error(f"run folder {folder.path}"):
         checkpoint.write_text(folder.path / ".writable", "")
         (folder.path / ".writable").unlink()

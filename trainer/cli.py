@@ -12,7 +12,7 @@ from trainer.errors import EnvironmentLacks, Failure, as_user_error
 
 def train(options: argparse.Namespace) -> int:
     """Check the recipe, then hand over to the deepspeed launcher on a free port."""
-    from trainer.config import load_config
+    from trainer.load import load_config
 
     load_config(options.config, options.overrides)
 
@@ -28,10 +28,10 @@ def evaluate(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from trainer.classifier import Classifier
-    from trainer.config import parse_eval_config
     from trainer.engine import precision
     from trainer.evaluate import evaluate as measure
     from trainer.export import load_model
+    from trainer.load import parse_eval_config
     from trainer.loaders import build_test_loader
     from trainer.recipes import override
     from trainer.run_dir import DENSE_TWIN, SPARSE
@@ -104,7 +104,7 @@ def prepare(options: argparse.Namespace) -> int:
 
 def schedule(options: argparse.Namespace) -> int:
     """A recipe's phases and learning rates, epoch by epoch, without running anything."""
-    from trainer.config import load_config
+    from trainer.load import load_config
     from trainer.optim import learning_rate
 
     config = load_config(options.config, options.overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -10,8 +11,8 @@ from trainer import ranks
 from trainer.engine import num_graphs, precision
 from trainer.loop import Trainer
 from trainer.report import write_report
-from trainer.run_dir import DENSE_TWIN, SPARSE
-from trainer.screen import closing_lines, closing_table
+from trainer.run_dir import DENSE_TWIN, SPARSE, RunDir
+from trainer.screen import Screen, closing_lines, closing_table
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,16 @@ def conclude(trainer: Trainer) -> None:
     screen.say(f"report: {trainer.run_dir.report}")
 
 
+def conclude_both(run: RunDir, branch: RunDir) -> None:
+    """Put the finetuned dense model beside the pair that it belongs to."""
+    result, dense = (json.loads(folder.result.read_text(encoding="utf-8")) for folder in (run, branch))
+    result["finetuned_dense"] = dense["dense_twin"]
+    run.write_result(result)
+    write_report(run)
+    console = Screen(0, 0, 0).console
+    console.print(closing_table(result))
+
+
 def build_result(trainer: Trainer) -> dict[str, Any]:
     """Accuracies in percent, sparsity as a share, FLOPs of one image (inference) and of the whole run
     (training)."""
@@ -77,7 +88,7 @@ def build_result(trainer: Trainer) -> dict[str, Any]:
             "training_ratio": position.training_flops / training_dense,
         },
         "compile": {
-            "graphs": num_graphs(),
+            "graphs": num_graphs() - trainer.graphs_before,
             "recompilations": num_graphs() - (trainer.graphs_at_first or 0),
         },
         "seconds": position.seconds,

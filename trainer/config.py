@@ -6,33 +6,19 @@ dotted path.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from sparsity.gradual import CubicSparsity
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, Rule, UniformMagnitude
 from sparsity.schedule import PhaseSchedule
-from trainer.errors import UserError
-from trainer.recipes import find_recipe, override, read_recipe
 
 Scalar = bool | int | float | str
 _DURATION = re.compile(r"([1-9]\d*)(ep|st)")
 _NM = re.compile(r"(\d+):(\d+)")
-
-
-S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
@@ -60,6 +46,16 @@ class ModelConfig(Section):
     arguments: dict[str, Scalar] = Field(
         default={}, description="what the model takes besides: depth, width, ..."
     )
+    weights: str | None = Field(
+        default=None, description="a file or checkpoint with weights to start from; all else starts fresh"
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _names_a_file(cls, weights: str | None) -> str | None:
+        if weights == "":
+            raise ValueError("this recipe starts from a trained model: name its file, model.weights=FILE")
+        return weights
 
     @field_validator("arguments")
     @classmethod
@@ -69,7 +65,9 @@ class ModelConfig(Section):
         return arguments
 
 
-class DataConfig(Section):
+class ArrayData(Section):
+    """A data set of small images that lies in memory."""
+
     name: Literal["fashion_mnist", "mnist", "cifar10", "cifar100"] = Field(description="the data set")
     root: str | None = Field(
         default=None, description="its folder; else where `acdc prepare` put it, else the bundled"
@@ -84,10 +82,67 @@ class DataConfig(Section):
     random_labels: int = Field(default=0, ge=0, description="training images that get a random label")
 
     @model_validator(mode="after")
-    def _memorise_what_is_there(self) -> DataConfig:
+    def _memorise_what_is_there(self) -> ArrayData:
         if self.random_labels and (self.flip or self.crop_padding):
             raise ValueError("random_labels go without augmentation: flip: false, crop_padding: 0")
         return self
+
+
+class ImageNetData(Section):
+    """ImageNet, or any data set of image files in its layout (see data.image_files)."""
+
+    name: Literal["imagenet"] = Field(description="the data set")
+    root: str | None = Field(
+        default=None, description="the folder with train and val; else $ACDC_DATA/imagenet"
+    )
+    batch_size: int = Field(ge=1, description="images per optimizer step, over all devices")
+    eval_batch_size: int = Field(default=250, ge=1, description="images per evaluation step and device")
+    image_size: int = Field(default=224, ge=8, description="side of the training images, in pixels")
+    image_sizes: list[list[int]] = Field(
+        default=[], description="progressive resizing: [epoch, side] pairs, from when on which side"
+    )
+    min_area: float = Field(default=0.08, gt=0, le=1, description="least share of an image that a crop takes")
+    flip: bool = Field(default=True, description="mirror half of the training images")
+    eval_resize: int = Field(default=256, ge=8, description="evaluation: shorter side after resizing")
+    eval_size: int = Field(default=224, ge=8, description="evaluation: side of the crop from the centre")
+    val_labels: str | None = Field(default=None, description="label file of a flat val folder")
+    backend: Literal["dali", "torch", "synthetic"] = Field(
+        default="dali", description="torch: Pillow and a DataLoader; synthetic: noise on the device, no files"
+    )
+    device: Literal["auto", "cpu", "gpu"] = Field(default="auto", description="where DALI decodes images")
+    num_threads: int | None = Field(
+        default=None, ge=1, description="threads (torch: processes) of the data pipeline per device"
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop", description="a file that cannot be decoded ends the run, or another stands in for it"
+    )
+
+    @field_validator("image_sizes")
+    @classmethod
+    def _rise(cls, pairs: list[list[int]]) -> list[list[int]]:
+        epochs = [pair[0] for pair in pairs if len(pair) == 2 and pair[0] >= 0 and pair[1] >= 8]
+        if len(epochs) != len(pairs) or epochs != sorted(set(epochs)) or (epochs and epochs[0] != 0):
+            raise ValueError(
+                f"{pairs} is no list of [epoch, side] pairs with rising epochs, the first of them 0"
+            )
+        return pairs
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(epoch, side) pairs, see data.crops.CropStream."""
+        return tuple((epoch, side) for epoch, side in self.image_sizes) or ((0, self.image_size),)
+
+    @model_validator(mode="after")
+    def _crop_from_what_is_there(self) -> ImageNetData:
+        if self.eval_size > self.eval_resize:
+            raise ValueError(
+                f"eval_size {self.eval_size} cannot be cropped from images resized to eval_resize "
+                f"{self.eval_resize}"
+            )
+        return self
+
+
+DataConfig = Annotated[ArrayData | ImageNetData, Field(discriminator="name")]
 
 
 class OptimizerConfig(Section):
@@ -141,6 +196,9 @@ class SparsityConfig(Section):
     exclude: list[str] = Field(default=[], description="patterns over layer names: which to leave dense")
     rule: Rule = Field(default="exact", description="how many weights stay: see sparsity.patterns")
     gradual: GradualConfig | None = Field(default=None, description="gradual magnitude pruning, not AC/DC")
+    recompute_batch_norm: Duration | None = Field(
+        default=None, description="after each compression, take BatchNorm statistics anew over so much data"
+    )
 
     @field_validator("schedule")
     @classmethod
@@ -202,15 +260,19 @@ class EngineConfig(Section):
         return stage
 
 
-class CheckpointConfig(Section):
-    every: Duration = Field(default="1ep", description="how often to save: 1ep, 500st")
+class SaveConfig(Section):
+    every: Duration = Field(default="1ep", description="how often to save a checkpoint: 1ep, 500st")
     keep: int = Field(
         default=2, ge=1, description="how many to keep, beside the dense twin and the sparse model"
     )
+    mask_history: bool = Field(default=False, description="keep the masks of every compression, in masks/")
 
 
 class LogConfig(Section):
     every: Duration = Field(default="50st", description="how often to read the loss from the device")
+    weight_histograms: bool = Field(
+        default=False, description="TensorBoard histograms of each layer's kept weights, every epoch"
+    )
 
 
 class Config(Section):
@@ -219,20 +281,49 @@ class Config(Section):
     resume: str | None = Field(
         default=None, description="a run folder or a checkpoint in it, or auto: the newest run"
     )
+    checkpoint: str | None = Field(
+        default=None,
+        description="a checkpoint to branch off from: a new run takes weights, optimizer and epoch from it",
+    )
+    finetune_dense: bool = Field(
+        default=False, description="afterwards, train the dense twin densely over the epochs that it missed"
+    )
     seed: int = Field(default=1, ge=0, le=2**63 - 1)
     epochs: int = Field(ge=1)
+    steps_per_epoch: int | None = Field(
+        default=None, ge=1, description="end every epoch after so many optimizer steps"
+    )
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
     lr: LRConfig = LRConfig()
     sparsity: SparsityConfig
     engine: EngineConfig = EngineConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _names_one(cls, checkpoint: str | None) -> str | None:
+        if checkpoint == "":
+            raise ValueError(
+                "this recipe goes on from another run: name its folder, checkpoint=RUN (its dense twin), "
+                "or a "
+                "checkpoint in it"
+            )
+        return checkpoint
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        filled = self.sparsity.build_schedule().num_epochs
+        schedule = self.sparsity.build_schedule()
+        filled = schedule.num_epochs
+        dense = schedule.last("dense")
+        if self.finetune_dense and (dense is None or dense.end == filled):
+            raise ValueError(
+                f'finetune_dense needs a dense phase with a sparse one after it, unlike "{schedule}"'
+            )
+        if self.checkpoint is not None and self.model.weights is not None:
+            raise ValueError("checkpoint brings its weights along; leave model.weights out")
         if filled != self.epochs:
             raise ValueError(
                 f"sparsity.schedule {self.sparsity.schedule!r} fills {filled} epochs, "
@@ -257,67 +348,3 @@ class EvalConfig(Section):
 
     data: DataConfig
     engine: EngineConfig = EngineConfig()
-
-
-def load_config(recipe: str, assignments: Iterable[str] = ()) -> Config:
-    """Read a recipe by name or path and apply overrides. Raises UserError that lists every mistake found."""
-    path = find_recipe(recipe)
-    content = read_recipe(path)
-    content.setdefault("name", path.stem)
-    override(content, assignments)
-    return parse_config(content, str(path))
-
-
-def parse_config(content: dict[str, Any], source: str) -> Config:
-    """Check a configuration's content; `source` says in messages where it came from. Raises UserError."""
-    return _parse(Config, content, source)
-
-
-def parse_eval_config(content: dict[str, Any], source: str) -> EvalConfig:
-    """The same for what evaluation needs. Raises UserError."""
-    return _parse(EvalConfig, content, source)
-
-
-def _parse(root: type[S], content: dict[str, Any], source: str) -> S:
-    try:
-        return root.model_validate(content)
-    except ValidationError as error:
-        mistakes: dict[str, list[str]] = {}
-        for problem in error.errors():
-            key, message = _explain(root, dict(problem))
-            mistakes.setdefault(key, []).append(message)
-        lines = [
-            (f"{key}: {' or '.join(m)}" if key else m[0]).replace("\n", "\n  ") for key, m in mistakes.items()
-        ]
-        raise UserError(
-            "\n".join([f"{source} with its overrides:", *(f"  {line}" for line in lines)])
-        ) from error
-
-
-def _explain(root: type[Section], problem: dict[str, Any]) -> tuple[str, str]:
-    """The dotted key of one mistake, and what is wrong there, what is allowed, the nearest valid key."""
-    location = [
-        part for part in problem["loc"] if part not in ("bool", "int", "float", "str", "literal['auto']")
-    ]
-    key = ".".join(map(str, location))
-    if problem["type"] == "extra_forbidden":
-        allowed = list(_section_at(root, location[:-1]).model_fields)
-        near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
-        hint = f" did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?" if near else ""
-        return key, f"unknown key;{hint} allowed here: {', '.join(allowed)}"
-    if problem["type"] == "missing":
-        field = _section_at(root, location[:-1]).model_fields[location[-1]]
-        return key, f"missing; {field.description or 'give a value'}"
-    if problem["type"] == "value_error":
-        return key, problem["msg"].removeprefix("Value error, ")
-    return key, f"{problem['msg'].removeprefix('Input ')}, not {problem['input']!r}"
-
-
-def _section_at(root: type[Section], location: list[Any]) -> type[Section]:
-    section = root
-    for part in location:
-        inner = section.model_fields[part].annotation
-        assert isinstance(inner, type)
-        assert issubclass(inner, Section)
-        section = inner
-    return section

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data.arrays import ImageArrays
+from data.loader import ImageInfo
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.models import get_model
@@ -17,16 +17,16 @@ from trainer.models import get_model
 MASK = ".mask"
 
 
-def describe_model(config: Config, train: ImageArrays) -> dict[str, Any]:
+def describe_model(config: Config, images: ImageInfo) -> dict[str, Any]:
     """What it takes to build the model again and to feed it, in plain values."""
-    arguments = {**config.model.arguments, "in_channels": train.shape[0]}
+    arguments = {**config.model.arguments, "in_channels": images.shape[0]}
     return {
         "name": config.model.name,
-        "num_classes": train.num_classes,
+        "num_classes": images.num_classes,
         "arguments": arguments,
-        "input_shape": list(train.shape),
-        "mean": list(train.mean),
-        "std": list(train.std),
+        "input_shape": list(images.shape),
+        "mean": list(images.mean),
+        "std": list(images.std),
     }
 
 
@@ -35,10 +35,15 @@ def build_model(description: Mapping[str, Any]) -> nn.Module:
     return get_model(description["name"], description["num_classes"], **description["arguments"])
 
 
-def save_model(folder: Path, model: nn.Module, info: Mapping[str, Any]) -> None:
-    """Write a plain model as a checkpoint of its own. info: "model" as describe_model gives it, and
-    results."""
-    checkpoint.save(folder, {checkpoint.MODEL: model.state_dict()}, info)
+def save_model(
+    folder: Path, model: nn.Module, info: Mapping[str, Any], state: Mapping[str, Any] | None = None
+) -> None:
+    """Write a plain model as a checkpoint of its own. info: "model" as describe_model gives it, and results.
+    state: of the training at that moment, for runs that go on from there."""
+    contents: dict[str, Any] = {checkpoint.MODEL: model.state_dict()}
+    if state is not None:
+        contents[checkpoint.STATE] = state
+    checkpoint.save(folder, contents, info)
 
 
 def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:

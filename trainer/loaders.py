@@ -2,78 +2,179 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from data import sources
+from data import imagenet, sources
 from data.arrays import ImageArrays
-from data.dali import DaliArrayLoader
+from data.crops import CropStream
+from data.dali_arrays import DaliArrayLoader
+from data.dali_files import DaliEvalFiles, DaliTrainFiles
 from data.idx import Split
+from data.image_files import load_image_files
+from data.loader import ImageInfo, Loader
 from data.random_labels import randomise
 from data.stream import EvalStream, TrainStream
+from data.synthetic import SyntheticLoader
+from data.torch_files import TorchFileLoader
 from trainer import ranks
-from trainer.config import Config, DataConfig
+from trainer.config import ArrayData, Config, DataConfig, ImageNetData
 from trainer.errors import as_user_error
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Loaders:
-    """arrays: the training set. watched: further sets to evaluate on after every epoch, by the name of their
-    record: with random labels "memorised", the relabelled images, and "memorised_true", the same with their
-    true labels."""
+    """source: where the images come from, for people. watched: further sets to evaluate on after every epoch,
+    by the name of their record: with random labels "memorised", the relabelled images, and "memorised_true",
+    the same with their true labels. bad_files: met so far on this rank."""
 
-    arrays: ImageArrays
-    train: DaliArrayLoader
-    test: DaliArrayLoader
-    watched: dict[str, DaliArrayLoader] = field(default_factory=dict)
+    info: ImageInfo
+    source: str
+    train: Loader
+    test: Loader
+    watched: dict[str, Loader] = field(default_factory=dict)
+    bad_files: BadFiles = field(default_factory=lambda: BadFiles("stop"))
 
     def describe(self) -> str:
-        text = f"{len(self.arrays):,} training and {self.test.num_images:,} test images"
-        text += f" from {self.arrays.source}"
+        counts = f"{self.train.num_images:,} training and {self.test.num_images:,} test images"
+        text = f"{counts} from {self.source}"
         if self.watched:
             text += f", {self.watched['memorised'].num_images:,} with random labels"
         return text
 
 
+class BadFiles:
+    """What happens to files that cannot be decoded: counted and told; where recipes say "stop", `failure`
+    asks the training loop to save and end. A loader calls this object, and puts another image in the file's
+    place."""
+
+    def __init__(self, on_error: str) -> None:
+        self.on_error = on_error
+        self.count = 0
+        self.failure: str | None = None
+
+    def __call__(self, file: str, reason: str) -> None:
+        self.count += 1
+        log.error("%s cannot be decoded: %s", file, reason)
+        if self.on_error == "stop" and self.failure is None:
+            self.failure = f"{file} cannot be decoded: {reason}"
+
+
 def build_loaders(config: Config, device: torch.device) -> Loaders:
     """Raises UserError for a data set that is missing or damaged, EnvironmentLacks without DALI."""
-    data = config.data
     with as_user_error("data"):
-        train, watched = load_split(data, "train"), {}
-        if data.random_labels:
-            drawn = randomise(train, data.random_labels, config.seed)
-            train = drawn.train
-            watched = {"memorised": drawn.random, "memorised_true": drawn.true}
-        stream = TrainStream(
-            len(train),
-            data.batch_size,
-            config.seed,
-            ranks.rank(),
-            ranks.world_size(),
-            config.engine.accumulation_steps,
-            data.crop_padding,
-            data.flip,
-        )
-        return Loaders(
-            train,
-            DaliArrayLoader(train, stream, device, data.num_threads),
-            _eval_loader(load_split(data, "test"), data, device),
-            {name: _eval_loader(arrays, data, device) for name, arrays in watched.items()},
-        )
+        if isinstance(config.data, ImageNetData):
+            return _imagenet_loaders(config, config.data, device)
+        return _array_loaders(config, config.data, device)
 
 
-def build_test_loader(data: DataConfig, device: torch.device) -> DaliArrayLoader:
+def build_test_loader(data: DataConfig, device: torch.device) -> Loader:
     """Raises UserError for a data set that is missing or damaged, EnvironmentLacks without DALI."""
     with as_user_error("data"):
-        return _eval_loader(load_split(data, "test"), data, device)
+        if isinstance(data, ImageNetData):
+            return _imagenet_test(data, device, BadFiles("skip"))
+        return _eval_arrays(load_split(data, "test"), data, device)
 
 
-def load_split(data: DataConfig, split: Split) -> ImageArrays:
-    return sources.load(data.name, None if data.root is None else Path(data.root).expanduser(), split)
+def load_split(data: ArrayData, split: Split) -> ImageArrays:
+    return sources.load(data.name, _path(data.root), split)
 
 
-def _eval_loader(arrays: ImageArrays, data: DataConfig, device: torch.device) -> DaliArrayLoader:
+def _array_loaders(config: Config, data: ArrayData, device: torch.device) -> Loaders:
+    train, watched = load_split(data, "train"), {}
+    if data.random_labels:
+        drawn = randomise(train, data.random_labels, config.seed)
+        train = drawn.train
+        watched = {"memorised": drawn.random, "memorised_true": drawn.true}
+    stream = TrainStream(len(train), **_sharing(config), crop_padding=data.crop_padding, flip=data.flip)
+    return Loaders(
+        train.info,
+        train.source,
+        DaliArrayLoader(train, stream, device, data.num_threads),
+        _eval_arrays(load_split(data, "test"), data, device),
+        {name: _eval_arrays(arrays, data, device) for name, arrays in watched.items()},
+    )
+
+
+def _eval_arrays(arrays: ImageArrays, data: ArrayData, device: torch.device) -> Loader:
     stream = EvalStream(len(arrays), data.eval_batch_size, ranks.rank(), ranks.world_size())
     return DaliArrayLoader(arrays, stream, device, data.num_threads)
+
+
+def _imagenet_loaders(config: Config, data: ImageNetData, device: torch.device) -> Loaders:
+    bad_files = BadFiles(data.on_error)
+    test = _imagenet_test(data, device, bad_files)
+    size = data.eval_size
+    num_train = imagenet.NUM_TRAIN
+    if data.backend == "synthetic":
+        num_classes, source = imagenet.NUM_CLASSES, "noise"
+    else:
+        files = load_image_files(imagenet.imagenet_root(_path(data.root)), "train", keep_excluded=True)
+        num_classes, source, num_train = files.num_classes, str(files.root), len(files)
+        if files.excluded:
+            source += f", {len(files.excluded)} of them excluded and replaced"
+    stream = CropStream(
+        num_train, **_sharing(config), flip=data.flip, min_area=data.min_area, sizes=data.sizes
+    )
+    train: Loader
+    if data.backend == "synthetic":
+        train = SyntheticLoader(
+            num_train, stream.batches_per_epoch, stream.batch_size, data.image_size, num_classes, device
+        )
+    elif data.backend == "torch":
+        train = TorchFileLoader(files, stream, device, _threads(data), bad_files)
+    else:
+        train = DaliTrainFiles(files, stream, device, _threads(data), _decode_on(data, device), bad_files)
+    info = ImageInfo((3, size, size), num_classes, imagenet.MEAN, imagenet.STD)
+    return Loaders(info, source, train, test, bad_files=bad_files)
+
+
+def _imagenet_test(data: ImageNetData, device: torch.device, on_bad: Callable[[str, str], None]) -> Loader:
+    batch, size = data.eval_batch_size, data.eval_size
+    if data.backend == "synthetic":
+        stream = EvalStream(imagenet.NUM_VAL, batch, ranks.rank(), ranks.world_size())
+        classes, batches = imagenet.NUM_CLASSES, stream.batches_per_epoch
+        return SyntheticLoader(imagenet.NUM_VAL, batches, batch, size, classes, device)
+    files = load_image_files(imagenet.imagenet_root(_path(data.root)), "test", _path(data.val_labels))
+    stream = EvalStream(len(files), batch, ranks.rank(), ranks.world_size())
+    if data.backend == "torch":
+        crop = (data.eval_resize, size)
+        return TorchFileLoader(files, stream, device, _threads(data), on_bad, crop)
+    decode_on = _decode_on(data, device)
+    arguments = (files, stream, device, _threads(data), decode_on, on_bad)
+    return DaliEvalFiles(*arguments, resize=data.eval_resize, size=size)
+
+
+def _sharing(config: Config) -> dict[str, Any]:
+    """How the ranks share the batches, for a TrainStream."""
+    return {
+        "global_batch": config.data.batch_size,
+        "seed": config.seed,
+        "rank": ranks.rank(),
+        "world_size": ranks.world_size(),
+        "micro_batches": config.engine.accumulation_steps,
+        "max_steps": config.steps_per_epoch,
+    }
+
+
+def _threads(data: ImageNetData) -> int:
+    cores = len(os.sched_getaffinity(0))
+    return data.num_threads or max(1, cores // int(os.environ.get("LOCAL_SIZE", 1)))
+
+
+def _decode_on(data: ImageNetData, device: torch.device) -> str:
+    if data.device == "gpu" and device.type != "cuda":
+        raise ValueError("data.device=gpu decodes on a GPU, and this run has none; use auto or cpu")
+    return "gpu" if device.type == "cuda" and data.device != "cpu" else "cpu"
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()

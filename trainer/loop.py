@@ -20,13 +20,15 @@ import torch
 from data.loader import Batch
 from sparsity import ACDC, ModelFlops, Sparsity, measure
 from trainer import checkpoint, ranks
+from trainer.batch_norm import recompute_batch_norm
 from trainer.clock import Clock
 from trainer.config import Config, duration_steps
-from trainer.engine import num_graphs
-from trainer.errors import Diverged, Stopped
+from trainer.engine import num_graphs, precision
+from trainer.errors import Diverged, Stopped, UserError
 from trainer.evaluate import Metrics, evaluate
 from trainer.export import save_model
 from trainer.loaders import Loaders
+from trainer.mask_history import save_masks
 from trainer.monitor import Monitor
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.run_dir import DENSE_TWIN, SPARSE, RunDir
@@ -63,7 +65,8 @@ class Trainer:
         self.micro_batches = config.engine.accumulation_steps
         self.steps_per_epoch = acdc.steps_per_epoch
         self.log_steps = duration_steps(config.log.every, self.steps_per_epoch)
-        self.checkpoint_steps = duration_steps(config.checkpoint.every, self.steps_per_epoch)
+        self.checkpoint_steps = duration_steps(config.save.every, self.steps_per_epoch)
+        self.graphs_before = num_graphs()
         self.graphs_at_first: int | None = None  # compiled by the end of this process's first epoch
         self._clock = Clock()
         self._rates: dict[str, float] = {}
@@ -106,6 +109,8 @@ class Trainer:
         self._clock.restart()
         while position.step < self.steps_per_epoch:
             self.acdc.before_step()
+            if position.step == 0 and self.acdc.actions.get(epoch) is not None:
+                self.after_compression(epoch)
             for _ in range(self.micro_batches):
                 totals += self.train_batch(batches)
             position.step += 1
@@ -129,6 +134,17 @@ class Trainer:
         self.check_finite(trained.loss, epoch)
         position.epoch, position.step, position.totals = epoch + 1, 0, [0.0] * 4
         return trained
+
+    def after_compression(self, epoch: int) -> None:
+        """What the recipe asks for once new masks are chosen."""
+        if (span := self.config.sparsity.recompute_batch_norm) is not None:
+            count = duration_steps(span, self.steps_per_epoch) * self.micro_batches
+            dtype = precision(self.config, self.device)
+            autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+            recompute_batch_norm(self.engine.module, self.loaders.train, epoch, count, autocast)
+        if self.config.save.mask_history and ranks.is_main():
+            self.run_dir.masks.mkdir(exist_ok=True)
+            save_masks(self.run_dir.masks / f"epoch-{epoch:04}.npz", self.acdc.masks())
 
     def train_batch(self, batches: Iterator[Batch]) -> torch.Tensor:
         images, labels = self._clock.next_of(batches)
@@ -179,10 +195,12 @@ class Trainer:
                 "mask_difference": self.acdc.mask_difference if compressed else None,
                 **self._rates,
                 "training_flops": self.position.training_flops,
-                "graphs": num_graphs(),
+                "graphs": num_graphs() - self.graphs_before,
                 "seconds": self.position.seconds,
             }
             self.monitor.epoch(record, sparsity.by_layer)
+            if self.config.log.weight_histograms:
+                self.monitor.histograms(self.acdc.step, self.kept_weights())
 
     def save_pair(self, epoch: int, tested: Metrics) -> None:
         """Save the dense twin or the sparse model if its phase ends with this epoch."""
@@ -201,19 +219,25 @@ class Trainer:
                 "num_kept": sparsity.num_kept,
                 "inference_flops": self.flops.forward(density),
             }
+            # the dense twin carries the whole state: a branch goes on from there, see trainer.dense_branch
+            branches = kind == "dense" and epoch + 1 < self.config.epochs
+            state = self.capture() if branches else None
             if ranks.is_main():
                 info = {**self.info(), "result": self.position.pair[key]}
-                save_model(self.run_dir.checkpoints / key, self.acdc.export().cpu(), info)
+                save_model(self.run_dir.checkpoints / key, self.acdc.export().cpu(), info, state)
 
     def save_checkpoint(self) -> None:
         self.position.seconds = time.monotonic() - self._began
-        state = capture(self.engine, self.acdc, self.loaders.train, self.position)
+        state = self.capture()
         if ranks.is_main():
             folder = self.run_dir.checkpoints
             checkpoint.save(
                 checkpoint.step_folder(folder, self.acdc.step), {checkpoint.STATE: state}, self.info()
             )
-            checkpoint.remove_old(folder, self.config.checkpoint.keep)
+            checkpoint.remove_old(folder, self.config.save.keep)
+
+    def capture(self) -> dict[str, Any]:
+        return capture(self.engine, self.acdc, self.loaders.train, self.position)
 
     def info(self) -> dict[str, Any]:
         return {
@@ -230,6 +254,11 @@ class Trainer:
         if self._sparsity is None or self._sparsity[0] != epoch:
             self._sparsity = (epoch, measure(self.acdc.model, self.acdc.masks()))
         return self._sparsity[1]
+
+    def kept_weights(self) -> dict[str, torch.Tensor]:
+        """Layer name -> its kept weights, in one dimension, on the CPU."""
+        masks = self.acdc.masks()
+        return {name: weight[masks[name]].cpu() for name, weight in self.acdc.weights().items()}
 
     def check_finite(self, loss: float, epoch: int) -> None:
         if np.isfinite(loss):
@@ -252,7 +281,7 @@ class Trainer:
     def should_stop(self) -> bool:
         """Whether a signal came to any rank. Several ranks ask each other every few seconds, all after the
         same step: the launcher kills half a minute after its signal."""
-        asked = self._stop_request.number != 0
+        asked = self._stop_request.number != 0 or self.loaders.bad_files.failure is not None
         if ranks.world_size() == 1:
             return asked
         self._until_asked -= 1
@@ -275,6 +304,16 @@ class Trainer:
 
     def stop(self) -> None:
         folder = self.run_dir.path
+        failures = ranks.everywhere(self.loaders.bad_files.failure)
+        if failure := next(filter(None, failures), None):
+            root = getattr(self.config.data, "root", None) or "ROOT"
+            raise UserError(
+                f"{failure}\na checkpoint is saved at step {self.acdc.step}. Find and exclude all such "
+                "files with "
+                f"acdc verify-data {root} --exclude, or let others stand in for them with "
+                "data.on_error=skip; then "
+                f"go on with resume={folder}"
+            )
         raise Stopped(
             f"stopped at step {self.acdc.step}; a checkpoint is saved. Go on with resume={folder}",
             self._stop_request.number or 15,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from trainer.checkpoint import write_text
@@ -54,6 +55,11 @@ class Monitor:
             self._tensorboard.add_scalar(f"sparsity/layer/{name}", sparsity, record["step"])
         self._tensorboard.flush()
         self.screen.epoch(record)
+
+    def histograms(self, step: int, weights: dict[str, Tensor]) -> None:
+        """Weights by layer name, as TensorBoard histograms."""
+        for name, values in weights.items():
+            self._tensorboard.add_histogram(f"weights/{name}", values, step)
 
     def close(self) -> None:
         self.screen.close()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data import imagenet
 from data.cifar import CIFAR10, CIFAR100
 from trainer.models import get_model
 
@@ -30,7 +31,7 @@ ARCHITECTURES = {"mobilenet": "mobilenetv1", "wideresnet": "wide_resnet28_10"}
 NORMALISATION = {
     "cifar10": (CIFAR10.mean, CIFAR10.std, 32),
     "cifar100": (CIFAR100.mean, CIFAR100.std, 32),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224),
+    "imagenet": (imagenet.MEAN, imagenet.STD, 224),
 }
 _INERT = re.compile(
     r"optimization\.|torch\.optim\.|numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+)$|_codecs\.encode$"

@@ -141,6 +141,15 @@ def gather(value: Any) -> list[Any]:
     return values or []
 
 
+def everywhere(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def average_buffers(module: torch.nn.Module) -> None:
     """Make the floating-point buffers (BatchNorm statistics) the mean over ranks, so that one model is
     evaluated."""

@@ -6,6 +6,8 @@ runs/<name>/<time>/  config.yaml     the resolved configuration
                      metrics.jsonl   a line per epoch and per logged step
                      tb/             the same for TensorBoard
                      checkpoints/    training states, dense_twin, sparse
+                     masks/          of every compression, where save.mask_history asks for them
+                     finetuned_dense/  a run folder of its own: the dense twin, trained on (finetune_dense)
                      result.json     the closing table's figures
                      report.html     curves
 """
@@ -20,12 +22,13 @@ from typing import IO, Any
 
 import yaml
 
-from trainer.checkpoint import newest_whole, write_text
+from trainer.checkpoint import STATE, CheckpointError, newest_whole, read, write_text
 from trainer.config import Config
 from trainer.environment import environment
 from trainer.errors import UserError
 
 DENSE_TWIN, SPARSE = "dense_twin", "sparse"
+FINETUNED_DENSE = "finetuned_dense"
 
 
 class RunDir:
@@ -36,6 +39,8 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
         self.report = path / "report.html"
+        self.masks = path / "masks"
+        self.finetuned_dense = path / FINETUNED_DENSE
         self._lock: IO[str] | None = None
 
     def try_lock(self) -> bool:
@@ -86,8 +91,18 @@ def _is_free(path: Path) -> bool:
         run.release()
 
 
-def create(config: Config) -> RunDir:
-    """Make the folder of a new run. Raises UserError where it cannot be written."""
+def is_finished(run: RunDir, config: Config) -> bool:
+    """Whether nothing that `config` asks for is left to do in a run's folder."""
+    whole = not config.finetune_dense or RunDir(run.finetuned_dense).result.exists()
+    return run.result.exists() and whole
+
+
+def create(config: Config, path: Path | None = None) -> RunDir:
+    """Make the folder of a new run, at `path` or below run_root. Raises UserError where it cannot be
+    written."""
+    if path is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        return RunDir(path)
     parent = Path(config.run_root).expanduser() / config.name
     stamp = time.strftime("%Y%m%d-%H%M%S")
     try:
@@ -104,16 +119,22 @@ def create(config: Config) -> RunDir:
     return RunDir(path)
 
 
-def find_resumed(config: Config) -> tuple[RunDir, Path] | None:
+def find_resumed(config: Config, path: Path | None = None) -> tuple[RunDir, Path] | None:
     """The run folder and the training state that `resume` names: a run folder, a checkpoint in one, or
-    "auto", the newest unfinished run of this name if there is one. None: a fresh start. Raises UserError."""
+    "auto", the newest unfinished run of this name if there is one. None: a fresh start. Raises UserError.
+
+    path: look in this run folder instead.
+    """
+    if path is not None:
+        state = newest_whole(path / "checkpoints")
+        return None if state is None else (RunDir(path), state)
     if config.resume is None:
         return None
     path = Path(config.resume).expanduser()
     if config.resume == "auto":
         states = sorted((Path(config.run_root).expanduser() / config.name).glob("*/checkpoints/step-*"))
         runs = sorted({state.parent.parent for state in states})
-        unfinished = [run for run in runs if not RunDir(run).result.exists() and _is_free(run)]
+        unfinished = [run for run in runs if not is_finished(RunDir(run), config) and _is_free(run)]
         if not unfinished:
             return None
         path = unfinished[-1]
@@ -123,3 +144,19 @@ def find_resumed(config: Config) -> tuple[RunDir, Path] | None:
     if state is None:
         raise UserError(f"resume {config.resume}: no whole training checkpoint in {path / 'checkpoints'}")
     return RunDir(path), state
+
+
+def read_branching_state(checkpoint: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and the training state that `checkpoint` names: a checkpoint, or a run folder, which means
+    its dense twin. Raises UserError."""
+    path = Path(checkpoint).expanduser()
+    twin = path / "checkpoints" / DENSE_TWIN
+    path = twin if twin.is_dir() else path
+    if not path.is_dir():
+        raise UserError(f"checkpoint {checkpoint}: no such folder; name a run folder or a checkpoint in it")
+    try:
+        return path, read(path, STATE)
+    except CheckpointError as error:
+        raise UserError(
+            f"checkpoint {checkpoint}: {error}; for weights alone there is model.weights={checkpoint}"
+        ) from error

@@ -92,8 +92,9 @@ def closing_table(result: dict[str, Any]) -> Table:
     table = Table(box=SIMPLE_HEAVY)
     for column in ("", "top-1 %", "top-5 %", "loss", "sparsity %", "epoch", "FLOPs", "vs dense"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for key, name in (("dense_twin", "dense twin"), ("sparse", "sparse model")):
-        if (row := result[key]) is None:
+    names = {"dense_twin": "dense twin", "sparse": "sparse model", "finetuned_dense": "dense, finetuned"}
+    for key, name in names.items():
+        if (row := result.get(key)) is None:
             continue
         table.add_row(
             name,

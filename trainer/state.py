@@ -19,6 +19,7 @@ from data.loader import Loader
 from sparsity import ACDC
 from sparsity.masters import masters_of
 from trainer import ranks
+from trainer.export import MASK, plain_state
 
 
 @dataclass
@@ -85,6 +86,33 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader) -
     return position
 
 
+def branch_off(state: Mapping[str, Any], engine: Any, acdc: ACDC) -> Position:
+    """Begin a new run where a captured state stands, at the end of an epoch: weights, BatchNorm statistics,
+    momentum and epoch are taken over; phases, masks and learning rates from there on are this run's own.
+
+    Raises ValueError, before anything is changed, for another model, a state from within an epoch, and what
+    ACDC.start_at refuses.
+    """
+    model = acdc.model
+    position = Position(epoch=state["position"]["epoch"], training_flops=state["position"]["training_flops"])
+    if within := state["position"]["step"]:
+        raise ValueError(
+            f"it was saved within an epoch, after {within} steps of it; name one from an epoch's end"
+        )
+    ours = {name: value for name, value in model.state_dict().items() if not name.endswith(MASK)}
+    theirs = plain_state(state["model"])
+    _check_same_model(ours, theirs)
+    masks = {}
+    if state["acdc"]["phase"] == "sparse":
+        masks = {name.removesuffix(MASK): v for name, v in state["model"].items() if name.endswith(MASK)}
+    acdc.start_at(position.epoch, masks)
+    model.load_state_dict(theirs, strict=False)
+    masters = masters_of(engine)
+    for name, parameter in model.named_parameters():
+        masters.load_(parameter, theirs[name].to(parameter.device), state["optimizer"][name])
+    return position
+
+
 def _check_same_model(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         a, b = ours.get(name), theirs.get(name)
@@ -96,11 +124,10 @@ def _check_same_model(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) 
 
 
 def _check_same_data(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    differences = [
-        f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}"
-        for key in sorted({*theirs, *ours})
-        if theirs.get(key) != ours.get(key)
-    ]
+    keys = [key for key in {*theirs, *ours} if key != "order" and theirs.get(key) != ours.get(key)]
+    differences = [f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in sorted(keys)]
+    if not keys and theirs.get("order") != ours.get("order"):  # which follows from what is named above
+        differences = ["this version of numpy draws other random numbers than the one before"]
     if differences:
         raise ValueError(f"another stream of training data: {'; '.join(differences)}")
 

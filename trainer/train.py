@@ -7,8 +7,16 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer.errors import EnvironmentLacks, Failure
+from trainer.errors import EnvironmentLacks, Failure, Finished
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.config import Config
+    from trainer.run_dir import RunDir
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,25 +49,47 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(recipe: str, overrides: list[str]) -> None:
-    """Parse, build, fit, close. Raises Failure for everything that a user can mend."""
-    from trainer.config import load_config
+    """Parse, build, fit, close; then the dense branch if asked for. Raises Failure for all that a user can
+    mend."""
+    from trainer.load import load_config
 
     config = load_config(recipe, overrides)  # before the slow imports: a typing error is told at once
 
     from trainer import ranks
+    from trainer.close import conclude_both
+    from trainer.dense_branch import dense_branch
+    from trainer.run_dir import find_resumed
+
+    device = ranks.start()
+    try:
+        run = fit(config, device)
+    except Finished:
+        resumed = ranks.on_main(lambda: find_resumed(config))
+        if resumed is None or not config.finetune_dense:
+            raise
+        run = resumed[0]
+    if config.finetune_dense:
+        branch = fit(dense_branch(config, run), device, run.finetuned_dense)
+        if ranks.is_main():
+            conclude_both(run, branch)
+
+
+def fit(config: Config, device: torch.device, path: Path | None = None) -> RunDir:
+    """One run to its end, in its own folder or in `path`."""
     from trainer.build import build_trainer
     from trainer.close import conclude, introduce
 
-    trainer = build_trainer(config, ranks.start())
+    trainer = build_trainer(config, device, path)
     introduce(trainer)
     try:
         trainer.fit()
         conclude(trainer)
     except OSError as error:  # a full disk, a lost mount: what was saved before is whole
-        folder = trainer.run_dir.path
+        folder = trainer.run_dir.path if path is None else path.parent
         raise EnvironmentLacks(f"{error}; once that is mended, go on with resume={folder}") from error
     finally:
         trainer.close()
+    return trainer.run_dir
 
 
 if __name__ == "__main__":

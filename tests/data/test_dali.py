@@ -6,7 +6,7 @@ import torch
 
 from data import fashion_mnist
 from data.arrays import ImageArrays
-from data.dali import DaliArrayLoader
+from data.dali_arrays import DaliArrayLoader
 from data.loader import PADDING_LABEL
 from data.stream import EvalStream, TrainStream
 

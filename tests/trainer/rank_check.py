@@ -17,14 +17,14 @@ from benchmarks.invariants import Watch, launcher_arguments
 from tests.trainer.runs import NUM_STEPS, assert_equal_states
 from trainer import checkpoint, ranks
 from trainer.build import build_trainer
-from trainer.config import load_config
+from trainer.load import load_config
 
 RESUME_AT = 26  # in the middle of an epoch of a dense phase, with a compression and a decompression to come
 
 
 def main(out: Path, recipe: str, overrides: list[str]) -> None:
     device = ranks.start()
-    overrides = [*overrides, f"checkpoint.every={RESUME_AT}st", "checkpoint.keep=9"]
+    overrides = [*overrides, f"save.every={RESUME_AT}st", "save.keep=9"]
     trainer = build_trainer(load_config(recipe, overrides), device)
     watch = Watch(trainer)
     trainer.fit()

@@ -34,6 +34,11 @@ def tiny(data: Path, run_root: Path, *overrides: str) -> list[str]:
     ]
 
 
+def starts(recipe: str) -> list[str]:
+    """What a recipe that goes on from something needs besides."""
+    return ["checkpoint=run"] * ("ftdense" in recipe) + ["model.weights=file"] * ("gmp" in recipe)
+
+
 def run_here(data: Path, run_root: Path, *overrides: str) -> Path:
     """Train in this process and return the run folder."""
     assert main(tiny(data, run_root, *overrides)) == 0

@@ -2,8 +2,10 @@ import pytest
 import yaml
 
 from sparsity import NM, GlobalMagnitude, UniformMagnitude
-from trainer.config import duration_steps, load_config
+from tests.trainer.runs import starts
+from trainer.config import duration_steps
 from trainer.errors import UserError
+from trainer.load import load_config
 from trainer.recipes import RECIPES, find_recipe, read_recipe, recipe_names
 
 QUICKSTART = "quickstart"
@@ -18,7 +20,7 @@ def failure(*overrides: str, recipe: str = QUICKSTART) -> str:
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_loads_and_says_what_it_should_reach(recipe):
-    assert load_config(recipe).epochs > 0
+    assert load_config(recipe, starts(recipe)).epochs > 0
     header = [line for line in find_recipe(recipe).read_text().splitlines() if line.startswith("#")]
     for word in ("Paper:", "Ours:", "Hardware:", "Command:"):
         assert any(word in line for line in header), word
@@ -64,7 +66,8 @@ def test_resolved_configuration_loads_again(tmp_path):
         ("optimizer={}", "optimizer.lr: missing; base learning rate"),
         (
             "data.name=imagenot",
-            "data.name: should be 'fashion_mnist', 'mnist', 'cifar10' or 'cifar100', not 'imagenot'",
+            "data.name: no data set 'imagenot'; did you mean imagenet? one of fashion_mnist, mnist, "
+            "cifar10, cifar100",
         ),
         (
             "engine.compile=maybe",
@@ -75,8 +78,8 @@ def test_resolved_configuration_loads_again(tmp_path):
             "engine.zero_stage: ZeRO stage 3 is not supported with masks yet; use 0, 1 or 2",
         ),
         (
-            "checkpoint.every=5",
-            "checkpoint.every: 5 is no duration; write a number of epochs or steps: 1ep, 500st",
+            "save.every=5",
+            "save.every: 5 is no duration; write a number of epochs or steps: 1ep, 500st",
         ),
         ("sparsity.target=1.0", "sparsity.target: should be less than 1, not 1.0"),
         ("sparsity.target=null", "sparsity: pattern global needs a target"),

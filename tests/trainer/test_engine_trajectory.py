@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from sparsity import ACDC, GlobalMagnitude, PhaseSchedule, num_leaked
-from trainer.config import load_config
 from trainer.engine import build_engine, deepspeed_config
+from trainer.load import load_config
 from trainer.models import get_model
 from trainer.ranks import start
 

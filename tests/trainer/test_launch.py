@@ -33,7 +33,7 @@ pytestmark = pytest.mark.launch
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_data, tmp_path_factory) -> Path:
-    return run_here(tiny_data, tmp_path_factory.mktemp("uninterrupted"), "checkpoint.every=7st")
+    return run_here(tiny_data, tmp_path_factory.mktemp("uninterrupted"), "save.every=7st")
 
 
 def test_the_launchers_command_compiles_two_graphs_over_all_phases(tiny_data, tmp_path):
@@ -109,7 +109,7 @@ def start_and_wait(arguments: list[str], run_root: Path, step: int) -> subproces
 
 
 def test_killed_at_any_moment_the_run_goes_on_where_it_was(uninterrupted, tiny_data, tmp_path):
-    arguments = tiny(tiny_data, tmp_path, "checkpoint.every=7st")
+    arguments = tiny(tiny_data, tmp_path, "save.every=7st")
     process = start_and_wait(command("train", *arguments, "--devices", "1"), tmp_path, 24)
     for child in reversed(psutil.Process(process.pid).children(recursive=True)):
         child.send_signal(signal.SIGKILL)
@@ -118,14 +118,14 @@ def test_killed_at_any_moment_the_run_goes_on_where_it_was(uninterrupted, tiny_d
     run = newest_run(tmp_path)
     assert not (run / "result.json").exists()
     assert_equal_states(
-        final_state(run_here(tiny_data, tmp_path, "checkpoint.every=7st", "resume=auto")),
+        final_state(run_here(tiny_data, tmp_path, "save.every=7st", "resume=auto")),
         final_state(uninterrupted),
     )
     assert newest_run(tmp_path) == run
 
 
 def test_a_signal_saves_and_stops(uninterrupted, tiny_data, tmp_path):
-    arguments = tiny(tiny_data, tmp_path, "checkpoint.every=7st")
+    arguments = tiny(tiny_data, tmp_path, "save.every=7st")
     process = start_and_wait(command("train", *arguments, "--devices", "1"), tmp_path, 4)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -133,7 +133,7 @@ def test_a_signal_saves_and_stops(uninterrupted, tiny_data, tmp_path):
     assert "error: stopped at step " in output
     assert f"Go on with resume={newest_run(tmp_path)}" in output
     assert "Traceback" not in output
-    resumed = run_here(tiny_data, tmp_path, "checkpoint.every=7st", "resume=auto")
+    resumed = run_here(tiny_data, tmp_path, "save.every=7st", "resume=auto")
     assert_equal_states(final_state(resumed), final_state(uninterrupted))
     assert not [
         p for p in psutil.process_iter() if str(tmp_path) in " ".join(_cmdline(p)) and p.pid != os.getpid()

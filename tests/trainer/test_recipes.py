@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from sparsity import ACDC, NM, GlobalMagnitude, UniformMagnitude
-from trainer.config import load_config
+from tests.trainer.runs import starts
+from trainer.errors import UserError
+from trainer.load import load_config
 from trainer.models import get_model
 from trainer.optim import learning_rate
+from trainer.recipes import recipe_names
 
+RN50 = "iht_imagenet_resnet50_insta_cosinelr"
+MBV1 = "iht_imagenet_mobilenet_insta_cosinelr"
 WRN = "iht_cifar100_wideresnet_steplr"
 RECIPES = {
     **{
@@ -22,6 +27,21 @@ RECIPES = {
         for s in (50, 75, 90, 95)
     },
     "cifar10/resnet20_dense": "cifar10_dense.yaml",
+    **{f"imagenet/resnet50_{s}": f"{RN50}_s{s}_ep100.yaml" for s in (50, 80, 90, 95, 98)},
+    **{f"imagenet/resnet50_{s}_no_conv1_fc": f"{RN50}_s{s}_ep100_no_conv1_fc.yaml" for s in (80, 90, 95, 98)},
+    **{f"imagenet/resnet50_uniform_{s}": f"{RN50}_s{s}_ep100_unif.yaml" for s in (90, 95)},
+    **{f"imagenet/resnet50_uniform_{s}_ep200": f"{RN50}_s{s}_ep200_unif.yaml" for s in (90, 95)},
+    "imagenet/resnet50_90_ep150": f"{RN50}_s90_ep150.yaml",
+    "imagenet/resnet50_2_4": "iht_imagenet_resnet50_cosinelr_sp_2_4_ep100.yaml",
+    **{f"imagenet/mobilenetv1_{s}": f"{MBV1}_s{s}_ep100.yaml" for s in (75, 90)},
+    **{f"imagenet/mobilenetv1_{s}_no_conv1_dw": f"{MBV1}_s{s}_ep100_no_conv1_dw.yaml" for s in (75, 90)},
+    "imagenet/resnet50_dense": "imagenet_resnet50_best_dense.yaml",
+    "imagenet/mobilenetv1_dense": "imagenet_mobilenet_cosinelr_ep100_dense.yaml",
+    "imagenet/resnet50_ftdense": f"{RN50}_ep100_ftdense.yaml",
+    "imagenet/resnet50_ftdense_ep150": f"{RN50}_s90_ep150_ftdense.yaml",
+    "imagenet/resnet50_ftdense_ep200": f"{RN50}_s90_ep200_ftdense.yaml",
+    "imagenet/mobilenetv1_ftdense": f"{MBV1}_ep100_ftdense.yaml",
+    **{f"imagenet/resnet50_gmp_{s}": f"imagenet_resnet50_gmp_sp{s}.yaml" for s in (80, 90)},
 }
 PATTERNS = {
     "UnstructuredMagnitudePruner": GlobalMagnitude,
@@ -36,9 +56,20 @@ def recorded(golden):
     return json.loads((golden / "recipes.json").read_text())
 
 
+def test_every_recorded_experiment_has_a_recipe(recorded):
+    assert sorted(RECIPES.values()) == sorted(recorded["recipes"])
+    assert set(recipe_names()) == {"quickstart", *RECIPES}
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if starts(name)])
+def test_a_recipe_that_goes_on_from_something_asks_for_it(recipe):
+    with pytest.raises(UserError, match=r"name its (folder, checkpoint=RUN|file, model\.weights=FILE)"):
+        load_config(recipe)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_is_the_papers(recipe, recorded):
-    theirs, ours = recorded["recipes"][RECIPES[recipe]], load_config(recipe)
+    theirs, ours = recorded["recipes"][RECIPES[recipe]], load_config(recipe, starts(recipe))
     assert ours.epochs == theirs["total_epochs"]
     assert ours.data.name == theirs["dataset"]
     if theirs["batch_size"] is not None:
@@ -54,7 +85,15 @@ def test_recipe_is_the_papers(recipe, recorded):
     with torch.device("meta"):
         model = get_model(ours.model.name, CLASSES[ours.data.name], **ours.model.arguments)
     pattern, schedule = ours.sparsity.build_pattern(), ours.sparsity.build_schedule()
-    acdc = ACDC(model, pattern, schedule, 1, include=ours.sparsity.include, exclude=ours.sparsity.exclude)
+    acdc = ACDC(
+        model,
+        pattern,
+        schedule,
+        1,
+        include=ours.sparsity.include,
+        exclude=ours.sparsity.exclude,
+        gradual=ours.sparsity.build_gradual(),
+    )
     compressions = {epoch: chosen for epoch, chosen in acdc.actions.items() if chosen is not None}
     assert sorted(compressions) == theirs["compress_epochs"]
     assert sorted(set(acdc.actions) - set(compressions)) == theirs["decompress_epochs"]
@@ -66,6 +105,6 @@ def test_recipe_is_the_papers(recipe, recorded):
     assert set(acdc.layers) == set(theirs["pruned_modules"])
     assert sum(layer.weight.numel() for layer in acdc.layers.values()) == theirs["num_prunable_weights"]
     labels = {script["num_random_labels"] for script in theirs["used_by"]} or {0}
-    assert {ours.data.random_labels} == labels
-    if ours.data.random_labels:
+    assert {getattr(ours.data, "random_labels", 0)} == labels
+    if labels != {0}:
         assert {ours.seed} == {script["manual_seed"] for script in theirs["used_by"]}

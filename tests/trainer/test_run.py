@@ -16,9 +16,9 @@ from tests.trainer.runs import NUM_STEPS, assert_equal_states, final_state, newe
 from trainer import checkpoint
 from trainer.build import build_trainer
 from trainer.cli import main as acdc_command
-from trainer.config import load_config
 from trainer.errors import Stopped
 from trainer.export import load_model
+from trainer.load import load_config
 from trainer.ranks import start
 from trainer.signals import StopRequest
 from trainer.train import main
@@ -191,10 +191,10 @@ def test_a_finished_training_without_its_result_gets_one(finished, tiny_data, tm
 
 def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(tiny_data, tmp_path):
     """A finished run, gone on with from step 30 and stopped at 35: 35 is what a further resume finds."""
-    run = run_here(tiny_data, tmp_path, "checkpoint.keep=4")
+    run = run_here(tiny_data, tmp_path, "save.keep=4")
     state = final_state(run)
     point = checkpoint.step_folder(run / "checkpoints", 30)
-    config = load_config("quickstart", tiny(tiny_data, tmp_path, f"resume={point}", "checkpoint.keep=4")[1:])
+    config = load_config("quickstart", tiny(tiny_data, tmp_path, f"resume={point}", "save.keep=4")[1:])
     trainer = build_trainer(config, start())
     trainer.acdc.before_step = StopAfter(trainer, 35)
     with pytest.raises(Stopped):
@@ -204,7 +204,7 @@ def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(tiny_data
     assert steps[-2:] == ["step-000000030", "step-000000035"]
     assert not (run / "result.json").exists()
     assert (run / "checkpoints" / "superseded-step-000000060").is_dir()
-    assert main(tiny(tiny_data, tmp_path, "resume=auto", "checkpoint.keep=4")) == 0
+    assert main(tiny(tiny_data, tmp_path, "resume=auto", "save.keep=4")) == 0
     assert newest_run(tmp_path) == run
     assert_equal_states(final_state(run), state)
 
@@ -311,14 +311,14 @@ def test_a_checkpoint_in_a_folder_that_is_none(finished, tiny_data, tmp_path, ca
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["optimizer.lr=1e12", "log.every=9st", "checkpoint.every=1st"],  # saved between two looks at the loss
+        ["optimizer.lr=1e12", "log.every=9st", "save.every=1st"],  # saved between two looks at the loss
         [
             "optimizer.lr=1e30",
             "data.batch_size=320",
             "epochs=1",
             "sparsity.schedule=dense 1",
         ],  # by the last step
-        ["optimizer.lr=1e30", "checkpoint.every=2ep"],
+        ["optimizer.lr=1e30", "save.every=2ep"],
     ],
 )
 def test_divergence_ends_with_code_4_and_only_good_checkpoints_are_kept(
@@ -341,7 +341,7 @@ def test_divergence_ends_with_code_4_and_only_good_checkpoints_are_kept(
 
 def test_divergence_of_a_resumed_run_names_where_it_came_from(tiny_data, tmp_path, capsys):
     arguments = ["lr.kind=constant", "lr.warmup_epochs=0"]
-    first = run_here(tiny_data, tmp_path, *arguments, "checkpoint.every=20st", "checkpoint.keep=9")
+    first = run_here(tiny_data, tmp_path, *arguments, "save.every=20st", "save.keep=9")
     point = checkpoint.step_folder(first / "checkpoints", 20)
     capsys.readouterr()
     assert main(tiny(tiny_data, tmp_path, *arguments, f"resume={point}", "optimizer.lr=1e30")) == 4

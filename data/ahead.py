@@ -1,0 +1,57 @@
+"""Batches prepared ahead of the training step, from any position on: what all backends share.
+
+A backend reads draws (see data.stream) endlessly from one position on and makes batches of them, in threads
+or processes of its own, over the end of an epoch too. Only where the training loop asks for another position
+than the next is it started anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from data.loader import Batch
+from data.stream import Stream
+
+
+class AheadLoader:
+    """See data.loader.Loader. A backend defines _start and _next."""
+
+    def __init__(self, stream: Stream[Any]) -> None:
+        self.stream = stream
+        self.position = (-1, -1)  # (epoch, batch) that comes next
+
+    @property
+    def num_images(self) -> int:
+        return self.stream.num_images
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.stream.batches_per_epoch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        if self.position != (epoch, start):  # else these batches are under way already
+            self.position = (epoch, start)
+            self._start(epoch, start)
+        while self.position[0] == epoch:
+            batch = self._next()
+            self.position = self.after(self.position)
+            yield batch
+
+    def after(self, position: tuple[int, int]) -> tuple[int, int]:
+        epoch, index = position
+        return (epoch, index + 1) if index + 1 < self.batches_per_epoch else (epoch + 1, 0)
+
+    def draws(self, epoch: int, start: int) -> Iterator[Any]:
+        """Every draw from (epoch, start) on, without end."""
+        position = (epoch, start)
+        while True:
+            yield self.stream.draw(*position)
+            position = self.after(position)
+
+    def _start(self, epoch: int, start: int) -> None:
+        """Begin to prepare the batches from (epoch, start) on."""
+        raise NotImplementedError
+
+    def _next(self) -> Batch:
+        """The batch at self.position."""
+        raise NotImplementedError

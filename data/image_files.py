@@ -1,0 +1,195 @@
+"""Folders of image files: which files a split holds, and the class of each.
+
+    ROOT/train/<class>/*.JPEG                 classes numbered from 0 in sorted order of their names
+    ROOT/val/<class>/*.JPEG                   or all files flat in ROOT/val, with a label file
+
+A label file for a flat `val` is looked for in ROOT, ROOT/val, and where the distributed archives have it:
+
+    val.txt, val_labels.txt, ...              lines "FILE CLASS", the class by name or by number
+    LOC_val_solution.csv                      "ImageId,PredictionString" lines, as Kaggle distributes them
+    ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt with meta.mat beside it (needs scipy)
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.idx import Split
+
+EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+FOLDERS = {"train": "train", "test": "val"}
+LABEL_FILES = ("val.txt", "val_labels.txt", "validation_labels.txt", "val_map.txt", "LOC_val_solution.csv")
+DEVKIT = Path("ILSVRC2012_devkit_t12", "data")
+GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+EXCLUSIONS = "excluded.txt"  # in ROOT; `acdc verify-data` writes it, loading honours it
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """files: paths relative to `root`, with forward slashes, in sorted order. labels: int64, (N,), numbers of
+    `classes`. num_excluded: how many files an exclusion list left out, or names among those that stayed.
+    excluded: the numbers of the latter."""
+
+    root: Path
+    files: tuple[str, ...]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    num_excluded: int = 0
+    excluded: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over names and labels; the files' content is not read."""
+        digest = hashlib.sha256("\n".join(self.files).encode())
+        digest.update(np.ascontiguousarray(self.labels).data)
+        return digest.hexdigest()
+
+
+def load_image_files(
+    root: Path, split: Split, label_file: Path | None = None, keep_excluded: bool = False
+) -> ImageFiles:
+    """The files of one split of `root`, without those that ROOT/excluded.txt names.
+
+    label_file: for a flat `val`; else it is looked for, see above. keep_excluded: leave those files in and
+    say which they are: excluding one then moves no other in a shuffled order. Raises FileNotFoundError where
+    a folder or the label file is missing, ValueError for labels that do not fit the files or the training
+    classes."""
+    folder = root / FOLDERS[split]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: expected are {root}/train/CLASS/*.JPEG and {root}/val")
+    classes = _classes(root / FOLDERS["train"])
+    named = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if named:
+        numbers = {name: number for number, name in enumerate(classes or named)}
+        if unknown := [name for name in named if name not in numbers]:
+            raise ValueError(f"{folder} has classes that training has not: {_few(unknown)}")
+        pairs = [
+            (f"{folder.name}/{name}/{file}", numbers[name])
+            for name in named
+            for file in _images(folder / name)
+        ]
+    else:
+        if split == "train":
+            raise FileNotFoundError(f"{folder} holds no class folders: expected are {folder}/CLASS/*.JPEG")
+        found = _read_labels(root, label_file, classes)
+        files = _images(folder)
+        if missing := [file for file in files if Path(file).stem not in found]:
+            raise ValueError(f"{folder}: {len(missing)} of {len(files)} files have no label: {_few(missing)}")
+        pairs = [(f"{folder.name}/{file}", found[Path(file).stem]) for file in files]
+    excluded = read_exclusions(root / EXCLUSIONS)
+    kept = [(file, label) for file, label in pairs if file not in excluded]
+    if not kept:
+        raise FileNotFoundError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
+    num_excluded, numbers_of_excluded = len(pairs) - len(kept), frozenset[int]()
+    if keep_excluded:
+        kept = pairs
+        numbers_of_excluded = frozenset(i for i, (file, _) in enumerate(pairs) if file in excluded)
+    names, labels = zip(*kept, strict=True)
+    all_labels = np.asarray(labels, np.int64)
+    return ImageFiles(root, names, all_labels, tuple(classes or named), num_excluded, numbers_of_excluded)
+
+
+def read_exclusions(path: Path) -> frozenset[str]:
+    """Files to leave out: one path relative to ROOT a line, as in ImageFiles.files; what follows a tab is a
+    reason, and lines that begin with # are comments. A missing list excludes nothing."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(line.partition("\t")[0] for line in lines if line and not line.startswith("#"))
+
+
+def _classes(train: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(train) if entry.is_dir()) if train.is_dir() else []
+
+
+def _images(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS))
+
+
+def _read_labels(root: Path, label_file: Path | None, classes: list[str]) -> dict[str, int]:
+    """File name without suffix -> class number."""
+    if label_file is None:
+        candidates = [folder / name for folder in (root, root / "val") for name in LABEL_FILES]
+        candidates += [root / DEVKIT / GROUND_TRUTH]
+        label_file = next((path for path in candidates if path.is_file()), None)
+    if label_file is None:
+        raise FileNotFoundError(
+            f"{root / 'val'} has no class folders, and no label file is beside it: give "
+            "data.val_labels=FILE, "
+            f"or put one of {', '.join(LABEL_FILES)} or {DEVKIT / GROUND_TRUTH} into {root}"
+        )
+    if not label_file.is_file():
+        raise FileNotFoundError(f"no label file {label_file}")
+    if label_file.name == GROUND_TRUTH:
+        rows: Iterable[tuple[str, str]] = _devkit_rows(label_file)
+    elif label_file.suffix == ".csv":
+        rows = _kaggle_rows(label_file)
+    else:
+        rows = _plain_rows(label_file)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = {}
+    for file, label in rows:
+        number = numbers.get(label, int(label) if label.isdecimal() else -1)
+        if number < 0 or (classes and number >= len(classes)):
+            raise ValueError(
+                f"{label_file}: {file} has class {label!r}, which is none of the training classes"
+            )
+        labels[Path(file).stem] = number
+    return labels
+
+
+def _plain_rows(path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) != 2:
+            raise ValueError(f"{path}, line {number}: {line[:60]!r} is not FILE CLASS")
+        yield words[0], words[1]
+
+
+def _kaggle_rows(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if not row.get("ImageId") or not (row.get("PredictionString") or "").split():
+                raise ValueError(f"{path}: {row} has no ImageId or no PredictionString")
+            yield row["ImageId"], row["PredictionString"].split()[0]
+
+
+def _devkit_rows(path: Path) -> Iterator[tuple[str, str]]:
+    """Line i is the number, from 1, of validation image i's class in meta.mat's order, which is not
+    sorted."""
+    try:
+        from scipy.io import loadmat
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{path.with_name('meta.mat')} needs scipy to be read: pip install scipy"
+        ) from error
+    synsets = loadmat(path.with_name("meta.mat"), squeeze_me=True)["synsets"]
+    names = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split(), 1):
+        if int(line) not in names:
+            raise ValueError(f"{path}, line {number}: class {line} is not in meta.mat")
+        yield f"ILSVRC2012_val_{number:08}.JPEG", names[int(line)]
+
+
+def _few(names: Collection[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,21 @@
+"""ImageNet's constants, and where it lies when no path is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.places import data_home
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NUM_CLASSES = 1000
+NUM_TRAIN, NUM_VAL = 1_281_167, 50_000
+
+
+def imagenet_root(root: Path | None) -> Path:
+    """Raises FileNotFoundError, saying what is expected there, where that folder is missing."""
+    path = root or data_home() / "imagenet"
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no ImageNet in {path}: name the folder with train/CLASS/*.JPEG and val in it, data.root=FOLDER"
+        )
+    return path

@@ -1,0 +1,138 @@
+"""Image files through Pillow, torchvision's transforms and a DataLoader: where DALI does not run, and what it
+is measured against.
+
+The same draws as in data.dali_files give the same order, windows and flips; pixels differ by what two
+decoders and two resampling filters differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from data.ahead import AheadLoader
+from data.crops import CropDraw, central, window
+from data.image_files import ImageFiles
+from data.loader import PADDING_LABEL, Batch
+from data.stream import Draw, Stream
+from data.torchvision_import import import_torchvision
+
+
+class TorchFileLoader(AheadLoader):
+    """Batches of `files` as `stream` draws them, on `device`. See data.loader.Loader.
+
+    num_workers: processes that decode; 0 decodes in this one. on_bad: called with the relative path of a file
+    that cannot be decoded and the reason, see data.dali_files. evaluation: (resize, size) of evaluation's
+    central crop; None for the random crops of a CropStream.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        stream: Stream[Any],
+        device: torch.device,
+        num_workers: int,
+        on_bad: Callable[[str, str], None],
+        evaluation: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(stream)
+        self.files, self.device, self.num_workers, self.on_bad = files, device, num_workers, on_bad
+        self.evaluation = evaluation
+        self.bad: set[int] = set(files.excluded)
+        self._batches: Iterator[_Decoded] = iter(())
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"backend": "torch", "data": self.files.digest, **self.stream.fingerprint()}
+
+    def _start(self, epoch: int, start: int) -> None:
+        self._batches = iter(())  # ends the processes that prepare another position
+        self._batches = iter(
+            DataLoader(
+                _Images(self.files, self.evaluation),
+                sampler=_Draws(self, epoch, start),
+                batch_size=None,  # a draw is a batch already
+                num_workers=self.num_workers,
+                pin_memory=self.device.type == "cuda",
+                multiprocessing_context="forkserver" if self.num_workers else None,
+            )
+        )
+
+    def _next(self) -> Batch:
+        decoded = next(self._batches)
+        for index, reason in decoded.bad:
+            if index not in self.bad:
+                self.bad.add(index)
+                self.on_bad(self.files.files[index], reason)
+        images = decoded.images.to(self.device, non_blocking=True)
+        return Batch(images.permute(0, 3, 1, 2), decoded.labels.to(self.device, non_blocking=True))
+
+
+class _Decoded(NamedTuple):
+    """images: uint8, (N, H, W, 3). bad: (number of a file that could not be decoded, the reason) each."""
+
+    images: Tensor
+    labels: Tensor
+    bad: list[tuple[int, str]]
+
+
+class _Draws(IterableDataset[Any]):
+    """What a DataLoader takes for its sampler: every draw from a position on."""
+
+    def __init__(self, loader: AheadLoader, epoch: int, start: int) -> None:
+        self.loader, self.first = loader, (epoch, start)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.loader.draws(*self.first)
+
+
+class _Images(Dataset[_Decoded]):
+    """draw -> decoded batch; runs in the worker processes."""
+
+    def __init__(self, files: ImageFiles, evaluation: tuple[int, int] | None) -> None:
+        self.files, self.evaluation = files, evaluation
+
+    def __getitem__(self, draw: Any) -> _Decoded:
+        bad: list[tuple[int, str]] = []
+        make = self._train if self.evaluation is None else self._eval
+        images, labels = zip(*(make(draw, i, bad) for i in range(len(draw.indices))), strict=True)
+        return _Decoded(torch.from_numpy(np.stack(images)), torch.tensor(labels), bad)
+
+    def _train(self, draw: CropDraw, i: int, bad: list[tuple[int, str]]) -> tuple[Any, int]:
+        functional = import_torchvision().transforms.v2.functional
+        index = int(draw.indices[i])
+        for _ in range(len(self.files)):
+            if (image := self._decode(index, bad)) is not None:
+                crop = window(draw, i, image.height, image.width)
+                image = functional.resized_crop(image, *crop, size=[draw.size, draw.size], antialias=True)
+                if draw.flip[i]:
+                    image = functional.horizontal_flip(image)
+                return np.asarray(image), int(self.files.labels[index])
+            index = (index + 1) % len(self.files)  # the next of the listing stands in
+        raise OSError(f"no image below {self.files.root} can be decoded")
+
+    def _eval(self, draw: Draw, i: int, bad: list[tuple[int, str]]) -> tuple[Any, int]:
+        functional = import_torchvision().transforms.v2.functional
+        assert self.evaluation is not None
+        resize, size = self.evaluation
+        index = int(draw.indices[i])
+        image = None if index < 0 else self._decode(index, bad)
+        if image is None:
+            return np.zeros((size, size, 3), np.uint8), PADDING_LABEL
+        height, width, top, left = central(image.height, image.width, resize, size)
+        image = functional.resize(image, [height, width], antialias=True)
+        return np.asarray(functional.crop(image, top, left, size, size)), int(self.files.labels[index])
+
+    def _decode(self, index: int, bad: list[tuple[int, str]]) -> Image.Image | None:
+        if index in self.files.excluded:
+            return None
+        try:
+            with Image.open(self.files.root / self.files.files[index]) as image:
+                return image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            bad.append((index, str(error)))
+            return None

@@ -1,0 +1,106 @@
+"""Weights to start from, out of whatever file they come in. All else starts fresh: optimizer, epoch, masks.
+
+a run folder                    its sparse model, or its dense twin while there is no sparse one
+a checkpoint folder of ours     a training state or a saved model
+FILE.ckpt                       a checkpoint of the paper's implementation
+FILE.safetensors                names to tensors
+FILE.pt, .pth, ...              a torch file with a state_dict (torchvision's, timm's)
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.export import load_model
+from trainer.originals import read_original, split_state
+from trainer.run_dir import DENSE_TWIN, SPARSE
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Put the weights and statistics at `path` into `model`.
+
+    Raises FileNotFoundError or ValueError that names the file and what does not fit; the model is then as it
+    was. Nothing in a file is executed.
+    """
+    state = _read_state(path)
+    ours = model.state_dict()
+    problems = [name for name in ours if name not in state and not name.endswith("num_batches_tracked")]
+    problems += [name for name in state if name not in ours]
+    problems += [
+        f"{name} {tuple(state[name].shape)}" for name in ours.keys() & state if _differ(ours, state, name)
+    ]
+    if problems:
+        shown = ", ".join(problems[:4]) + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise ValueError(
+            f"weights {path}: they are another model's; missing, unknown or of another shape: {shown}"
+        )
+    model.load_state_dict({**ours, **state})
+
+
+def _read_state(path: Path) -> Mapping[str, Tensor]:
+    if path.is_dir():
+        pair = [path / "checkpoints" / key for key in (SPARSE, DENSE_TWIN)]
+        folder = next((folder for folder in pair if folder.is_dir()), path)
+        return load_model(folder)[0].state_dict()
+    if not path.is_file():
+        raise FileNotFoundError(f"weights {path}: no such file or folder")
+    if path.suffix == ".ckpt":
+        masks, state = split_state(read_original(path)["model_state_dict"])
+        for layer, mask in masks.items():
+            if (weight := state.get(f"{layer}.weight")) is not None and weight.shape == mask.shape:
+                state[f"{layer}.weight"] = weight * mask
+        return state
+    return _named_tensors(
+        path, _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    )
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{path} needs safetensors to be read: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"weights {path}: no whole safetensors file: {error}") from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise ValueError(
+            f"weights {path}: no torch file of tensors: {str(error).partition('.')[0]}"
+        ) from error
+
+
+def _named_tensors(path: Path, content: Any) -> Mapping[str, Tensor]:
+    """The state_dict itself, or under the key that training scripts put it; without DataParallel's prefix."""
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content or not all(map(torch.is_tensor, content.values())):
+        raise ValueError(f"weights {path}: it holds no state_dict, a table of names and tensors")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def _differ(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str) -> bool:
+    return ours[name].shape != theirs[name].shape
