@@ -20,7 +20,7 @@ from data.crops import CropDraw, central, window
 from data.image_files import ImageFiles
 from data.loader import PADDING_LABEL, Batch
 from data.stream import Draw, Stream
-from data.torchvision_import import import_torchvision
+from data.torchvision_import import import_transforms
 
 
 class TorchFileLoader(AheadLoader):
@@ -103,7 +103,7 @@ class _Images(Dataset[_Decoded]):
         return _Decoded(torch.from_numpy(np.stack(images)), torch.tensor(labels), bad)
 
     def _train(self, draw: CropDraw, i: int, bad: list[tuple[int, str]]) -> tuple[Any, int]:
-        functional = import_torchvision().transforms.v2.functional
+        functional = import_transforms().functional
         index = int(draw.indices[i])
         for _ in range(len(self.files)):
             if (image := self._decode(index, bad)) is not None:
@@ -116,7 +116,7 @@ class _Images(Dataset[_Decoded]):
         raise OSError(f"no image below {self.files.root} can be decoded")
 
     def _eval(self, draw: Draw, i: int, bad: list[tuple[int, str]]) -> tuple[Any, int]:
-        functional = import_torchvision().transforms.v2.functional
+        functional = import_transforms().functional
         assert self.evaluation is not None
         resize, size = self.evaluation
         index = int(draw.indices[i])

@@ -8,6 +8,7 @@ Declaring the two operators that its Python code registers fake kernels for lets
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -27,3 +28,11 @@ def import_torchvision() -> ModuleType:
             _library.define(f"{operator}{_SCHEMA}")  # type: ignore[no-untyped-call]
         import torchvision
     return torchvision
+
+
+def import_transforms() -> Any:
+    """torchvision.transforms.v2, with `functional` loaded."""
+    import_torchvision()
+    import torchvision.transforms.v2.functional
+
+    return torchvision.transforms.v2

@@ -1,0 +1,248 @@
+"""Image files through DALI and through torch: pixels, order, resumption, bad files."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.crops import CropStream, window
+from data.dali_files import DaliEvalFiles, DaliTrainFiles
+from data.image_files import EXCLUSIONS, load_image_files
+from data.loader import PADDING_LABEL
+from data.stream import EvalStream
+from data.torch_files import TorchFileLoader
+from data.torchvision_import import import_transforms
+from tests.data.photographs import make_tree, odd_size, photograph
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+CPU = torch.device("cpu")
+SIDE = 48
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("tree"), 3, 15, 3)  # 45 training images: 5 batches of 8, 5 left
+
+
+def refuse(file, reason):
+    raise AssertionError(f"{file}: {reason}")
+
+
+def stream(files, **arguments):
+    return CropStream(len(files), 8, seed=5, flip=True, sizes=((0, SIDE),), **arguments)
+
+
+def dali(root, on_bad=refuse, **arguments):
+    files = load_image_files(root, "train", keep_excluded=True)
+    return DaliTrainFiles(files, stream(files, **arguments), CPU, 2, "cpu", on_bad)
+
+
+def other(root, on_bad=refuse, workers=0, **arguments):
+    files = load_image_files(root, "train", keep_excluded=True)
+    return TorchFileLoader(files, stream(files, **arguments), CPU, workers, on_bad)
+
+
+def difference(a, b):
+    return (a.float() - b.float()).abs().mean().item()
+
+
+@pytest.mark.parametrize("make", [dali, other])
+def test_pixels_are_the_drawn_windows(tree, make):
+    """Against Pillow's decoder and resize of the window that the draw means, flip included."""
+    loader = make(tree)
+    differences = []
+    for epoch, (index, (images, labels)) in itertools.product((0, 1), enumerate(loader.epoch(0))):
+        if epoch:
+            continue
+        draw = loader.stream.draw(0, index)
+        assert images.shape == (8, 3, SIDE, SIDE)
+        assert images.dtype == torch.uint8
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert np.array_equal(labels, loader.files.labels[draw.indices])
+        for i, number in enumerate(draw.indices):
+            with Image.open(tree / loader.files.files[number]) as file:
+                image = file.convert("RGB")
+            top, left, height, width = window(draw, i, image.height, image.width)
+            box = (left, top, left + width, top + height)
+            image = image.crop(box).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            expected = np.asarray(image)[:, ::-1] if draw.flip[i] else np.asarray(image)
+            differences.append(difference(images[i].permute(1, 2, 0), torch.from_numpy(expected.copy())))
+    assert len(differences) == 40
+    assert max(differences) < 1.5  # of 255, mean over an image; another window gives tens
+
+
+def test_backends_give_the_same_samples(tree):
+    for a, b in zip(dali(tree).epoch(1), other(tree).epoch(1), strict=True):
+        assert torch.equal(a.labels, b.labels)
+        assert difference(a.images, b.images) < 1
+
+
+def test_windows_follow_the_law():
+    """Shares and ratios within bounds, the whole image as fallback, every place reached."""
+    draws = CropStream(4000, 4000, seed=1, sizes=((0, 8),)).draw(0, 0)
+    for height, width in ((375, 500), (500, 375), (100, 100)):
+        tops = []
+        for i in range(1000):
+            top, left, h, w = window(draws, i, height, width)
+            assert 0 <= top <= height - h
+            assert 0 <= left <= width - w
+            assert 0.075 <= h * w / (height * width) <= 1
+            assert 0.7 <= w / h <= 1.4
+            tops.append(top / max(height - h, 1))
+        assert 0.45 < np.mean(tops) < 0.55
+    # too long for any attempt: the largest central window with an allowed ratio
+    wide = [window(draws, i, 10, 1000) for i in range(50)]
+    assert (0, 493, 10, 13) in wide
+    assert window(draws._replace(area=np.ones_like(draws.area)), 0, 1000, 10) == (493, 0, 13, 10)
+
+
+def ids(loader, epoch):
+    return list(itertools.chain.from_iterable(loader.stream.draw(epoch, i).indices for i in range(5)))
+
+
+def test_every_file_at_most_once_an_epoch_over_ranks(tree):
+    seen = []
+    for rank in range(2):
+        loader = dali(tree, rank=rank, world_size=2)
+        seen += map(int, ids(loader, 3))
+    assert len(seen) == len(set(seen)) == 40
+    assert set(seen) == set(map(int, ids(dali(tree), 3)))
+
+
+def test_any_position_can_be_resumed_bit_for_bit(tree):
+    """20 random stopping points in 3 epochs, over 1 and 2 shards: what follows is the same, ids and
+    pixels."""
+    random = np.random.default_rng(0)
+    for world_size, rank in ((1, 0), (2, 0), (2, 1)):
+        shard = {"world_size": world_size, "rank": rank}
+        through = dali(tree, **shard)
+        whole = [(e, i, batch) for e in range(3) for i, batch in enumerate(through.epoch(e))]
+        assert len(whole) == 15
+        for stop in random.choice(15, 10 if world_size == 2 else 20):
+            epoch, index, _ = whole[stop]
+            resumed = dali(tree, **shard)
+            for k, batch in enumerate(resumed.epoch(epoch, index)):
+                assert torch.equal(batch.images, whole[stop + k][2].images)
+                assert torch.equal(batch.labels, whole[stop + k][2].labels)
+
+
+def test_sizes_change_by_epoch(tree):
+    files = load_image_files(tree, "train")
+    crops = CropStream(len(files), 8, seed=5, sizes=((0, 16), (2, 24), (3, 32)))
+    loaders = (
+        DaliTrainFiles(files, crops, CPU, 2, "cpu", refuse),
+        TorchFileLoader(files, crops, CPU, 0, refuse),
+    )
+    for loader in loaders:
+        shapes = [{batch.images.shape[2:] for batch in loader.epoch(epoch)} for epoch in range(4)]
+        assert shapes == [{(16, 16)}, {(16, 16)}, {(24, 24)}, {(32, 32)}]
+
+
+def evaluation(files, size=(64, 56), batch=4, on_bad=refuse, backend="dali", **arguments):
+    order = EvalStream(len(files), batch, **arguments)
+    if backend == "torch":
+        return TorchFileLoader(files, order, CPU, 0, on_bad, size)
+    return DaliEvalFiles(files, order, CPU, 2, "cpu", on_bad, resize=size[0], size=size[1])
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_evaluation_sees_every_file_once(tree, backend):
+    files = load_image_files(tree, "test")
+    labels = []
+    for rank in range(2):
+        loader = evaluation(files, backend=backend, rank=rank, world_size=2)
+        for epoch in range(2):
+            seen = torch.cat([batch.labels for batch in loader.epoch(epoch)])
+            labels += seen[seen != PADDING_LABEL].tolist() * (epoch == 0)
+    assert sorted(labels) == sorted(files.labels.tolist())
+
+
+def test_evaluation_is_torchvisions(tmp_path):
+    """100 photographs, 256 and 224: mean absolute difference of at most 2 of 255 a pixel to torchvision's
+    transform on Pillow images."""
+    transforms = import_transforms()
+    reference = transforms.Compose(
+        [transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()]
+    )
+    folder = tmp_path / "val" / "n0"
+    folder.mkdir(parents=True)
+    for i in range(100):
+        photograph(i, *odd_size(i, 400)).save(folder / f"{i:03}.JPEG", quality=90)
+    files = load_image_files(tmp_path, "test")
+    differences, worst = [], 0
+    for index, batch in enumerate(evaluation(files, (256, 224), 10).epoch(0)):
+        for i, image in enumerate(batch.images):
+            with Image.open(tmp_path / files.files[index * 10 + i]) as file:
+                expected = reference(file.convert("RGB"))
+            differences.append(difference(image, expected))
+            worst = max(worst, int((image.int() - expected.int()).abs().max()))
+    print(f"mean {np.mean(differences):.3f}, worst image {max(differences):.3f}, worst pixel {worst}, of 255")
+    assert len(differences) == 100
+    assert max(differences) <= 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "missing"])
+@pytest.mark.parametrize("make", [dali, other])
+def test_another_file_stands_in_for_a_bad_one(tmp_path, make, damage):
+    root = make_tree(tmp_path, 2, 10)
+    good = [batch.labels.clone() for batch in make(root).epoch(0)]
+    files = load_image_files(root, "train")
+    number = int(make(root).stream.draw(0, 1).indices[3])
+    path = root / files.files[number]
+    content = path.read_bytes()
+    path.write_bytes(
+        {"truncated": content[: len(content) // 8], "garbage": b"\xff\xd8" + bytes(500)}.get(damage, b"")
+    )
+    if damage == "missing":
+        path.unlink()
+        path.symlink_to("nowhere")
+    told = []
+    loader = make(root, on_bad=lambda file, reason: told.append((file, reason)))
+    batches = list(loader.epoch(0))
+    assert [file for file, _ in told] == [files.files[number]]
+    assert told[0][1]
+    assert len(batches) == len(good) == 2
+    for index, (ours, then) in enumerate(zip(batches, good, strict=True)):
+        differ = (ours.labels != then).nonzero().flatten().tolist()
+        assert set(differ) <= ({3} if index == 1 else set())
+        assert ours.labels[3] == (files.labels[(number + 1) % 20] if index == 1 else then[3])
+    # excluding it changes nothing but that nobody is told
+    (root / EXCLUSIONS).write_text(f"{files.files[number]}\treason\n")
+    for a, b in zip(make(root).epoch(0), batches, strict=True):
+        assert torch.equal(a.images, b.images)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_a_bad_file_does_not_count_in_evaluation(tmp_path, backend):
+    root = make_tree(tmp_path, 2, 2, 5)
+    files = load_image_files(root, "test")
+    (root / files.files[6]).write_bytes(b"no image")
+    told = []
+    loader = evaluation(files, on_bad=lambda *what: told.append(what), backend=backend)
+    labels = torch.cat([batch.labels for batch in loader.epoch(0)])
+    assert [file for file, _ in told] == [files.files[6]]
+    assert (labels != PADDING_LABEL).sum() == 9
+    assert labels[6] == PADDING_LABEL
+
+
+def test_the_fingerprint_names_what_shapes_the_stream(tree):
+    loader = dali(tree)
+    assert loader.fingerprint() == dali(tree, rank=1, world_size=2).fingerprint()
+    files = load_image_files(tree, "train")
+    for changed in (
+        CropStream(len(files), 8, seed=6, flip=True, sizes=((0, SIDE),)),
+        CropStream(len(files), 4, seed=5, flip=True, sizes=((0, SIDE),)),
+        CropStream(len(files), 8, seed=5, flip=True, sizes=((0, SIDE + 1),)),
+        CropStream(len(files), 8, seed=5, flip=True, sizes=((0, SIDE),), min_area=0.2),
+    ):
+        assert DaliTrainFiles(files, changed, CPU, 2, "cpu", refuse).fingerprint() != loader.fingerprint()
+    assert other(tree).fingerprint() != loader.fingerprint()
+
+
+def test_worker_processes_give_the_same(tree):
+    alone, workers = other(tree), other(tree, workers=2)
+    for a, b in zip(alone.epoch(0), workers.epoch(0), strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
