@@ -13,6 +13,7 @@ from data.loader import ImageInfo
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.models import get_model
+from trainer.run_dir import DENSE_TWIN, SPARSE
 
 MASK = ".mask"
 
@@ -44,6 +45,13 @@ def save_model(
     if state is not None:
         contents[checkpoint.STATE] = state
     checkpoint.save(folder, contents, info)
+
+
+def find_model(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or of a run folder its sparse model, or its dense twin while
+    there is no sparse one."""
+    pair = [path / "checkpoints" / key for key in (SPARSE, DENSE_TWIN)]
+    return next((folder for folder in pair if folder.is_dir()), path)
 
 
 def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -66,6 +66,14 @@ def _parse(text: str) -> Any:
         raise ValueError(str(error)) from error
 
 
+def read_yaml(path: Path) -> Any:
+    """A YAML file's content, without YAML's traps. Raises OSError or ValueError that names file and line."""
+    try:
+        return _parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -93,9 +101,9 @@ def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     below: the files that named this one as their base.
     """
     try:
-        content = _parse(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(str(error)) from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path}: a recipe is a mapping of keys to values, this is a {type(content).__name__}"

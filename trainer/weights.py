@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.export import load_model
+from trainer.export import find_model, load_model
 from trainer.originals import read_original, split_state
-from trainer.run_dir import DENSE_TWIN, SPARSE
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -46,9 +45,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def _read_state(path: Path) -> Mapping[str, Tensor]:
     if path.is_dir():
-        pair = [path / "checkpoints" / key for key in (SPARSE, DENSE_TWIN)]
-        folder = next((folder for folder in pair if folder.is_dir()), path)
-        return load_model(folder)[0].state_dict()
+        return load_model(find_model(path))[0].state_dict()
     if not path.is_file():
         raise FileNotFoundError(f"weights {path}: no such file or folder")
     if path.suffix == ".ckpt":
