@@ -65,13 +65,18 @@ class DaliFileLoader(DaliLoader):
         for _ in range(PREFETCH + 1):
             suspects |= {self.stand_in(int(i)) for i in self.stream.draw(*position).indices if i >= 0}
             position = self.after(position)
-        found = {}
-        for index in sorted(suspects):
-            try:
-                self.build(iter([self._probe(index)]), 1).run()
-            except RuntimeError as error:
-                found[index] = _reason(str(error))
-        return found
+        return self._bad_among(sorted(suspects))
+
+    def _bad_among(self, indices: list[int]) -> dict[int, str]:
+        """Decode these alone, and halves of them again where that fails: few files are bad."""
+        try:
+            self.build(iter([self._probe(indices)]), len(indices)).run()
+        except RuntimeError as error:
+            if len(indices) == 1:
+                return {indices[0]: _reason(str(error))}
+            half = len(indices) // 2
+            return {**self._bad_among(indices[:half]), **self._bad_among(indices[half:])}
+        return {}
 
     def stand_in(self, index: int) -> int:
         """The file itself, or for a bad one the next of the listing that is not. Raises OSError when all are
@@ -82,8 +87,8 @@ class DaliFileLoader(DaliLoader):
             index = (index + 1) % len(self.files)
         return index
 
-    def _probe(self, index: int) -> tuple[Any, ...]:
-        """A batch of one file."""
+    def _probe(self, indices: list[int]) -> tuple[Any, ...]:
+        """Inputs that decode these files."""
         raise NotImplementedError
 
 
@@ -106,10 +111,10 @@ class DaliTrainFiles(DaliFileLoader):
         labels = self.files.labels[indices]
         return self._paths[indices], labels, draw.area, draw.ratio, draw.place, draw.flip, sizes
 
-    def _probe(self, index: int) -> tuple[Any, ...]:
-        one = np.ones((1, ATTEMPTS), np.float32)
-        draw = CropDraw(np.array([index]), one, one, one[:, :2], np.zeros(1, np.int32), 8)
-        return self._feed(draw)
+    def _probe(self, indices: list[int]) -> tuple[Any, ...]:
+        ones = np.ones((len(indices), ATTEMPTS), np.float32)  # whole images
+        zeros = np.zeros((len(indices), 2), np.float32)
+        return self._feed(CropDraw(np.array(indices), ones, ones, zeros, zeros[:, 0].astype(np.int32), 8))
 
     def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, Any]:
         paths, labels, area, ratio, place, flip, size = inputs
@@ -145,8 +150,8 @@ class DaliEvalFiles(DaliFileLoader):
         indices = [self.stand_in(max(int(index), 0)) for index in draw.indices]
         return self._paths[indices], np.where(counts, self.files.labels[indices], PADDING_LABEL)
 
-    def _probe(self, index: int) -> tuple[Any, ...]:
-        return self._paths[[index]], np.zeros(1, np.int64)
+    def _probe(self, indices: list[int]) -> tuple[Any, ...]:
+        return self._paths[indices], np.zeros(len(indices), np.int64)
 
     def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, Any]:
         paths, labels = inputs
@@ -209,10 +214,9 @@ def _on_device(loader: DaliFileLoader, images: Any, labels: Any) -> tuple[Any, A
 
 
 def _reason(message: str) -> str:
-    """The line of DALI's report that says what is wrong."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    telling = [line for line in lines if "rror" in line or "nvimgcodec" in line]
-    return (telling or lines or ["it cannot be decoded"])[-1][:200]
+    """What is wrong, out of DALI's report on where it met it."""
+    lines = [line.strip() for line in message.partition("encountered:")[2].splitlines() if line.strip()]
+    return lines[0] if lines else message.partition("\n")[0]
 
 
 class _PathBytes:

@@ -83,7 +83,7 @@ def apply(
                             f"a worker process ended before its first item, with {how}"
                         ) from None
                     waiting.extendleft(other for other in reversed(given) if other is not None)
-                    if False:
+                    if item not in suspects:
                         suspects.add(item)
                         start([item])
                         continue

@@ -176,6 +176,7 @@ class Trainer:
         self.position.seconds = time.monotonic() - self._began
         if self.graphs_at_first is None:
             self.graphs_at_first = num_graphs()
+        bad_files = sum(ranks.everywhere(self.loaders.bad_files.count))
         if self.monitor:
             compressed = self.acdc.actions.get(epoch) is not None
             record = {
@@ -190,6 +191,7 @@ class Trainer:
                 "val_top5": tested.top5,
                 **{f"{name}_loss": metrics.loss for name, metrics in watched.items()},
                 **{f"{name}_top1": metrics.top1 for name, metrics in watched.items()},
+                "bad_files": bad_files,
                 "sparsity": sparsity.overall,
                 "sparsity_of_all_parameters": sparsity.of_all_parameters,
                 "mask_difference": self.acdc.mask_difference if compressed else None,

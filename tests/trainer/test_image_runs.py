@@ -1,0 +1,124 @@
+"""Whole runs on folders of image files."""
+
+import json
+
+import pytest
+
+from data.image_files import EXCLUSIONS, load_image_files
+from tests.data.photographs import make_tree
+from tests.trainer.runs import assert_equal_states
+from trainer import checkpoint
+from trainer.cli import main as acdc_command
+from trainer.train import main
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return make_tree(tmp_path / "tree", 3, 24, 5, around=40)  # 72 training images: 9 steps of 8
+
+
+def arguments(tree, tmp_path, *overrides):
+    return [
+        "imagenet/mobilenetv1_90",
+        f"data.root={tree}",
+        f"run_root={tmp_path / 'runs'}",
+        "model.name=resnet20",
+        "epochs=4",
+        "sparsity.schedule=(dense 1, sparse 1) x2",
+        "lr.warmup_epochs=1",
+        "optimizer.lr=0.05",
+        "data.batch_size=8",
+        "data.eval_batch_size=4",
+        "data.image_size=32",
+        "data.eval_resize=36",
+        "data.eval_size=32",
+        "engine.compile=false",
+        *overrides,
+    ]
+
+
+def newest(tmp_path):
+    return max((tmp_path / "runs" / "mobilenetv1_90").iterdir())
+
+
+def state(run, step):
+    return checkpoint.read(checkpoint.step_folder(run / "checkpoints", step), checkpoint.STATE)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch", "synthetic"])
+def test_an_imagenet_recipe_runs(tree, tmp_path, backend, capsys):
+    options = [f"data.backend={backend}", "data.num_threads=1"]
+    if backend == "synthetic":
+        options += ["steps_per_epoch=9", "data.eval_batch_size=5000"]
+        options += ["epochs=2", "sparsity.schedule=dense 1, sparse 1"]
+    assert main(arguments(tree, tmp_path, *options)) == 0
+    run = newest(tmp_path)
+    result = json.loads((run / "result.json").read_text())
+    assert result["sparse"]["num_images"] == (50_000 if backend == "synthetic" else 15)
+    assert result["sparse"]["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    if backend == "dali":
+        assert acdc_command(["eval", str(run)]) == 0
+        assert f"{result['sparse']['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_resumed_within_an_epoch_equals_uninterrupted(tree, tmp_path):
+    options = ["save.every=4st", "save.keep=20", "data.image_sizes=[[0, 24], [2, 32]]"]
+    assert main(arguments(tree, tmp_path, *options)) == 0
+    run = newest(tmp_path)
+    expected = state(run, 36)
+    point = checkpoint.step_folder(run / "checkpoints", 16)
+    assert main(arguments(tree, tmp_path, *options, f"resume={point}")) == 0
+    assert_equal_states(expected, state(run, 36))
+
+
+def test_another_stream_is_refused_by_name(tree, tmp_path, capsys):
+    assert main(arguments(tree, tmp_path, "save.every=4st")) == 0
+    run = newest(tmp_path)
+    for change, expected in (
+        ("data.min_area=0.3", "min_area was 0.08, is 0.3"),
+        ("data.backend=torch", "backend was 'dali', is 'torch'"),
+        ("data.image_size=40", "sizes was [[0, 32]], is [[0, 40]]"),
+        ("seed=3", "seed was 1, is 3"),
+    ):
+        assert main(arguments(tree, tmp_path, f"resume={run}", change)) == 2
+        assert f"another stream of training data: {expected}" in capsys.readouterr().err
+
+
+def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
+    files = load_image_files(tree, "train")
+    path = tree / files.files[30]
+    path.write_bytes(path.read_bytes()[:100])
+    assert main(arguments(tree, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert f"{files.files[30]} cannot be decoded" in error
+    assert f"acdc verify-data {tree}" in error
+    assert "data.on_error=skip" in error
+    run = newest(tmp_path)
+    assert f"resume={run}" in error
+    (saved,) = checkpoint.training_checkpoints(run / "checkpoints")
+    assert 1 <= checkpoint.read_info(saved)["step"] <= 9
+
+    (tree / EXCLUSIONS).write_text(f"{files.files[30]}\ttruncated\n")
+    assert main(arguments(tree, tmp_path, f"resume={run}")) == 0
+    excluded = state(run, 36)
+    (tree / EXCLUSIONS).unlink()
+    assert main(arguments(tree, tmp_path, "data.on_error=skip")) == 0
+    skipping = newest(tmp_path)
+    assert skipping != run
+    for key in ("model", "optimizer", "acdc"):  # stopping, excluding, skipping: the same training
+        assert_equal_states(excluded[key], state(skipping, 36)[key], key)
+    records = [json.loads(line) for line in (skipping / "metrics.jsonl").read_text().splitlines()]
+    assert [record["bad_files"] for record in records if record["kind"] == "epoch"] == [1, 1, 1, 1]
+
+
+def test_a_bad_file_in_evaluation_is_not_counted(tree, tmp_path, capsys):
+    files = load_image_files(tree, "test")
+    (tree / files.files[7]).write_bytes(b"no image")
+    assert main(arguments(tree, tmp_path)) == 2
+    assert f"{files.files[7]} cannot be decoded" in capsys.readouterr().err
+    assert main(arguments(tree, tmp_path, "data.on_error=skip")) == 0
+    result = json.loads((newest(tmp_path) / "result.json").read_text())
+    assert result["sparse"]["num_images"] == 14
