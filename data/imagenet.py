@@ -8,7 +8,7 @@ from data.places import data_home
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NUM_CLASSES = 1000
-NUM_TRAIN, NUM_VAL = 1_281_167, 50_000
+NUM_TRAIN = 1_281_167
 
 
 def imagenet_root(root: Path | None) -> Path:

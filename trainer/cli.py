@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from trainer import commands, data_commands
@@ -16,9 +17,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Any) -> argparse.ArgumentParser:
+    def command(name: str, function: Any, among: Any = None) -> argparse.ArgumentParser:
         summary = function.__doc__.splitlines()[0]
-        sub = subparsers.add_parser(name, help=summary, description=summary)
+        sub = (among or subparsers).add_parser(name, help=summary, description=summary)
         sub.set_defaults(function=function)
         return sub
 
@@ -48,9 +49,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--format", choices=["onnx", "safetensors", "torch"], default="onnx")
     sub.add_argument("--out", metavar="FILE", help="default: named after the model, in the current folder")
-    sub = command("prepare", data_commands.prepare)
-    sub.add_argument("dataset", choices=["fashion-mnist"])
+    prepare = subparsers.add_parser("prepare", help="Store a data set in another form.")
+    kinds = prepare.add_subparsers(required=True, metavar="WHAT")
+    sub = command("fashion-mnist", data_commands.prepare_fashion_mnist, kinds)
     sub.add_argument("source", nargs="?", metavar="FOLDER", help="with the four idx files; default: Debian's")
+    sub = command("shards", data_commands.prepare_shards, kinds)
+    sub.add_argument("source", metavar="SRC", help="a folder with train/CLASS/*.JPEG and val")
+    sub.add_argument("destination", metavar="DST", help="an empty folder, or one of an interrupted call")
+    sub.add_argument("--split", choices=["train", "val", "both"], default="both")
+    sub.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="size of a tar; default: 256")
+    sub.add_argument("--seed", type=int, default=0, help="of the order of the images; default: 0")
+    sub.add_argument("--val-labels", type=Path, metavar="FILE", help="label file of a flat val folder")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes; default: one a core")
+    sub = command("verify-data", data_commands.verify_data)
+    sub.add_argument("root", metavar="ROOT", help="a folder with train/CLASS/*.JPEG and val")
+    sub.add_argument("--exclude", action="store_true", help="list bad files in ROOT/excluded.txt")
+    sub.add_argument("--manifest", metavar="FILE", help="SHA-256 sums that the files must have")
+    sub.add_argument("--write-manifest", metavar="FILE", help="write such sums once all is well")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes; default: one a core")
     sub = command("report", commands.report)
     sub.add_argument("run", metavar="RUN", help="a run folder")
     sub.add_argument("--picture", metavar="FILE", help="write the accuracy curve there instead (.svg, .png)")
