@@ -6,7 +6,7 @@ than the next is it started anew."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data.loader import Batch
@@ -47,6 +47,12 @@ class AheadLoader:
         while True:
             yield self.stream.draw(*position)
             position = self.after(position)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        pass
 
     def _start(self, epoch: int, start: int) -> None:
         """Begin to prepare the batches from (epoch, start) on."""

@@ -118,19 +118,9 @@ class DaliTrainFiles(DaliFileLoader):
 
     def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, Any]:
         paths, labels, area, ratio, place, flip, size = inputs
-        fn, types = dali.fn, dali.types
+        fn = dali.fn
         encoded = fn.io.file.read(paths)
-        start, shape = _window(dali, encoded, area, ratio, place)
-        images = fn.decoders.image_slice(
-            encoded,
-            start,
-            shape,
-            axes=(0, 1),
-            device=_decoder(self),
-            output_type=types.RGB,
-            adjust_orientation=False,  # the training sets' labels and figures come from images as stored
-        )
-        images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        images = crop_window(dali, encoded, area, ratio, place, size, self.decode_on)
         images, labels = _on_device(self, images, labels)
         return fn.flip(images, horizontal=flip), labels
 
@@ -155,23 +145,44 @@ class DaliEvalFiles(DaliFileLoader):
 
     def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, Any]:
         paths, labels = inputs
-        fn, types = dali.fn, dali.types
-        encoded = fn.io.file.read(paths)
-        height_width = fn.peek_image_shape(encoded, adjust_orientation=False)[0:2]
-        # whole numbers, so that the division below is exact and rounds down as torchvision's does
-        height_width = fn.cast(height_width, dtype=types.INT32)
-        new = height_width * self.resize // fn.reductions.min(height_width)
-        images = fn.decoders.image(
-            encoded, device=_decoder(self), output_type=types.RGB, adjust_orientation=False
-        )
-        images = fn.resize(
-            images, size=fn.cast(new, dtype=types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True
-        )
-        # half of an odd margin rounds to the even neighbour, as Python's round does in torchvision
-        margin = new - self.size
-        start = margin // 2 + (margin % 2) * (margin // 2 % 2)
-        images = fn.slice(images, start, (self.size, self.size), axes=(0, 1))
+        encoded = dali.fn.io.file.read(paths)
+        images = decode_whole(dali, encoded, self.resize, self.size, self.decode_on)
         return _on_device(self, images, labels)
+
+
+def crop_window(dali: Any, encoded: Any, area: Any, ratio: Any, place: Any, size: Any, decode_on: str) -> Any:
+    """A node of training images, HWC and uint8: the drawn window (see data.crops), resized to `size`."""
+    fn, types = dali.fn, dali.types
+    start, shape = _window(dali, encoded, area, ratio, place)
+    images = fn.decoders.image_slice(
+        encoded,
+        start,
+        shape,
+        axes=(0, 1),
+        device=_decoder(decode_on),
+        output_type=types.RGB,
+        adjust_orientation=False,  # the training sets' labels and figures come from images as stored
+    )
+    return fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+
+
+def decode_whole(dali: Any, encoded: Any, resize: int, size: int, decode_on: str) -> Any:
+    """A node of evaluation images, HWC and uint8: data.crops.central in DALI's terms."""
+    fn, types = dali.fn, dali.types
+    height_width = fn.peek_image_shape(encoded, adjust_orientation=False)[0:2]
+    # whole numbers, so that the division below is exact and rounds down as torchvision's does
+    height_width = fn.cast(height_width, dtype=types.INT32)
+    new = height_width * resize // fn.reductions.min(height_width)
+    images = fn.decoders.image(
+        encoded, device=_decoder(decode_on), output_type=types.RGB, adjust_orientation=False
+    )
+    images = fn.resize(
+        images, size=fn.cast(new, dtype=types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True
+    )
+    # half of an odd margin rounds to the even neighbour, as Python's round does in torchvision
+    margin = new - size
+    start = margin // 2 + (margin % 2) * (margin // 2 % 2)
+    return fn.slice(images, start, (size, size), axes=(0, 1))
 
 
 def _window(dali: Any, encoded: Any, area: Any, ratio: Any, place: Any) -> tuple[Any, Any]:
@@ -203,8 +214,8 @@ def _window(dali: Any, encoded: Any, area: Any, ratio: Any, place: Any) -> tuple
     return fn.cast(fn.stack(top, left), dtype=types.INT32), fn.cast(fn.stack(ch, cw), dtype=types.INT32)
 
 
-def _decoder(loader: DaliFileLoader) -> str:
-    return "mixed" if loader.decode_on == "gpu" else "cpu"
+def _decoder(decode_on: str) -> str:
+    return "mixed" if decode_on == "gpu" else "cpu"
 
 
 def _on_device(loader: DaliFileLoader, images: Any, labels: Any) -> tuple[Any, Any]:

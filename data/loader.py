@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -46,6 +46,13 @@ class Loader(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The epoch's batches from number `start` on. What comes depends on (epoch, start) alone, so a
         resumed run sees what the uninterrupted one would have seen."""
+
+    def state(self) -> dict[str, Any]:
+        """What helps to be where this rank is now, beside (epoch, start), in plain values; mostly nothing."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take the state back, before the epoch it belongs to is asked for. Raises ValueError for a damaged
+        one."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that shapes the stream, in plain values: a checkpoint resumes only into the same."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,12 @@ class SyntheticLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         for index in range(start, self.batches_per_epoch):
             yield self._batches[(epoch + index) % len(self._batches)]
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        pass
 
     def fingerprint(self) -> dict[str, Any]:
         return {"backend": "synthetic", "num_images": self.num_images}

@@ -106,6 +106,13 @@ class ImageNetData(Section):
     eval_resize: int = Field(default=256, ge=8, description="evaluation: shorter side after resizing")
     eval_size: int = Field(default=224, ge=8, description="evaluation: side of the crop from the centre")
     val_labels: str | None = Field(default=None, description="label file of a flat val folder")
+    format: Literal["folders", "webdataset", "tfrecord", "recordio"] = Field(
+        default="folders", description="how images lie on the disk; see data.image_files and data.records"
+    )
+    num_classes: int | None = Field(
+        default=None, ge=1, description="of packed files that do not tell; default: 1000"
+    )
+    first_label: int = Field(default=0, ge=0, description="number of class 0 in packed files: 1 in some")
     backend: Literal["dali", "torch", "synthetic"] = Field(
         default="dali", description="torch: Pillow and a DataLoader; synthetic: noise on the device, no files"
     )
@@ -131,6 +138,14 @@ class ImageNetData(Section):
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(epoch, side) pairs, see data.crops.CropStream."""
         return tuple((epoch, side) for epoch, side in self.image_sizes) or ((0, self.image_size),)
+
+    @model_validator(mode="after")
+    def _packed_files_need_dali(self) -> ImageNetData:
+        if self.format != "folders" and self.backend == "torch":
+            raise ValueError(f"format {self.format} is read by DALI alone; the torch backend reads folders")
+        if self.format == "folders" and (self.num_classes is not None or self.first_label):
+            raise ValueError("num_classes and first_label are for packed files; folders tell their classes")
+        return self
 
     @model_validator(mode="after")
     def _crop_from_what_is_there(self) -> ImageNetData:

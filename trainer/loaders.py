@@ -16,10 +16,12 @@ from data.arrays import ImageArrays
 from data.crops import CropStream
 from data.dali_arrays import DaliArrayLoader
 from data.dali_files import DaliEvalFiles, DaliTrainFiles
+from data.dali_records import DaliRecordLoader, count_records
 from data.idx import Split
 from data.image_files import load_image_files
 from data.loader import ImageInfo, Loader
 from data.random_labels import randomise
+from data.records import find_records
 from data.stream import EvalStream, TrainStream
 from data.synthetic import SyntheticLoader
 from data.torch_files import TorchFileLoader
@@ -113,45 +115,59 @@ def _eval_arrays(arrays: ImageArrays, data: ArrayData, device: torch.device) -> 
 
 def _imagenet_loaders(config: Config, data: ImageNetData, device: torch.device) -> Loaders:
     bad_files = BadFiles(data.on_error)
-    test = _imagenet_test(data, device, bad_files)
-    size = data.eval_size
-    num_train = imagenet.NUM_TRAIN
-    if data.backend == "synthetic":
-        num_classes, source = imagenet.NUM_CLASSES, "noise"
-    else:
-        files = load_image_files(imagenet.imagenet_root(_path(data.root)), "train", keep_excluded=True)
-        num_classes, source, num_train = files.num_classes, str(files.root), len(files)
-        if files.excluded:
-            source += f", {len(files.excluded)} of them excluded and replaced"
-    stream = CropStream(
-        num_train, **_sharing(config), flip=data.flip, min_area=data.min_area, sizes=data.sizes
-    )
+    sharing = {**_sharing(config), "flip": data.flip, "min_area": data.min_area, "sizes": data.sizes}
     train: Loader
     if data.backend == "synthetic":
-        train = SyntheticLoader(
-            num_train, stream.batches_per_epoch, stream.batch_size, data.image_size, num_classes, device
-        )
-    elif data.backend == "torch":
-        train = TorchFileLoader(files, stream, device, _threads(data), bad_files)
+        source, num_classes = "noise", imagenet.NUM_CLASSES
+        stream = CropStream(imagenet.NUM_TRAIN, **sharing)
+        counts = stream.num_images, stream.batches_per_epoch, stream.batch_size
+        train = SyntheticLoader(*counts, data.image_size, num_classes, device)
+    elif data.format != "folders":
+        root = imagenet.imagenet_root(_path(data.root))
+        records = find_records(root, "train", data.format)
+        source, num_classes = f"{root}, {data.format}", records.num_classes or data.num_classes or 1000
+        stream = CropStream(count_records(records), **sharing)
+        train = DaliRecordLoader(records, stream, device, *_dali(data, device), data.first_label)
     else:
-        train = DaliTrainFiles(files, stream, device, _threads(data), _decode_on(data, device), bad_files)
-    info = ImageInfo((3, size, size), num_classes, imagenet.MEAN, imagenet.STD)
-    return Loaders(info, source, train, test, bad_files=bad_files)
+        root = imagenet.imagenet_root(_path(data.root))
+        files = load_image_files(root, "train", keep_excluded=True)
+        source, num_classes = str(root), files.num_classes
+        if files.excluded:
+            source += f", {len(files.excluded)} of them excluded and replaced"
+        stream = CropStream(len(files), **sharing)
+        if data.backend == "torch":
+            train = TorchFileLoader(files, stream, device, _threads(data), bad_files)
+        else:
+            train = DaliTrainFiles(files, stream, device, *_dali(data, device), bad_files)
+    info = ImageInfo((3, data.eval_size, data.eval_size), num_classes, imagenet.MEAN, imagenet.STD)
+    return Loaders(info, source, train, _imagenet_test(data, device, bad_files), bad_files=bad_files)
 
 
 def _imagenet_test(data: ImageNetData, device: torch.device, on_bad: Callable[[str, str], None]) -> Loader:
-    batch, size = data.eval_batch_size, data.eval_size
+    batch, crop = data.eval_batch_size, (data.eval_resize, data.eval_size)
+    share = (batch, ranks.rank(), ranks.world_size())
     if data.backend == "synthetic":
         num_images = SYNTHETIC_EVAL_BATCHES * batch * ranks.world_size()
-        return SyntheticLoader(num_images, SYNTHETIC_EVAL_BATCHES, batch, size, imagenet.NUM_CLASSES, device)
-    files = load_image_files(imagenet.imagenet_root(_path(data.root)), "test", _path(data.val_labels))
-    stream = EvalStream(len(files), batch, ranks.rank(), ranks.world_size())
+        counts = (num_images, SYNTHETIC_EVAL_BATCHES, batch)
+        return SyntheticLoader(*counts, data.eval_size, imagenet.NUM_CLASSES, device)
+    root = imagenet.imagenet_root(_path(data.root))
+    if data.format != "folders":
+        records = find_records(root, "test", data.format)
+        stream = EvalStream(count_records(records), *share)
+        return DaliRecordLoader(records, stream, device, *_dali(data, device), data.first_label, crop)
+    files = load_image_files(root, "test", _path(data.val_labels))
+    stream = EvalStream(len(files), *share)
     if data.backend == "torch":
-        crop = (data.eval_resize, size)
         return TorchFileLoader(files, stream, device, _threads(data), on_bad, crop)
-    decode_on = _decode_on(data, device)
-    arguments = (files, stream, device, _threads(data), decode_on, on_bad)
-    return DaliEvalFiles(*arguments, resize=data.eval_resize, size=size)
+    arguments = (files, stream, device, *_dali(data, device), on_bad)
+    return DaliEvalFiles(*arguments, resize=crop[0], size=crop[1])
+
+
+def _dali(data: ImageNetData, device: torch.device) -> tuple[int, str]:
+    """(threads, where images are decoded)."""
+    if data.device == "gpu" and device.type != "cuda":
+        raise ValueError("data.device=gpu decodes on a GPU, and this run has none; use auto or cpu")
+    return _threads(data), "gpu" if device.type == "cuda" and data.device != "cpu" else "cpu"
 
 
 def _sharing(config: Config) -> dict[str, Any]:
@@ -169,12 +185,6 @@ def _sharing(config: Config) -> dict[str, Any]:
 def _threads(data: ImageNetData) -> int:
     cores = len(os.sched_getaffinity(0))
     return data.num_threads or max(1, cores // int(os.environ.get("LOCAL_SIZE", 1)))
-
-
-def _decode_on(data: ImageNetData, device: torch.device) -> str:
-    if data.device == "gpu" and device.type != "cuda":
-        raise ValueError("data.device=gpu decodes on a GPU, and this run has none; use auto or cpu")
-    return "gpu" if device.type == "cuda" and data.device != "cpu" else "cpu"
 
 
 def _path(text: str | None) -> Path | None:

@@ -43,7 +43,12 @@ def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict
     """Everything, on the CPU, in tensors and plain values. Collective: call it on every rank."""
     masters = masters_of(engine)
     model = acdc.model
-    mine = {"rng": _random_states(), "buffers": _statistics(model), "totals": position.totals}
+    mine = {
+        "rng": _random_states(),
+        "buffers": _statistics(model),
+        "totals": position.totals,
+        "data": loader.state(),
+    }
     return {
         "model": _to_cpu(model.state_dict()),
         "optimizer": {
@@ -71,6 +76,7 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader) -
     if len(state["ranks"]) == ranks.world_size():
         mine = state["ranks"][ranks.rank()]
         position.totals = mine["totals"]
+        loader.load_state(mine["data"])
         model.load_state_dict(mine["buffers"], strict=False)
         _set_random_states(mine["rng"])
     else:

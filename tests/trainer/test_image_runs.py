@@ -68,8 +68,13 @@ def test_an_imagenet_recipe_runs(tree, tmp_path, backend, capsys):
         assert f"{result['sparse']['top1']:.2f}" in capsys.readouterr().out
 
 
-def test_resumed_within_an_epoch_equals_uninterrupted(tree, tmp_path):
-    options = ["save.every=4st", "save.keep=20", "data.image_sizes=[[0, 24], [2, 32]]"]
+@pytest.mark.parametrize("form", ["folders", "webdataset"])
+def test_resumed_within_an_epoch_equals_uninterrupted(tree, tmp_path, form):
+    options = ["save.every=4st", "save.keep=20", "data.image_sizes=[[0, 24], [2, 32]]", f"data.format={form}"]
+    if form == "webdataset":
+        packed = tmp_path / "packed"
+        assert acdc_command(["prepare", "shards", str(tree), str(packed), "--workers", "1"]) == 0
+        tree = packed
     assert main(arguments(tree, tmp_path, *options)) == 0
     run = newest(tmp_path)
     expected = state(run, 36)
