@@ -7,13 +7,14 @@ uint8: normalising on the device, fused with the first layers, moves a quarter o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils.dlpack
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data.ahead import AheadLoader
 from data.loader import Batch
@@ -23,7 +24,7 @@ PREFETCH = 3  # batches ready ahead; a batch is small next to the model's activa
 
 
 class DaliLoader(AheadLoader):
-    """A pipeline over what `_feed` makes of draws. A data set defines _feed, INPUTS and _graph.
+    """A pipeline over what `_feed` makes of draws. A data set defines INPUTS, _feed, _graph and _batch.
 
     Raises ModuleNotFoundError, saying what to install, where DALI is missing.
     """
@@ -42,10 +43,7 @@ class DaliLoader(AheadLoader):
 
     def _next(self) -> Batch:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        images, labels = (
-            torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in self._pipeline.run(stream)
-        )
-        return Batch(images.permute(0, 3, 1, 2), labels)
+        return self._batch(self._pipeline.run(stream))
 
     def build(self, source: Iterator[Any], batch_size: int) -> Any:
         """A pipeline ready to run over the inputs that `source` gives."""
@@ -73,9 +71,18 @@ class DaliLoader(AheadLoader):
         """A batch of each input."""
         raise NotImplementedError
 
-    def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, Any]:
-        """DALI nodes of images (HWC, uint8) and labels (int64), on the device."""
+    def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, ...]:
+        """The pipeline's output nodes."""
         raise NotImplementedError
+
+    def _batch(self, outputs: Sequence[Any]) -> Batch:
+        """What the outputs are as a batch."""
+        raise NotImplementedError
+
+
+def dense(output: Any) -> Tensor:
+    """A DALI output of one shape as one tensor, without a copy."""
+    return torch.utils.dlpack.from_dlpack(output.as_tensor())
 
 
 def import_dali() -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from data.arrays import ImageArrays
-from data.dali import DaliLoader
-from data.loader import PADDING_LABEL
+from data.dali import DaliLoader, dense
+from data.loader import PADDING_LABEL, Batch
 from data.stream import Draw, Stream
 
 
@@ -31,10 +32,14 @@ class DaliArrayLoader(DaliLoader):
         labels = np.where(draw.indices < 0, PADDING_LABEL, self.arrays.labels[draw.indices])
         return self.arrays.images[draw.indices], labels, draw.shift, draw.flip
 
-    def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, Any]:
+    def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, ...]:
         images, labels, shift, flip = inputs
         if self.device.type == "cuda":
             images, labels = images.gpu(), labels.gpu()
         size = self.arrays.shape[1:]
         images = dali.fn.slice(images, shift, size, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
         return dali.fn.flip(images, horizontal=flip), labels
+
+    def _batch(self, outputs: Sequence[Any]) -> Batch:
+        images, labels = map(dense, outputs)
+        return Batch(images.permute(0, 3, 1, 2), labels)

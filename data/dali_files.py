@@ -1,4 +1,4 @@
-"""Image files through DALI: read, decode only the crop's window, resize, flip.
+"""Image files through DALI: read, then what data.dali_decode does.
 
 A file that cannot be decoded never breaks a batch: the next file of the listing stands in for it, in
 training; in evaluation its place does not count. `on_bad` is told, once a file."""
@@ -6,15 +6,16 @@ training; in evaluation its place does not count. `on_bad` is told, once a file.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.crops import ATTEMPTS, RATIOS, CropDraw
-from data.dali import PREFETCH, DaliLoader
+from data.crops import ATTEMPTS, CropDraw
+from data.dali import PREFETCH, DaliLoader, dense
+from data.dali_decode import Decoder
 from data.image_files import ImageFiles
 from data.loader import PADDING_LABEL, Batch
 from data.stream import Draw, Stream
@@ -38,7 +39,7 @@ class DaliFileLoader(DaliLoader):
     ) -> None:
         super().__init__(stream, device, num_threads)
         self.files = files
-        self.decode_on = decode_on
+        self.decoder = Decoder(device, decode_on)
         self.on_bad = on_bad
         self.bad: set[int] = set(files.excluded)
         self._paths = _PathBytes(files)
@@ -116,13 +117,15 @@ class DaliTrainFiles(DaliFileLoader):
         zeros = np.zeros((len(indices), 2), np.float32)
         return self._feed(CropDraw(np.array(indices), ones, ones, zeros, zeros[:, 0].astype(np.int32), 8))
 
-    def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, Any]:
+    def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, ...]:
         paths, labels, area, ratio, place, flip, size = inputs
-        fn = dali.fn
-        encoded = fn.io.file.read(paths)
-        images = crop_window(dali, encoded, area, ratio, place, size, self.decode_on)
-        images, labels = _on_device(self, images, labels)
-        return fn.flip(images, horizontal=flip), labels
+        encoded = dali.fn.io.file.read(paths)
+        images = self.decoder.training(dali, encoded, (area, ratio, place), flip, size)
+        return labels.gpu() if self.decoder.on_gpu else labels, *images
+
+    def _batch(self, outputs: Sequence[Any]) -> Batch:
+        labels, *images = outputs
+        return Batch(self.decoder.training_batch(images), dense(labels))
 
 
 class DaliEvalFiles(DaliFileLoader):
@@ -143,85 +146,15 @@ class DaliEvalFiles(DaliFileLoader):
     def _probe(self, indices: list[int]) -> tuple[Any, ...]:
         return self._paths[indices], np.zeros(len(indices), np.int64)
 
-    def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, Any]:
+    def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, ...]:
         paths, labels = inputs
         encoded = dali.fn.io.file.read(paths)
-        images = decode_whole(dali, encoded, self.resize, self.size, self.decode_on)
-        return _on_device(self, images, labels)
+        images = self.decoder.evaluation(dali, encoded, self.resize, self.size)
+        return labels.gpu() if self.decoder.on_gpu else labels, *images
 
-
-def crop_window(dali: Any, encoded: Any, area: Any, ratio: Any, place: Any, size: Any, decode_on: str) -> Any:
-    """A node of training images, HWC and uint8: the drawn window (see data.crops), resized to `size`."""
-    fn, types = dali.fn, dali.types
-    start, shape = _window(dali, encoded, area, ratio, place)
-    images = fn.decoders.image_slice(
-        encoded,
-        start,
-        shape,
-        axes=(0, 1),
-        device=_decoder(decode_on),
-        output_type=types.RGB,
-        adjust_orientation=False,  # the training sets' labels and figures come from images as stored
-    )
-    return fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-
-
-def decode_whole(dali: Any, encoded: Any, resize: int, size: int, decode_on: str) -> Any:
-    """A node of evaluation images, HWC and uint8: data.crops.central in DALI's terms."""
-    fn, types = dali.fn, dali.types
-    height_width = fn.peek_image_shape(encoded, adjust_orientation=False)[0:2]
-    # whole numbers, so that the division below is exact and rounds down as torchvision's does
-    height_width = fn.cast(height_width, dtype=types.INT32)
-    new = height_width * resize // fn.reductions.min(height_width)
-    images = fn.decoders.image(
-        encoded, device=_decoder(decode_on), output_type=types.RGB, adjust_orientation=False
-    )
-    images = fn.resize(
-        images, size=fn.cast(new, dtype=types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True
-    )
-    # half of an odd margin rounds to the even neighbour, as Python's round does in torchvision
-    margin = new - size
-    start = margin // 2 + (margin % 2) * (margin // 2 % 2)
-    return fn.slice(images, start, (size, size), axes=(0, 1))
-
-
-def _window(dali: Any, encoded: Any, area: Any, ratio: Any, place: Any) -> tuple[Any, Any]:
-    """data.crops.window in DALI's terms: nodes of (top, left) and (height, width), int32."""
-    fn, math, types = dali.fn, dali.math, dali.types
-
-    def number(node: Any) -> Any:
-        return fn.cast(node, dtype=types.FLOAT)
-
-    shape = number(fn.peek_image_shape(encoded, adjust_orientation=False))
-    h, w = shape[0], shape[1]
-    pixels = h * w * area
-    widths = math.floor(math.sqrt(pixels * ratio) + 0.5)
-    heights = math.floor(math.sqrt(pixels / ratio) + 0.5)
-    fits = (widths <= w) & (heights <= h)
-    # the first attempt that fits has the highest rank
-    ranks = number(fits) * types.Constant(np.arange(ATTEMPTS, 0, -1), dtype=types.FLOAT)
-    best = fn.reductions.max(ranks)
-    chosen = number((ranks == best) & fits)
-    any_fits = number(best > 0)
-    none_fits = 1 - any_fits
-    narrowest, widest = RATIOS
-    ch = any_fits * fn.reductions.sum(heights * chosen)
-    ch = ch + none_fits * math.min(h, math.floor(w / narrowest + 0.5))
-    cw = any_fits * fn.reductions.sum(widths * chosen)
-    cw = cw + none_fits * math.min(w, math.floor(h * widest + 0.5))
-    top = any_fits * math.floor(place[0] * (h - ch + 1)) + none_fits * math.floor((h - ch) * 0.5)
-    left = any_fits * math.floor(place[1] * (w - cw + 1)) + none_fits * math.floor((w - cw) * 0.5)
-    return fn.cast(fn.stack(top, left), dtype=types.INT32), fn.cast(fn.stack(ch, cw), dtype=types.INT32)
-
-
-def _decoder(decode_on: str) -> str:
-    return "mixed" if decode_on == "gpu" else "cpu"
-
-
-def _on_device(loader: DaliFileLoader, images: Any, labels: Any) -> tuple[Any, Any]:
-    if loader.device.type != "cuda":
-        return images, labels
-    return (images if loader.decode_on == "gpu" else images.gpu()), labels.gpu()
+    def _batch(self, outputs: Sequence[Any]) -> Batch:
+        labels, *images = outputs
+        return Batch(self.decoder.evaluation_batch(images, self.size), dense(labels))
 
 
 def _reason(message: str) -> str:

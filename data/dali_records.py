@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.dlpack
 
 from data.ahead import AheadLoader
 from data.crops import ATTEMPTS, RATIOS, CropStream
-from data.dali import PREFETCH, import_dali
-from data.dali_files import crop_window, decode_whole
+from data.dali import PREFETCH, dense, import_dali
+from data.dali_decode import Decoder
 from data.loader import PADDING_LABEL, Batch
 from data.records import RecordFiles
 from data.shards import READER_EXTENSIONS
@@ -44,7 +43,8 @@ class DaliRecordLoader(AheadLoader):
         evaluation: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(stream)
-        self.records, self.device, self.num_threads, self.decode_on = records, device, num_threads, decode_on
+        self.records, self.device, self.num_threads = records, device, num_threads
+        self.decoder = Decoder(device, decode_on)
         self.first_label, self.evaluation = first_label, evaluation
         self._pipeline: Any = None
         self._state: tuple[tuple[int, int], bytes] | None = None
@@ -83,13 +83,14 @@ class DaliRecordLoader(AheadLoader):
         if index == 0:  # an epoch is a pipeline of its own
             self._start(epoch, 0)
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        images, labels = (
-            torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in self._pipeline.run(stream)
-        )
-        numbers = torch.from_numpy(self._numbers(labels.numpy()))
-        if self.evaluation is not None:
+        labels, *outputs = self._pipeline.run(stream)
+        numbers = torch.from_numpy(self._numbers(dense(labels).numpy()))
+        if self.evaluation is None:
+            images = self.decoder.training_batch(outputs)
+        else:
+            images = self.decoder.evaluation_batch(outputs, self.evaluation[1])
             numbers[self._num_left(index) :] = PADDING_LABEL
-        return Batch(images.permute(0, 3, 1, 2), numbers.to(self.device, non_blocking=True))
+        return Batch(images, numbers.to(self.device, non_blocking=True))
 
     def _numbers(self, labels: Any) -> Any:
         """int64, (N,): classes from what the readers give, decimal digits as text in WebDataset."""
@@ -125,15 +126,14 @@ class DaliRecordLoader(AheadLoader):
                 area = fn.random.uniform(range=(self.stream.min_area, 1.0), shape=(ATTEMPTS,))
                 ratio = dali.math.exp(fn.random.uniform(range=(low, high), shape=(ATTEMPTS,)))
                 place = fn.random.uniform(range=(0.0, 1.0), shape=(2,))
+                flip = fn.random.coin_flip() if self.stream.flip else dali.types.Constant(0)
                 side = self.stream.size(epoch)
-                images = crop_window(dali, encoded, area, ratio, place, (side, side), self.decode_on)
-                flip = fn.random.coin_flip() if self.stream.flip else 0
+                size = dali.types.Constant([side, side], dtype=dali.types.FLOAT)
+                images = self.decoder.training(dali, encoded, (area, ratio, place), flip, size)
             else:
                 assert self.evaluation is not None
-                images, flip = decode_whole(dali, encoded, *self.evaluation, self.decode_on), 0
-            if self.device.type == "cuda" and self.decode_on == "cpu":
-                images = images.gpu()
-            pipeline.set_outputs(fn.flip(images, horizontal=flip), labels)
+                images = self.decoder.evaluation(dali, encoded, *self.evaluation)
+            pipeline.set_outputs(labels, *images)
         pipeline.build()
         return pipeline
 

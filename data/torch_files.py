@@ -100,39 +100,42 @@ class _Images(Dataset[_Decoded]):
         bad: list[tuple[int, str]] = []
         make = self._train if self.evaluation is None else self._eval
         images, labels = zip(*(make(draw, i, bad) for i in range(len(draw.indices))), strict=True)
-        return _Decoded(torch.from_numpy(np.stack(images)), torch.tensor(labels), bad)
+        pixels = torch.stack([image.permute(1, 2, 0) for image in images])
+        return _Decoded(pixels, torch.tensor(labels), bad)
 
-    def _train(self, draw: CropDraw, i: int, bad: list[tuple[int, str]]) -> tuple[Any, int]:
+    def _train(self, draw: CropDraw, i: int, bad: list[tuple[int, str]]) -> tuple[Tensor, int]:
         functional = import_transforms().functional
         index = int(draw.indices[i])
         for _ in range(len(self.files)):
             if (image := self._decode(index, bad)) is not None:
-                crop = window(draw, i, image.height, image.width)
+                crop = window(draw, i, image.shape[1], image.shape[2])
                 image = functional.resized_crop(image, *crop, size=[draw.size, draw.size], antialias=True)
                 if draw.flip[i]:
                     image = functional.horizontal_flip(image)
-                return np.asarray(image), int(self.files.labels[index])
+                return image, int(self.files.labels[index])
             index = (index + 1) % len(self.files)  # the next of the listing stands in
         raise OSError(f"no image below {self.files.root} can be decoded")
 
-    def _eval(self, draw: Draw, i: int, bad: list[tuple[int, str]]) -> tuple[Any, int]:
+    def _eval(self, draw: Draw, i: int, bad: list[tuple[int, str]]) -> tuple[Tensor, int]:
         functional = import_transforms().functional
         assert self.evaluation is not None
         resize, size = self.evaluation
         index = int(draw.indices[i])
         image = None if index < 0 else self._decode(index, bad)
         if image is None:
-            return np.zeros((size, size, 3), np.uint8), PADDING_LABEL
-        height, width, top, left = central(image.height, image.width, resize, size)
+            return torch.zeros(3, size, size, dtype=torch.uint8), PADDING_LABEL
+        height, width, top, left = central(image.shape[1], image.shape[2], resize, size)
         image = functional.resize(image, [height, width], antialias=True)
-        return np.asarray(functional.crop(image, top, left, size, size)), int(self.files.labels[index])
+        return functional.crop(image, top, left, size, size), int(self.files.labels[index])
 
-    def _decode(self, index: int, bad: list[tuple[int, str]]) -> Image.Image | None:
+    def _decode(self, index: int, bad: list[tuple[int, str]]) -> Tensor | None:
+        """(3, height, width), uint8, in channels_last memory: torchvision resizes such tensors faster than
+        Pillow resizes its images."""
         if index in self.files.excluded:
             return None
         try:
             with Image.open(self.files.root / self.files.files[index]) as image:
-                return image.convert("RGB")
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             bad.append((index, str(error)))
             return None

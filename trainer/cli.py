@@ -70,6 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("report", commands.report)
     sub.add_argument("run", metavar="RUN", help="a run folder")
     sub.add_argument("--picture", metavar="FILE", help="write the accuracy curve there instead (.svg, .png)")
+    sub = command("bench", commands.bench)
+    sub.add_argument("benchmark", choices=sorted(commands.BENCHMARKS))
+    sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own; --help tells them")
     command("doctor", commands.doctor)
     return parser
 

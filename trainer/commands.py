@@ -6,6 +6,8 @@ Imports are within the functions, so that a typing error is told before torch is
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 from trainer.errors import EnvironmentLacks, as_user_error
@@ -167,6 +169,15 @@ def report(options: argparse.Namespace) -> int:
             write_picture(run_dir, Path(options.picture))
     print(options.picture or run_dir.report)
     return 0
+
+
+BENCHMARKS = {"data": "benchmarks.data_pipeline"}
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run a benchmark: a table on the screen, a JSON record beside it."""
+    name = BENCHMARKS[options.benchmark]
+    return subprocess.run([sys.executable, "-m", name, *options.arguments], check=False).returncode
 
 
 def doctor(options: argparse.Namespace) -> int:
