@@ -2,7 +2,8 @@
 
 Both decode, crop, resize and flip the same windows of the same JPEGs into uint8 batches; nothing else runs.
 The backends take turns, so that whatever else the machine does meets both. With --train it also trains a
-network on those files and reads which share of the time it waited for data."""
+network on those files and reads which share of the time it waited for data.
+"""
 
 from __future__ import annotations
 

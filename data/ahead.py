@@ -2,7 +2,8 @@
 
 A backend reads draws (see data.stream) endlessly from one position on and makes batches of them, in threads
 or processes of its own, over the end of an epoch too. Only where the training loop asks for another position
-than the next is it started anew."""
+than the next is it started anew.
+"""
 
 from __future__ import annotations
 

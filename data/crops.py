@@ -2,7 +2,8 @@
 
 The law is torchvision's RandomResizedCrop (Szegedy et al. 2015): a share of the area, an aspect ratio, a
 place; ten attempts to fit the image, else the largest central window whose ratio is allowed. data.dali_files
-writes the same law in DALI's terms, in the same float32 arithmetic."""
+writes the same law in DALI's terms, in the same float32 arithmetic.
+"""
 
 from __future__ import annotations
 

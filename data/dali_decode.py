@@ -1,8 +1,8 @@
 """From encoded images to batches, in DALI's terms: decode only the crop's window, resize, flip.
 
 On a GPU all of it is in the pipeline. Without one DALI decodes and torch resizes: torch's resize of uint8
-images with anti-aliasing takes a seventh of DALI's time on a CPU (0.1 against 0.75 ms an image, see README,
-"Data")."""
+images with anti-aliasing takes a fraction of DALI's time on a CPU.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Image files through DALI: read, then what data.dali_decode does.
 
 A file that cannot be decoded never breaks a batch: the next file of the listing stands in for it, in
-training; in evaluation its place does not count. `on_bad` is told, once a file."""
+training; in evaluation its place does not count. `on_bad` is told, once a file.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Every epoch is a pipeline of its own, seeded by (seed, epoch, rank), over the files in an order of its own,
 with a shuffle buffer: what comes depends on (epoch, start) alone, as everywhere. A position within an epoch
-is reached at once from a state that the pipeline gave there, and otherwise by reading up to it."""
+is reached at once from a state that the pipeline gave there, and otherwise by reading up to it.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 ROOT/train/*.tar  *.idx          WebDataset: `acdc prepare shards` writes these; for others, DALI's
 wds2idx ROOT/train/*.tfrecord*  *.idx    TFRecord; DALI's tfrecord2idx makes the index files
 ROOT/train/*.rec  *.idx          RecordIO, as MXNet's im2rec writes it, with its index files ROOT/val/...
-likewise"""
+likewise
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 is measured against.
 
 The same draws as in data.dali_files give the same order, windows and flips; pixels differ by what two
-decoders and two resampling filters differ."""
+decoders and two resampling filters differ.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 The paper's dense results come from such a branch: an AC/DC run's dense model has missed the epochs of the
 last sparse phase, with their low learning rates. Optimizer, epoch and learning rates go on as if that last
-compression had not been."""
+compression had not been.
+"""
 
 from __future__ import annotations
 

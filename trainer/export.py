@@ -1,5 +1,6 @@
 """Models on disk: the dense twin, the sparse model, and how any checkpoint of ours becomes a plain model
-again."""
+again.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """`acdc train`: the deepspeed launcher on this machine, with a free port, the right devices and an honest
-end."""
+end.
+"""
 
 from __future__ import annotations
 

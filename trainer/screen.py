@@ -1,5 +1,6 @@
 """What the user sees while a run goes: a progress bar on a terminal, plain lines elsewhere, tables at the
-end."""
+end.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Options that users of the paper's command pass: BatchNorm statistics, histograms, mask history, short
-epochs."""
+epochs.
+"""
 
 import json
 
