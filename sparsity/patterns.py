@@ -14,12 +14,14 @@ Each pattern has two rules for how many weights stay:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+
+from sparsity.select import kth_largest
 
 Rule = Literal["exact", "original"]
 Weights = Mapping[str, Tensor]
@@ -47,10 +49,8 @@ class GlobalMagnitude:
         _check_rule(self.rule)
 
     def __call__(self, weights: Weights) -> Masks:
-        magnitudes = torch.cat([_magnitudes(weight) for weight in weights.values()])
-        keep = _keep_largest(magnitudes, self.sparsity, self.rule)
-        parts = torch.split(keep, [weight.numel() for weight in weights.values()])
-        return {name: part.view(weights[name].shape) for name, part in zip(weights, parts, strict=True)}
+        masks = _keep_largest(list(weights.values()), self.sparsity, self.rule)
+        return dict(zip(weights, masks, strict=True))
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class UniformMagnitude:
 
     def __call__(self, weights: Weights) -> Masks:
         return {
-            name: _keep_largest(_magnitudes(weight), self.sparsity, self.rule).view(weight.shape)
-            for name, weight in weights.items()
+            name: _keep_largest([weight], self.sparsity, self.rule)[0] for name, weight in weights.items()
         }
 
 
@@ -129,28 +128,28 @@ def _check_rule(rule: str) -> None:
         raise ValueError(f"unknown rule {rule!r}; one of {', '.join(get_args(Rule))}")
 
 
-def _magnitudes(weight: Tensor) -> Tensor:
-    """|w| in one dimension, in the logical (row-major) order of the weight's shape."""
-    return weight.detach().abs().flatten()
-
-
-def _keep_largest(magnitudes: Tensor, sparsity: float, rule: Rule) -> Tensor:
-    """Boolean keep-mask over magnitudes in one dimension."""
-    n = magnitudes.numel()
+def _keep_largest(weights: Sequence[Tensor], sparsity: float, rule: Rule) -> list[Tensor]:
+    """Boolean keep-masks of the largest magnitudes of all weights together."""
     if sparsity == 0:
-        return torch.ones_like(magnitudes, dtype=torch.bool)
+        return [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
+    n = sum(weight.numel() for weight in weights)
+    magnitudes = [weight.detach().abs() for weight in weights]
     if rule == "original":
-        shifted = magnitudes + 1e-4
-        return shifted > _kth_largest(shifted, math.ceil(n * (1 - sparsity)))
+        for part in magnitudes:
+            part += 1e-4
+        kth = kth_largest(magnitudes, math.ceil(n * (1 - sparsity)))
+        return [part > kth.value for part in magnitudes]
     k = n - round(n * sparsity)
     if k == 0:
-        return torch.zeros_like(magnitudes, dtype=torch.bool)
-    threshold = _kth_largest(magnitudes, k)
-    keep = magnitudes > threshold
-    ties = (magnitudes == threshold).nonzero().flatten()
-    keep[ties[: k - int(keep.sum())]] = True
-    return keep
-
-
-def _kth_largest(values: Tensor, k: int) -> Tensor:
-    return values.kthvalue(values.numel() - k + 1).values
+        return [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
+    kth = kth_largest(magnitudes, k)
+    if kth.above + kth.equal == k:
+        return [part >= kth.value for part in magnitudes]
+    masks, ties = [part > kth.value for part in magnitudes], k - kth.above
+    for part, mask in zip(magnitudes, masks, strict=True):  # in the logical order of the weights
+        equal = (part == kth.value).nonzero()[:ties]
+        mask[tuple(equal.T)] = True
+        ties -= len(equal)
+        if ties == 0:
+            break
+    return masks
