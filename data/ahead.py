@@ -8,6 +8,7 @@ than the next is it started anew.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from data.loader import Batch
@@ -15,11 +16,17 @@ from data.stream import Stream
 
 
 class AheadLoader:
-    """See data.loader.Loader. A backend defines _start and _next."""
+    """See data.loader.Loader. A backend defines _start, _next and fingerprint.
 
-    def __init__(self, stream: Stream[Any]) -> None:
+    in_thread: prepare the next batch in a thread, for backends whose _next computes: what it computes would
+    have to wait, in the training step's own thread, for cores that the step's threads have just left busy.
+    """
+
+    def __init__(self, stream: Stream[Any], in_thread: bool = False) -> None:
         self.stream = stream
         self.position = (-1, -1)  # (epoch, batch) that comes next
+        self._pool = ThreadPoolExecutor(1) if in_thread else None
+        self._pending: Future[Batch] | None = None  # the batch at self.position
 
     @property
     def num_images(self) -> int:
@@ -31,12 +38,20 @@ class AheadLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         if self.position != (epoch, start):  # else these batches are under way already
+            self.settle()
+            self._pending = None
             self.position = (epoch, start)
             self._start(epoch, start)
         while self.position[0] == epoch:
-            batch = self._next()
+            batch = self._next() if self._pending is None else self._pending.result()
             self.position = self.after(self.position)
+            self._pending = None if self._pool is None else self._pool.submit(self._next)
             yield batch
+
+    def settle(self) -> None:
+        """Wait until the batch under way in the thread is ready, or has failed."""
+        if self._pending is not None:
+            self._pending.exception()
 
     def after(self, position: tuple[int, int]) -> tuple[int, int]:
         epoch, index = position
@@ -48,6 +63,9 @@ class AheadLoader:
         while True:
             yield self.stream.draw(*position)
             position = self.after(position)
+
+    def fingerprint(self) -> dict[str, Any]:
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         return {}

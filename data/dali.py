@@ -31,8 +31,10 @@ class DaliLoader(AheadLoader):
 
     INPUTS: tuple[tuple[str, str], ...] = ()  # (DALI type, layout) of each input
 
-    def __init__(self, stream: Stream[Any], device: torch.device, num_threads: int) -> None:
-        super().__init__(stream)
+    def __init__(
+        self, stream: Stream[Any], device: torch.device, num_threads: int, in_thread: bool = False
+    ) -> None:
+        super().__init__(stream, in_thread)
         self.device = device
         self.num_threads = num_threads
         self._pipeline: Any = None

@@ -1,8 +1,9 @@
 """From encoded images to batches, in DALI's terms: decode only the crop's window, resize, flip.
 
 On a GPU all of it is in the pipeline. Without one DALI decodes and torch resizes: torch's resize of uint8
-images with anti-aliasing takes a fraction of DALI's time on a CPU.
-"""
+images with anti-aliasing takes a fraction of DALI's time on a CPU. It runs on one thread; whatever torch
+would spread over its threads here (copies, flips) has to wait for cores that decode, and is left to DALI and
+numpy."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class Decoder:
             adjust_orientation=False,  # the training sets' labels and figures come from images as stored
         )
         if not self.on_gpu:
-            return images, size, flip
+            return fn.flip(images, horizontal=flip), size
         return (fn.flip(_resize(dali, self._moved(images), size), horizontal=flip),)
 
     def evaluation(self, dali: Any, encoded: Any, resize: int, size: int) -> tuple[Any, ...]:
@@ -73,16 +74,14 @@ class Decoder:
         """(N, 3, side, side), uint8, channels_last, from what the nodes of `training` gave."""
         if self.on_gpu:
             return dense(outputs[0]).permute(0, 3, 1, 2)
-        images, sizes, flips = outputs
-        flips = dense(flips).tolist()
+        images, sizes = outputs
         side = int(dense(sizes)[0, 0])
         batch = _empty(len(images), side)
-        for i, (into, flip) in enumerate(zip(batch, flips, strict=True)):
-            pixels = _pixels(images[i])
+        for i, into in enumerate(batch):
             # what functional.interpolate calls, here straight into the batch
-            torch.ops.aten._upsample_bilinear2d_aa.out(pixels, (side, side), False, out=into[None])
-            if flip:
-                into.copy_(into.flip(2))
+            torch.ops.aten._upsample_bilinear2d_aa.out(
+                _pixels(images[i]), (side, side), False, out=into[None]
+            )
         return batch
 
     def evaluation_batch(self, outputs: Sequence[Any], size: int) -> Tensor:
@@ -93,10 +92,9 @@ class Decoder:
         new, starts = (dense(part).tolist() for part in where)
         batch = _empty(len(images), size)
         for i, (into, (height, width), (top, left)) in enumerate(zip(batch, new, starts, strict=True)):
-            resized = functional.interpolate(
-                _pixels(images[i]), (height, width), mode="bilinear", antialias=True
-            )
-            into.copy_(resized[0, :, top : top + size, left : left + size])
+            pixels, new_size = _pixels(images[i]), (height, width)
+            resized = functional.interpolate(pixels, new_size, mode="bilinear", antialias=True)
+            into.numpy()[:] = resized.numpy()[0, :, top : top + size, left : left + size]
         return batch
 
 

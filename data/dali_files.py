@@ -38,7 +38,7 @@ class DaliFileLoader(DaliLoader):
         decode_on: str,
         on_bad: Callable[[str, str], None],
     ) -> None:
-        super().__init__(stream, device, num_threads)
+        super().__init__(stream, device, num_threads, in_thread=device.type == "cpu")
         self.files = files
         self.decoder = Decoder(device, decode_on)
         self.on_bad = on_bad

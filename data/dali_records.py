@@ -43,12 +43,14 @@ class DaliRecordLoader(AheadLoader):
         first_label: int = 0,
         evaluation: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__(stream)
+        super().__init__(stream, in_thread=device.type == "cpu")
         self.records, self.device, self.num_threads = records, device, num_threads
         self.decoder = Decoder(device, decode_on)
         self.first_label, self.evaluation = first_label, evaluation
         self._pipeline: Any = None
-        self._state: tuple[tuple[int, int], bytes] | None = None
+        self._epoch = -1  # that the pipeline is of
+        self._state: tuple[tuple[int, int], bytes] | None = None  # to start from
+        self._places: dict[tuple[int, int], bytes] = {}  # position -> DALI's state there
 
     def fingerprint(self) -> dict[str, Any]:
         ours = {"backend": "dali", "format": self.records.format, "data": self.records.digest}
@@ -57,9 +59,10 @@ class DaliRecordLoader(AheadLoader):
     def state(self) -> dict[str, Any]:
         """This rank's place within the epoch: position, DALI's state there, and its SHA-256, because DALI
         takes most damaged states for good ones. Empty at an epoch's beginning."""
-        if self._pipeline is None or self.position[1] == 0:
+        self.settle()
+        state = self._places.get(self.position)
+        if state is None or self.position[1] == 0:
             return {}
-        state: bytes = self._pipeline.checkpoint()
         content = torch.frombuffer(bytearray(state), dtype=torch.uint8)
         return {"position": self.position, "dali": content, "sha256": hashlib.sha256(state).hexdigest()}
 
@@ -75,14 +78,22 @@ class DaliRecordLoader(AheadLoader):
     def _start(self, epoch: int, start: int) -> None:
         known = self._state is not None and self._state[0] == (epoch, start)
         self._pipeline = self._build(epoch, self._state[1] if known and self._state else None)
+        self._epoch, self._state = epoch, None
         for _ in range(0 if known else start):
             self._pipeline.run()
-        self._state = None
+        self._places = {(epoch, start): self._pipeline.checkpoint()} if start else {}
 
     def _next(self) -> Batch:
         epoch, index = self.position
-        if index == 0:  # an epoch is a pipeline of its own
+        if self._epoch != epoch:  # an epoch is a pipeline of its own
             self._start(epoch, 0)
+        batch = self._run(index)
+        # of the batch that was run, which the thread may have run ahead, and of the next
+        before = {place: state for place, state in self._places.items() if place == self.position}
+        self._places = {**before, self.after(self.position): self._pipeline.checkpoint()}
+        return batch
+
+    def _run(self, index: int) -> Batch:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         labels, *outputs = self._pipeline.run(stream)
         numbers = torch.from_numpy(self._numbers(dense(labels).numpy()))

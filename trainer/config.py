@@ -118,7 +118,9 @@ class ImageNetData(Section):
     )
     device: Literal["auto", "cpu", "gpu"] = Field(default="auto", description="where DALI decodes images")
     num_threads: int | None = Field(
-        default=None, ge=1, description="threads (torch: processes) of the data pipeline per device"
+        default=None,
+        ge=1,
+        description="threads (torch: processes) of the data pipeline per device; default: by the cores",
     )
     on_error: Literal["stop", "skip"] = Field(
         default="stop", description="a file that cannot be decoded ends the run, or another stands in for it"

@@ -136,7 +136,7 @@ def _imagenet_loaders(config: Config, data: ImageNetData, device: torch.device) 
             source += f", {len(files.excluded)} of them excluded and replaced"
         stream = CropStream(len(files), **sharing)
         if data.backend == "torch":
-            train = TorchFileLoader(files, stream, device, _threads(data), bad_files)
+            train = TorchFileLoader(files, stream, device, _threads(data, device), bad_files)
         else:
             train = DaliTrainFiles(files, stream, device, *_dali(data, device), bad_files)
     info = ImageInfo((3, data.eval_size, data.eval_size), num_classes, imagenet.MEAN, imagenet.STD)
@@ -158,7 +158,7 @@ def _imagenet_test(data: ImageNetData, device: torch.device, on_bad: Callable[[s
     files = load_image_files(root, "test", _path(data.val_labels))
     stream = EvalStream(len(files), *share)
     if data.backend == "torch":
-        return TorchFileLoader(files, stream, device, _threads(data), on_bad, crop)
+        return TorchFileLoader(files, stream, device, _threads(data, device), on_bad, crop)
     arguments = (files, stream, device, *_dali(data, device), on_bad)
     return DaliEvalFiles(*arguments, resize=crop[0], size=crop[1])
 
@@ -167,7 +167,7 @@ def _dali(data: ImageNetData, device: torch.device) -> tuple[int, str]:
     """(threads, where images are decoded)."""
     if data.device == "gpu" and device.type != "cuda":
         raise ValueError("data.device=gpu decodes on a GPU, and this run has none; use auto or cpu")
-    return _threads(data), "gpu" if device.type == "cuda" and data.device != "cpu" else "cpu"
+    return _threads(data, device), "gpu" if device.type == "cuda" and data.device != "cpu" else "cpu"
 
 
 def _sharing(config: Config) -> dict[str, Any]:
@@ -182,9 +182,11 @@ def _sharing(config: Config) -> dict[str, Any]:
     }
 
 
-def _threads(data: ImageNetData) -> int:
-    cores = len(os.sched_getaffinity(0))
-    return data.num_threads or max(1, cores // int(os.environ.get("LOCAL_SIZE", 1)))
+def _threads(data: ImageNetData, device: torch.device) -> int:
+    """On a CPU the model's own threads need the cores, and take far longer over an image than decoding
+    does."""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1))
+    return data.num_threads or max(1, share if device.type == "cuda" else share // 4)
 
 
 def _path(text: str | None) -> Path | None:
