@@ -57,11 +57,11 @@ class AheadLoader:
         epoch, index = position
         return (epoch, index + 1) if index + 1 < self.batches_per_epoch else (epoch + 1, 0)
 
-    def draws(self, epoch: int, start: int) -> Iterator[Any]:
-        """Every draw from (epoch, start) on, without end."""
+    def draws(self, epoch: int, start: int) -> Iterator[tuple[tuple[int, int], Any]]:
+        """Every position and its draw from (epoch, start) on, without end."""
         position = (epoch, start)
         while True:
-            yield self.stream.draw(*position)
+            yield position, self.stream.draw(*position)
             position = self.after(position)
 
     def fingerprint(self) -> dict[str, Any]:

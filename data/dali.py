@@ -7,6 +7,7 @@ uint8: normalising on the device, fused with the first layers, moves a quarter o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,7 +42,9 @@ class DaliLoader(AheadLoader):
         import_dali()
 
     def _start(self, epoch: int, start: int) -> None:
-        self._pipeline = self.build(map(self._feed, self.draws(epoch, start)), self.stream.batch_size)
+        self._pipeline = self.build(
+            itertools.starmap(self._feed, self.draws(epoch, start)), self.stream.batch_size
+        )
 
     def _next(self) -> Batch:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
@@ -69,8 +72,10 @@ class DaliLoader(AheadLoader):
         pipeline.build()
         return pipeline
 
-    def _feed(self, draw: Any) -> tuple[NDArray[Any] | list[NDArray[np.uint8]], ...]:
-        """A batch of each input."""
+    def _feed(
+        self, position: tuple[int, int], draw: Any
+    ) -> tuple[NDArray[Any] | list[NDArray[np.uint8]], ...]:
+        """A batch of each input, for the draw at a position."""
         raise NotImplementedError
 
     def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, ...]:

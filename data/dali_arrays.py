@@ -28,7 +28,7 @@ class DaliArrayLoader(DaliLoader):
     def fingerprint(self) -> dict[str, Any]:
         return {"backend": "dali", "data": self.arrays.digest, **self.stream.fingerprint()}
 
-    def _feed(self, draw: Draw) -> tuple[Any, ...]:
+    def _feed(self, position: tuple[int, int], draw: Draw) -> tuple[Any, ...]:
         labels = np.where(draw.indices < 0, PADDING_LABEL, self.arrays.labels[draw.indices])
         return self.arrays.images[draw.indices], labels, draw.shift, draw.flip
 

@@ -1,8 +1,8 @@
 """Image files through DALI: read, then what data.dali_decode does.
 
 A file that cannot be decoded never breaks a batch: the next file of the listing stands in for it, in
-training; in evaluation its place does not count. `on_bad` is told, once a file.
-"""
+training; in evaluation its place does not count. `on_bad` is told, once a file. What decides is the drawn
+window alone: a truncated file serves crops above its damage, whatever was met before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.crops import ATTEMPTS, CropDraw
+from data.crops import CropDraw
 from data.dali import PREFETCH, DaliLoader, dense
 from data.dali_decode import Decoder
 from data.image_files import ImageFiles
@@ -42,8 +42,9 @@ class DaliFileLoader(DaliLoader):
         self.files = files
         self.decoder = Decoder(device, decode_on)
         self.on_bad = on_bad
-        self.bad: set[int] = set(files.excluded)
         self._paths = _PathBytes(files)
+        self._skips: dict[tuple[int, int, int], int] = {}  # (epoch, batch, place in it) -> files that failed
+        self._told: set[int] = set()
 
     def fingerprint(self) -> dict[str, Any]:
         return {"backend": "dali", "data": self.files.digest, **self.stream.fingerprint()}
@@ -52,46 +53,62 @@ class DaliFileLoader(DaliLoader):
         while True:
             try:
                 return super()._next()
-            except RuntimeError as error:
-                found = self._find_bad()
-                if not found:
+            except RuntimeError:
+                if not self._skip_failing():
                     raise
-                for index, reason in found.items():
-                    self.bad.add(index)
-                    self.on_bad(self.files.files[index], reason or str(error))
                 self._start(*self.position)
 
-    def _find_bad(self) -> dict[int, str]:
-        """The files that cannot be decoded among the batches under way, with the reason."""
-        position, suspects = self.position, set()
-        for _ in range(PREFETCH + 1):
-            suspects |= {self.stand_in(int(i)) for i in self.stream.draw(*position).indices if i >= 0}
-            position = self.after(position)
-        return self._bad_among(sorted(suspects))
+    def _start(self, epoch: int, start: int) -> None:
+        self._skips = {place: count for place, count in self._skips.items() if place[:2] >= (epoch, start)}
+        super()._start(epoch, start)
 
-    def _bad_among(self, indices: list[int]) -> dict[int, str]:
-        """Decode these alone, and halves of them again where that fails: few files are bad."""
+    def _skip_failing(self) -> bool:
+        """Find what fails in the batches under way; from now on the next file stands in there. False: nothing
+        does."""
+        position, found = self.position, False
+        for _ in range(PREFETCH + 1):
+            draw = self.stream.draw(*position)
+            files = self.files_at(position, draw.indices)
+            failing = self._failing(self._feed(position, draw), list(range(len(files))))
+            if len(failing) == len(files) and not any(self.files.path(file).exists() for file in files):
+                first = self.files.path(files[0])
+                raise OSError(f"no file of a whole batch is there, such as {first}: a lost mount?")
+            for i, reason in failing.items():
+                place = (*position, i)
+                self._skips[place] = self._skips.get(place, 0) + 1
+                if files[i] not in self._told:
+                    self._told.add(files[i])
+                    self.on_bad(self.files.files[files[i]], reason)
+            found = found or bool(failing)
+            position = self.after(position)
+        return found
+
+    def _failing(self, inputs: tuple[Any, ...], rows: list[int]) -> dict[int, str]:
+        """The rows of a batch's inputs that cannot be decoded, and why: try all, and halves where that
+        fails."""
+        part = tuple([whole[row] for row in rows] for whole in inputs)
         try:
-            self.build(iter([self._probe(indices)]), len(indices)).run()
+            self.build(iter([part]), len(rows)).run()
         except RuntimeError as error:
-            if len(indices) == 1:
-                return {indices[0]: _reason(str(error))}
-            half = len(indices) // 2
-            return {**self._bad_among(indices[:half]), **self._bad_among(indices[half:])}
+            if len(rows) == 1:
+                return {rows[0]: _reason(str(error))}
+            half = len(rows) // 2
+            return {**self._failing(inputs, rows[:half]), **self._failing(inputs, rows[half:])}
         return {}
 
-    def stand_in(self, index: int) -> int:
-        """The file itself, or for a bad one the next of the listing that is not. Raises OSError when all are
-        bad."""
-        if len(self.bad) >= len(self.files):
-            raise OSError(f"no image below {self.files.root} can be decoded")
-        while index in self.bad:
-            index = (index + 1) % len(self.files)
-        return index
-
-    def _probe(self, indices: list[int]) -> tuple[Any, ...]:
-        """Inputs that decode these files."""
-        raise NotImplementedError
+    def files_at(self, position: tuple[int, int], indices: NDArray[np.int64]) -> list[int]:
+        """The files for the places of a batch: the drawn ones, or of the listing the next that is neither
+        excluded nor failed there. For padding, the first file. Raises OSError where none is left."""
+        files = []
+        for i, index in enumerate(indices.tolist()):
+            file, skip = max(index, 0), self._skips.get((*position, i), 0)
+            if skip >= len(self.files) - len(self.files.excluded):
+                raise OSError(f"no image below {self.files.root} can be decoded")
+            while skip or file in self.files.excluded:
+                skip -= file not in self.files.excluded
+                file = (file + 1) % len(self.files)
+            files.append(file)
+        return files
 
 
 class DaliTrainFiles(DaliFileLoader):
@@ -107,16 +124,11 @@ class DaliTrainFiles(DaliFileLoader):
         ("FLOAT", ""),
     )
 
-    def _feed(self, draw: CropDraw) -> tuple[Any, ...]:
-        indices = [self.stand_in(int(index)) for index in draw.indices]
-        sizes = np.full((len(indices), 2), draw.size, np.float32)
-        labels = self.files.labels[indices]
-        return self._paths[indices], labels, draw.area, draw.ratio, draw.place, draw.flip, sizes
-
-    def _probe(self, indices: list[int]) -> tuple[Any, ...]:
-        ones = np.ones((len(indices), ATTEMPTS), np.float32)  # whole images
-        zeros = np.zeros((len(indices), 2), np.float32)
-        return self._feed(CropDraw(np.array(indices), ones, ones, zeros, zeros[:, 0].astype(np.int32), 8))
+    def _feed(self, position: tuple[int, int], draw: CropDraw) -> tuple[Any, ...]:
+        files = self.files_at(position, draw.indices)
+        sizes = np.full((len(files), 2), draw.size, np.float32)
+        labels = self.files.labels[files]
+        return self._paths[files], labels, draw.area, draw.ratio, draw.place, draw.flip, sizes
 
     def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, ...]:
         paths, labels, area, ratio, place, flip, size = inputs
@@ -139,13 +151,10 @@ class DaliEvalFiles(DaliFileLoader):
         super().__init__(*arguments)
         self.resize, self.size = resize, size
 
-    def _feed(self, draw: Draw) -> tuple[Any, ...]:
-        counts = np.array([index >= 0 and index not in self.bad for index in draw.indices])
-        indices = [self.stand_in(max(int(index), 0)) for index in draw.indices]
-        return self._paths[indices], np.where(counts, self.files.labels[indices], PADDING_LABEL)
-
-    def _probe(self, indices: list[int]) -> tuple[Any, ...]:
-        return self._paths[indices], np.zeros(len(indices), np.int64)
+    def _feed(self, position: tuple[int, int], draw: Draw) -> tuple[Any, ...]:
+        files = self.files_at(position, draw.indices)
+        counts = np.array(files) == draw.indices  # neither padding nor standing in
+        return self._paths[files], np.where(counts, self.files.labels[files], PADDING_LABEL)
 
     def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, ...]:
         paths, labels = inputs
@@ -172,5 +181,5 @@ class _PathBytes:
         self._root = os.fsencode(files.root) + b"/"
 
     def __getitem__(self, indices: list[int]) -> list[NDArray[np.uint8]]:
-        names = (self._root + self._files.files[index].encode() for index in indices)
+        names = (self._root + os.fsencode(self._files.files[index]) for index in indices)
         return [np.frombuffer(name, np.uint8) for name in names]

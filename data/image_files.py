@@ -49,6 +49,9 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.files)
 
+    def path(self, number: int) -> Path:
+        return self.root / self.files[number]
+
     @property
     def num_classes(self) -> int:
         return len(self.classes)
@@ -56,7 +59,7 @@ class ImageFiles:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over names and labels; the files' content is not read."""
-        digest = hashlib.sha256("\n".join(self.files).encode())
+        digest = hashlib.sha256(os.fsencode("\n".join(self.files)))
         digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 

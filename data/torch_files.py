@@ -7,6 +7,7 @@ decoders and two resampling filters differ.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ class TorchFileLoader(AheadLoader):
         super().__init__(stream)
         self.files, self.device, self.num_workers, self.on_bad = files, device, num_workers, on_bad
         self.evaluation = evaluation
-        self.bad: set[int] = set(files.excluded)
+        self._told: set[int] = set()
         self._batches: Iterator[_Decoded] = iter(())
 
     def fingerprint(self) -> dict[str, Any]:
@@ -60,17 +61,24 @@ class TorchFileLoader(AheadLoader):
                 num_workers=self.num_workers,
                 pin_memory=self.device.type == "cuda",
                 multiprocessing_context="forkserver" if self.num_workers else None,
+                worker_init_fn=_ignore_signals,
             )
         )
 
     def _next(self) -> Batch:
         decoded = next(self._batches)
         for index, reason in decoded.bad:
-            if index not in self.bad:
-                self.bad.add(index)
+            if index not in self._told:
+                self._told.add(index)
                 self.on_bad(self.files.files[index], reason)
         images = decoded.images.to(self.device, non_blocking=True)
         return Batch(images.permute(0, 3, 1, 2), decoded.labels.to(self.device, non_blocking=True))
+
+
+def _ignore_signals(_: int) -> None:
+    """The launcher signals all processes; the training process answers, and workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Decoded(NamedTuple):
@@ -88,7 +96,7 @@ class _Draws(IterableDataset[Any]):
         self.loader, self.first = loader, (epoch, start)
 
     def __iter__(self) -> Iterator[Any]:
-        return self.loader.draws(*self.first)
+        return (draw for _, draw in self.loader.draws(*self.first))
 
 
 class _Images(Dataset[_Decoded]):

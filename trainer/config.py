@@ -120,7 +120,7 @@ class ImageNetData(Section):
     num_threads: int | None = Field(
         default=None,
         ge=1,
-        description="threads (torch: processes) of the data pipeline per device; default: by the cores",
+        description="threads or processes of the data pipeline per device",
     )
     on_error: Literal["stop", "skip"] = Field(
         default="stop", description="a file that cannot be decoded ends the run, or another stands in for it"

@@ -246,3 +246,47 @@ def test_worker_processes_give_the_same(tree):
     for a, b in zip(alone.epoch(0), workers.epoch(0), strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
+
+
+def test_a_damaged_part_counts_only_where_it_is_needed(tmp_path):
+    """Truncated files serve crops above the damage: what a batch holds depends on its own draw, not on what
+    was met before, nor on the number of ranks. Portraits, squares, landscapes."""
+    folder = tmp_path / "train" / "n0"
+    folder.mkdir(parents=True)
+    for i, size in enumerate([(60, 90), (64, 64), (90, 60)] * 4):
+        path = folder / f"{i:02}.JPEG"
+        photograph(i, *size).save(path, quality=90)
+        if i < 6:
+            path.write_bytes(path.read_bytes()[: -150 * (i + 1)])
+    told = []
+    make = lambda **shard: dali(tmp_path, on_bad=lambda file, _: told.append(file), **shard)  # noqa: E731
+    through = make()
+    whole = [list(through.epoch(epoch)) for epoch in range(12)]
+    assert {f"train/n0/{i:02}.JPEG" for i in range(6)} >= set(told)
+    assert len(told) == len(set(told)) >= 4
+    for epoch in (3, 7, 11):
+        (batch,) = whole[epoch]
+        (alone,) = make().epoch(epoch)
+        assert torch.equal(alone.images, batch.images)
+        halves = [next(iter(make(rank=rank, world_size=2).epoch(epoch))).images for rank in range(2)]
+        assert torch.equal(torch.cat(halves), batch.images)
+
+
+def test_padding_reads_no_bad_file(tmp_path):
+    root = make_tree(tmp_path, 2, 2, 3)
+    files = load_image_files(root, "test")
+    (root / files.files[0]).write_bytes(b"no image")
+    labels = []
+    for rank in range(2):
+        loader = evaluation(files, on_bad=lambda *_: None, rank=rank, world_size=2)
+        for batch in loader.epoch(0):
+            labels += batch.labels[batch.labels != PADDING_LABEL].tolist()
+    assert labels == files.labels[1:].tolist()
+
+
+def test_a_lost_mount_is_told_at_once(tmp_path):
+    root = make_tree(tmp_path / "tree", 2, 8)
+    loader = dali(root)
+    root.rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="no file of a whole batch is there"):
+        list(loader.epoch(0))
