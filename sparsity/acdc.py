@@ -171,26 +171,31 @@ class ACDC:
         then.
 
         masks: that run's keep-masks by layer name, used where `epoch` lies within a sparse phase of this
-        schedule, without a compression of its own; elsewhere they are chosen anew, or all ones. Raises
-        ValueError, before anything is changed, where one that is used is missing, has another shape, or the
-        schedule ends before.
+        schedule, without a compression of its own; elsewhere they are chosen anew, or all ones. Raises what
+        check_start raises, before anything is changed.
         """
-        if epoch >= self.schedule.num_epochs:
-            raise ValueError(
-                f"it has {epoch} epochs behind it, and the schedule has {self.schedule.num_epochs}"
-            )
-        phase = self.schedule.phase_at(epoch)
-        if phase.kind == "sparse" and epoch not in self.actions:
-            for name, layer in self.layers.items():
-                if name not in masks or masks[name].shape != layer.mask.shape:
-                    raise ValueError(
-                        f"epoch {epoch} lies within a sparse phase, and there is no mask for layer "
-                        f"{name!r}: begin "
-                        "at a phase switch, or prune the same layers"
-                    )
+        self.check_start(epoch, masks)
+        if self._needs_masks(epoch):
             for name, layer in self.layers.items():
                 layer.mask.copy_(masks[name])
         self.step = epoch * self.steps_per_epoch
+
+    def check_start(self, epoch: int, masks: Mapping[str, Tensor]) -> None:
+        """Whether start_at can do that. Raises ValueError where a mask that it needs is missing or has
+        another shape, or where the schedule ends before."""
+        num_epochs = self.schedule.num_epochs
+        if not 0 <= epoch < num_epochs:
+            raise ValueError(f"it has {epoch} epochs behind it, and the schedule has {num_epochs}")
+        for name, layer in self.layers.items() if self._needs_masks(epoch) else ():
+            if name not in masks or masks[name].shape != layer.mask.shape:
+                raise ValueError(
+                    f"epoch {epoch} lies within a sparse phase, and there is no mask for layer {name!r}: "
+                    "begin at "
+                    "a phase switch, or prune the same layers"
+                )
+
+    def _needs_masks(self, epoch: int) -> bool:
+        return self.schedule.phase_at(epoch).kind == "sparse" and epoch not in self.actions
 
     def _attached(self) -> Masters:
         if self._masters is None:

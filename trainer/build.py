@@ -15,15 +15,15 @@ from trainer import checkpoint, ranks, run_dir
 from trainer.classifier import Classifier
 from trainer.config import Config, SparsityConfig
 from trainer.engine import build_engine, deepspeed_config
-from trainer.errors import Finished, as_user_error
+from trainer.errors import Finished, UserError, as_user_error
 from trainer.export import build_model, describe_model
 from trainer.loaders import build_loaders
 from trainer.loop import Trainer
 from trainer.monitor import Monitor
 from trainer.optim import build_optimizer
-from trainer.run_dir import RunDir
+from trainer.run_dir import DENSE_TWIN, RunDir
 from trainer.screen import Screen
-from trainer.state import Position, branch_off, restore
+from trainer.state import Position, branch_off, check_branch, restore
 from trainer.weights import load_weights
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,11 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
     with as_user_error("model"):
         flops = _count_flops(model, loaders.info)
     settings = deepspeed_config(config, device)
+    branch = None
+    if resumed is None and config.checkpoint is not None:
+        branch = run_dir.read_branching_state(config.checkpoint)
+        with as_user_error(f"checkpoint {branch[0]}"):
+            check_branch(branch[1], acdc)
     folder = ranks.on_main(lambda: _open_folder(config, resumed, path))
 
     try:
@@ -56,15 +61,15 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
         engine = build_engine(classifier, optimizer, settings, config, device)
         acdc.attach(engine)
         position = Position()
-        if resumed is None and config.checkpoint is not None:
-            branch, state = run_dir.read_branching_state(config.checkpoint)
-            with as_user_error(f"checkpoint {branch}"):
-                position = branch_off(state, engine, acdc)
+        if branch is not None:
+            position = branch_off(branch[1], engine, acdc)
         elif resumed is not None:
             with as_user_error(f"resume {resumed[1]}"):
                 state = checkpoint.read(resumed[1], checkpoint.STATE)
                 position = restore(state, engine, acdc, loaders.train)
         ranks.on_main(lambda: _check_unfinished(folder, position, config))
+        if position.epoch < acdc.schedule.num_epochs:
+            ranks.on_main(lambda: _check_dense_twin(folder, position, config))
         monitor = None
         if ranks.is_main():
             screen = Screen(config.epochs * steps_per_epoch, acdc.step, config.epochs)
@@ -108,14 +113,30 @@ def _open_folder(config: Config, resumed: tuple[RunDir, Path] | None, path: Path
     with as_user_error(f"run folder {folder.path}"):
         checkpoint.write_text(folder.path / ".writable", "")
         (folder.path / ".writable").unlink()
-        if not folder.try_lock():
-            raise ValueError("another process is training in it; wait for it, or stop it first")
+    folder.lock()
     return folder
 
 
 def _check_unfinished(folder: RunDir, position: Position, config: Config) -> None:
     if position.epoch == config.epochs and folder.result.exists():
         raise Finished(f"{folder.path} is finished: its figures are in {folder.result}")
+
+
+def _check_dense_twin(folder: RunDir, position: Position, config: Config) -> None:
+    """A dense branch needs the dense twin, which must be ahead, or there. One that an earlier twin began is
+    set aside when this run is about to make another."""
+    if not config.finetune_dense:
+        return
+    dense = config.sparsity.build_schedule().last("dense")
+    assert dense is not None  # the configuration has been checked
+    if position.epoch < dense.end:
+        checkpoint.set_folder_aside(folder.finetuned_dense)
+    elif not (folder.checkpoints / DENSE_TWIN).exists():
+        raise UserError(
+            f"finetune_dense: the run begins in epoch {position.epoch}, behind the last dense phase, "
+            "which ends "
+            f"with epoch {dense.end - 1}: there will be no dense twin"
+        )
 
 
 def _begin(folder: RunDir, config: Config, settings: dict[str, Any], screen: Screen, step: int) -> Monitor:

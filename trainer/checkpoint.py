@@ -112,9 +112,15 @@ def set_aside(folder: Path, step: int) -> None:
     """Rename the training states after `step`, which a run resumed from there is about to replace."""
     for path in training_checkpoints(folder):
         if path > step_folder(folder, step):
-            aside = path.with_name(f"superseded-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            set_folder_aside(path)
+
+
+def set_folder_aside(path: Path) -> None:
+    """Rename a folder, if it is there, to superseded-<its name>, in place of an earlier one of that name."""
+    if path.exists():
+        aside = path.with_name(f"superseded-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def remove_old(folder: Path, keep: int) -> None:

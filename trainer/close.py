@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -11,7 +10,7 @@ from trainer import ranks
 from trainer.engine import num_graphs, precision
 from trainer.loop import Trainer
 from trainer.report import write_report
-from trainer.run_dir import DENSE_TWIN, SPARSE, RunDir
+from trainer.run_dir import DENSE_TWIN, FINETUNED_DENSE, SPARSE, RunDir
 from trainer.screen import Screen, closing_lines, closing_table
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ def introduce(trainer: Trainer) -> None:
         f"device      {devices}, {dtype}, ZeRO stage {config.engine.zero_stage}",
     ]
     if trainer.position.epoch or trainer.position.step:
-        lines.append(f"resumed     at epoch {trainer.position.epoch}, step {trainer.position.step} of it")
+        lines.append(f"begins      at epoch {trainer.position.epoch}, step {trainer.position.step} of it")
     if trainer.engine.is_compiled:
         lines.append("compiling   at the first step; up to a minute, later runs find it cached")
     for line in lines:
@@ -56,10 +55,12 @@ def conclude(trainer: Trainer) -> None:
     screen.say(f"report: {trainer.run_dir.report}")
 
 
-def conclude_both(run: RunDir, branch: RunDir) -> None:
+def conclude_both(run: RunDir) -> None:
     """Put the finetuned dense model beside the pair that it belongs to."""
-    result, dense = (json.loads(folder.result.read_text(encoding="utf-8")) for folder in (run, branch))
-    result["finetuned_dense"] = dense["dense_twin"]
+    result, dense = run.read_result(), RunDir(run.finetuned_dense).read_result()
+    assert result is not None
+    assert dense is not None
+    result[FINETUNED_DENSE] = dense["dense_twin"]
     run.write_result(result)
     write_report(run)
     console = Screen(0, 0, 0).console

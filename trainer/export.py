@@ -76,10 +76,13 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A masked model's state_dict as a plain model's: masks multiplied into their weights and dropped."""
+    """A masked model's state_dict as a plain model's: masks multiplied into their weights and dropped.
+    Raises ValueError for a mask without its weight."""
     plain = {name: value for name, value in state.items() if not name.endswith(MASK)}
     for name, mask in state.items():
         if name.endswith(MASK):
             weight = name.removesuffix(MASK) + ".weight"
+            if weight not in plain or plain[weight].shape != mask.shape:
+                raise ValueError(f"another model: there is a mask, but no weight that fits it, for {weight}")
             plain[weight] = plain[weight] * mask
     return plain

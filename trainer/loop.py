@@ -92,7 +92,8 @@ class Trainer:
                 self.record_epoch(epoch, trained, tested, watched)
                 self.save_pair(epoch, tested)
                 last = epoch + 1 == self.config.epochs
-                stopping = not last and self.should_stop()
+                # behind the last epoch there is something left to stop only where a branch follows
+                stopping = self.should_stop(at_once=last) and (not last or self.config.finetune_dense)
                 if last or stopping or self.acdc.step % self.checkpoint_steps == 0:
                     self.save_checkpoint()
                 if stopping:
@@ -280,14 +281,14 @@ class Trainer:
         if ranks.any_rank(not bool(finite), self.device):
             self.check_finite(float("nan"), epoch)
 
-    def should_stop(self) -> bool:
+    def should_stop(self, at_once: bool = False) -> bool:
         """Whether a signal came to any rank. Several ranks ask each other every few seconds, all after the
-        same step: the launcher kills half a minute after its signal."""
+        same step: the launcher kills half a minute after its signal. at_once: ask in any case."""
         asked = self._stop_request.number != 0 or self.loaders.bad_files.failure is not None
         if ranks.world_size() == 1:
             return asked
         self._until_asked -= 1
-        if self._until_asked > 0:
+        if self._until_asked > 0 and not at_once:
             return False
         now = time.monotonic()
         pace = (now - self._asked_at) / self._ask_steps
@@ -305,7 +306,7 @@ class Trainer:
         self.run_dir.release()
 
     def stop(self) -> None:
-        folder = self.run_dir.path
+        folder = self.run_dir.resumed_by
         failures = ranks.everywhere(self.loaders.bad_files.failure)
         if failure := next(filter(None, failures), None):
             root = getattr(self.config.data, "root", None) or "ROOT"

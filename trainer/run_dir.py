@@ -43,6 +43,15 @@ class RunDir:
         self.finetuned_dense = path / FINETUNED_DENSE
         self._lock: IO[str] | None = None
 
+    @property
+    def resumed_by(self) -> Path:
+        """What `resume` has to name for this run to go on: a dense branch goes on with the run it belongs
+        to."""
+        return self.path.parent if self.path.name == FINETUNED_DENSE else self.path
+
+    def read_result(self) -> dict[str, Any] | None:
+        return json.loads(self.result.read_text(encoding="utf-8")) if self.result.exists() else None
+
     def try_lock(self) -> bool:
         """Keep other processes from training here, until release() or this process's end. False if one is."""
         self._lock = (self.path / ".lock").open("w")
@@ -52,6 +61,13 @@ class RunDir:
             self.release()
             return False
         return True
+
+    def lock(self) -> None:
+        """try_lock, or a UserError."""
+        if not self.try_lock():
+            raise UserError(
+                f"run folder {self.path}: another process is training in it; wait for it, or stop it first"
+            )
 
     def release(self) -> None:
         if self._lock is not None:
@@ -93,15 +109,18 @@ def _is_free(path: Path) -> bool:
 
 def is_finished(run: RunDir, config: Config) -> bool:
     """Whether nothing that `config` asks for is left to do in a run's folder."""
-    whole = not config.finetune_dense or RunDir(run.finetuned_dense).result.exists()
-    return run.result.exists() and whole
+    result = run.read_result()
+    return result is not None and (not config.finetune_dense or FINETUNED_DENSE in result)
 
 
 def create(config: Config, path: Path | None = None) -> RunDir:
     """Make the folder of a new run, at `path` or below run_root. Raises UserError where it cannot be
     written."""
     if path is not None:
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run folder {path} cannot be written: {error}") from error
         return RunDir(path)
     parent = Path(config.run_root).expanduser() / config.name
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -134,16 +153,41 @@ def find_resumed(config: Config, path: Path | None = None) -> tuple[RunDir, Path
     if config.resume == "auto":
         states = sorted((Path(config.run_root).expanduser() / config.name).glob("*/checkpoints/step-*"))
         runs = sorted({state.parent.parent for state in states})
-        unfinished = [run for run in runs if not is_finished(RunDir(run), config) and _is_free(run)]
+        unfinished = [
+            run
+            for run in runs
+            if not is_finished(RunDir(run), config)
+            and _is_free(run)
+            and not _other_beginning(RunDir(run), config)
+        ]
         if not unfinished:
             return None
         path = unfinished[-1]
     if path.name.startswith("step-"):
-        return RunDir(path.resolve().parent.parent), path
-    state = newest_whole(path / "checkpoints")
-    if state is None:
-        raise UserError(f"resume {config.resume}: no whole training checkpoint in {path / 'checkpoints'}")
-    return RunDir(path), state
+        run, state = RunDir(path.resolve().parent.parent), path
+    else:
+        run, newest = RunDir(path), newest_whole(path / "checkpoints")
+        if newest is None:
+            raise UserError(f"resume {config.resume}: no whole training checkpoint in {path / 'checkpoints'}")
+        state = newest
+    if difference := _other_beginning(run, config):
+        raise UserError(f"resume {config.resume}: {difference}; leave that out, or begin a new run")
+    return run, state
+
+
+def _other_beginning(run: RunDir, config: Config) -> str | None:
+    """How the run in that folder began otherwise than the configuration says, if it did."""
+    try:
+        began = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+        theirs = (began["checkpoint"], began["model"]["weights"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    for key, then, now in zip(
+        ("checkpoint", "model.weights"), theirs, (config.checkpoint, config.model.weights), strict=True
+    ):
+        if now is not None and now != then:
+            return f"that run began with {key}={then}, not with {now}"
+    return None
 
 
 def read_branching_state(checkpoint: str) -> tuple[Path, dict[str, Any]]:

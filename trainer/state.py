@@ -65,7 +65,9 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader) -
     """Put a captured state back. Raises ValueError, before anything is changed, where the model, the schedule
     or the stream of data is another one, naming the difference."""
     model = acdc.model
+    _check_parts(state)
     _check_same_model(model.state_dict(), state["model"])
+    _check_optimizer(model, state["optimizer"])
     _check_same_data(state["data"], loader.fingerprint())
     acdc.load_state_dict(state["acdc"])
     model.load_state_dict(state["model"])
@@ -76,7 +78,7 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader) -
     if len(state["ranks"]) == ranks.world_size():
         mine = state["ranks"][ranks.rank()]
         position.totals = mine["totals"]
-        loader.load_state(mine["data"])
+        loader.load_state(mine.get("data", {}))
         model.load_state_dict(mine["buffers"], strict=False)
         _set_random_states(mine["rng"])
     else:
@@ -92,31 +94,56 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader) -
     return position
 
 
-def branch_off(state: Mapping[str, Any], engine: Any, acdc: ACDC) -> Position:
-    """Begin a new run where a captured state stands, at the end of an epoch: weights, BatchNorm statistics,
-    momentum and epoch are taken over; phases, masks and learning rates from there on are this run's own.
-
-    Raises ValueError, before anything is changed, for another model, a state from within an epoch, and what
-    ACDC.start_at refuses.
-    """
-    model = acdc.model
-    position = Position(epoch=state["position"]["epoch"], training_flops=state["position"]["training_flops"])
+def check_branch(state: Any, acdc: ACDC) -> None:
+    """Whether branch_off can begin there. Raises ValueError for another model, a state from within an epoch,
+    and what ACDC.start_at refuses; nothing is changed."""
+    _check_parts(state)
     if within := state["position"]["step"]:
         raise ValueError(
             f"it was saved within an epoch, after {within} steps of it; name one from an epoch's end"
         )
-    ours = {name: value for name, value in model.state_dict().items() if not name.endswith(MASK)}
-    theirs = plain_state(state["model"])
-    _check_same_model(ours, theirs)
-    masks = {}
-    if state["acdc"]["phase"] == "sparse":
-        masks = {name.removesuffix(MASK): v for name, v in state["model"].items() if name.endswith(MASK)}
-    acdc.start_at(position.epoch, masks)
-    model.load_state_dict(theirs, strict=False)
+    ours = {name: value for name, value in acdc.model.state_dict().items() if not name.endswith(MASK)}
+    _check_same_model(ours, plain_state(state["model"]))
+    _check_optimizer(acdc.model, state["optimizer"])
+    acdc.check_start(state["position"]["epoch"], _masks_in_force(state))
+
+
+def branch_off(state: Mapping[str, Any], engine: Any, acdc: ACDC) -> Position:
+    """Begin a new run where a captured state stands, which check_branch has passed: weights, BatchNorm
+    statistics, momentum and epoch are taken over; phases, masks and learning rates from there on are this
+    run's own."""
+    model, weights = acdc.model, plain_state(state["model"])
+    acdc.start_at(state["position"]["epoch"], _masks_in_force(state))
+    model.load_state_dict(weights, strict=False)
     masters = masters_of(engine)
     for name, parameter in model.named_parameters():
-        masters.load_(parameter, theirs[name].to(parameter.device), state["optimizer"][name])
-    return position
+        masters.load_(parameter, weights[name].to(parameter.device), state["optimizer"][name])
+    position = state["position"]
+    return Position(epoch=position["epoch"], training_flops=position["training_flops"])
+
+
+def _masks_in_force(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Keep-masks by layer name of a state from a sparse phase; none of one from a dense phase."""
+    if state["acdc"]["phase"] != "sparse":
+        return {}
+    return {name.removesuffix(MASK): v for name, v in state["model"].items() if name.endswith(MASK)}
+
+
+def _check_parts(state: Any) -> None:
+    parts = {"model": dict, "optimizer": dict, "acdc": dict, "position": dict, "data": dict, "ranks": list}
+    for name, kind in parts.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise ValueError(f"it is no training state: {name} is missing")
+    for name in ("epoch", "step"):
+        if not isinstance(state["position"].get(name), int):
+            raise ValueError(f"it is no training state: its {name} is no number")
+
+
+def _check_optimizer(model: nn.Module, states: Mapping[str, Any]) -> None:
+    for name, parameter in model.named_parameters():
+        values = states.get(name)
+        if not isinstance(values, dict) or any(v.shape != parameter.shape for v in values.values()):
+            raise ValueError(f"its optimizer state does not fit {name}")
 
 
 def _check_same_model(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:

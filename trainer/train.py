@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import logging
 import os
 import sys
@@ -56,22 +58,35 @@ def train(recipe: str, overrides: list[str]) -> None:
     config = load_config(recipe, overrides)  # before the slow imports: a typing error is told at once
 
     from trainer import ranks
-    from trainer.close import conclude_both
-    from trainer.dense_branch import dense_branch
-    from trainer.run_dir import find_resumed
+    from trainer.run_dir import find_resumed, is_finished
 
     device = ranks.start()
     try:
         run = fit(config, device)
     except Finished:
         resumed = ranks.on_main(lambda: find_resumed(config))
-        if resumed is None or not config.finetune_dense:
+        if resumed is None or not config.finetune_dense or is_finished(resumed[0], config):
             raise
         run = resumed[0]
     if config.finetune_dense:
-        branch = fit(dense_branch(config, run), device, run.finetuned_dense)
+        finetune_dense(config, run, device)
+
+
+def finetune_dense(config: Config, run: RunDir, device: torch.device) -> None:
+    """The dense branch of a finished run, which stays locked meanwhile."""
+    from trainer import ranks
+    from trainer.close import conclude_both
+    from trainer.dense_branch import dense_branch
+
+    gc.collect()  # the engine refers to itself: model, masters and data threads of the finished run go
+    ranks.on_main(run.lock)
+    try:
+        with contextlib.suppress(Finished):  # but not yet concluded
+            fit(dense_branch(config, run), device, run.finetuned_dense)
         if ranks.is_main():
-            conclude_both(run, branch)
+            conclude_both(run)
+    finally:
+        run.release()
 
 
 def fit(config: Config, device: torch.device, path: Path | None = None) -> RunDir:
@@ -85,7 +100,7 @@ def fit(config: Config, device: torch.device, path: Path | None = None) -> RunDi
         trainer.fit()
         conclude(trainer)
     except OSError as error:  # a full disk, a lost mount: what was saved before is whole
-        folder = trainer.run_dir.path if path is None else path.parent
+        folder = trainer.run_dir.resumed_by
         raise EnvironmentLacks(f"{error}; once that is mended, go on with resume={folder}") from error
     finally:
         trainer.close()

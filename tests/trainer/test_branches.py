@@ -19,7 +19,9 @@ DENSE_TO_THE_END = "sparsity.schedule=dense 1, sparse 1, dense 1, sparse 1, dens
 @pytest.fixture(scope="module")
 def both(tiny_data, tmp_path_factory):
     """AC/DC and its dense branch in one go."""
-    return run_here(tiny_data, tmp_path_factory.mktemp("runs"), "finetune_dense=true", "save.every=10st")
+    return run_here(
+        tiny_data, tmp_path_factory.mktemp("runs"), "finetune_dense=true", "save.every=4st", "save.keep=9"
+    )
 
 
 def weights(folder):
@@ -48,17 +50,99 @@ def test_a_dense_branch_is_a_recipe_of_its_own_too(both, tiny_data, tmp_path):
     assert [record["epoch"] for record in records if record["kind"] == "epoch"] == [5]
 
 
-def test_an_interrupted_branch_is_resumed(both, tiny_data, tmp_path, capsys):
+def interrupted(both, tmp_path, step):
+    """A copy of the run as it was when its branch had done `step` steps; None: when it had concluded for
+    itself."""
     run = tmp_path / "quickstart" / both.name
     shutil.copytree(both, run)
-    (run / "finetuned_dense" / "result.json").unlink()
-    shutil.rmtree(run / "finetuned_dense")
-    assert main(tiny(tiny_data, tmp_path, "resume=auto", "finetune_dense=true")) == 0
-    capsys.readouterr()
+    result = json.loads((run / "result.json").read_text())
+    del result["finetuned_dense"]
+    (run / "result.json").write_text(json.dumps(result))
+    branch = run / "finetuned_dense"
+    if step is not None:
+        (branch / "result.json").unlink()
+        shutil.rmtree(branch / "checkpoints" / "dense_twin")
+        for path in checkpoint.training_checkpoints(branch / "checkpoints"):
+            if path > checkpoint.step_folder(branch / "checkpoints", step):
+                shutil.rmtree(path)
+    return run
+
+
+@pytest.mark.parametrize("step", [50, 56, None])
+def test_an_interrupted_branch_is_resumed(both, tiny_data, tmp_path, capsys, step):
+    run = interrupted(both, tmp_path, step)
+    options = ["finetune_dense=true", "save.every=4st", "save.keep=9"]
+    assert main(tiny(tiny_data, tmp_path, "resume=auto", *options)) == 0
     branches = [folder / "finetuned_dense" / "checkpoints" / "dense_twin" for folder in (run, both)]
     assert_equal_states(*map(weights, branches))
-    assert main(tiny(tiny_data, tmp_path, f"resume={run}", "finetune_dense=true")) == 0
+    row, expected = (
+        json.loads((folder / "result.json").read_text())["finetuned_dense"] for folder in (run, both)
+    )
+    assert row == expected
+    capsys.readouterr()
+    assert main(tiny(tiny_data, tmp_path, f"resume={run}", *options)) == 0
     assert "is finished" in capsys.readouterr().err
+
+
+def test_another_dense_twin_gets_another_branch(both, tiny_data, tmp_path):
+    run = interrupted(both, tmp_path, None)
+    point = checkpoint.step_folder(run / "checkpoints", 40)
+    assert main(tiny(tiny_data, tmp_path, "finetune_dense=true", "optimizer.lr=0.01", f"resume={point}")) == 0
+    ours, before = (folder / "finetuned_dense" / "checkpoints" / "dense_twin" for folder in (run, both))
+    assert not torch.equal(weights(ours)["fc.weight"], weights(before)["fc.weight"])
+    assert (run / "superseded-finetuned_dense").is_dir()
+    twin, row = (
+        json.loads((run / "result.json").read_text())[key] for key in ("dense_twin", "finetuned_dense")
+    )
+    assert twin["epoch"] == 4
+    assert row == json.loads((run / "finetuned_dense" / "result.json").read_text())["dense_twin"]
+
+
+def stop_at(monkeypatch, path_ends, step):
+    """Stand in for a signal during `step` of the run in the folder of that name."""
+    from trainer.loop import Trainer
+
+    train_batch = Trainer.train_batch
+
+    def watched(self, batches):
+        if self.run_dir.path.name.endswith(path_ends) and self.acdc.step == step:
+            self._stop_request.number = 15
+        return train_batch(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_batch", watched)
+
+
+@pytest.mark.parametrize(("where", "step"), [("", 60), ("finetuned_dense", 53)])
+def test_a_signal_before_or_within_the_branch(both, tiny_data, tmp_path, monkeypatch, capsys, where, step):
+    with monkeypatch.context() as patch:
+        stop_at(patch, where, step)
+        assert main(tiny(tiny_data, tmp_path, "finetune_dense=true")) == 128 + 15
+    (run,) = (tmp_path / "quickstart").iterdir()
+    assert f"Go on with resume={run}\n" in capsys.readouterr().err
+    assert (run / "finetuned_dense").exists() == bool(where)
+    assert main(tiny(tiny_data, tmp_path, "finetune_dense=true", f"resume={run}")) == 0
+    branches = [folder / "finetuned_dense" / "checkpoints" / "dense_twin" for folder in (run, both)]
+    assert_equal_states(*map(weights, branches))
+
+
+def test_a_branch_that_can_never_be_is_refused_at_once(both, tiny_data, tmp_path, capsys):
+    """From behind the last dense phase there is no dense twin to come."""
+    point = both / "checkpoints" / "dense_twin"
+    arguments = [f"checkpoint={point}", "sparsity.schedule=dense 2, sparse 2, dense 1, sparse 1"]
+    assert main(tiny(tiny_data, tmp_path, "finetune_dense=true", *arguments)) == 2
+    assert "behind the last dense phase" in capsys.readouterr().err
+
+
+def test_resume_does_not_take_another_beginning(both, tiny_data, tmp_path, capsys):
+    point = both / "checkpoints" / "dense_twin"
+    run = run_here(
+        tiny_data, tmp_path, f"checkpoint={point}", "sparsity={schedule: dense 6}", "save.every=4st"
+    )
+    (run / "result.json").unlink()
+    other = checkpoint.step_folder(both / "checkpoints", 60)
+    arguments = ["sparsity={schedule: dense 6}", f"checkpoint={other}"]
+    assert main(tiny(tiny_data, tmp_path, *arguments, f"resume={run}")) == 2
+    assert f"that run began with checkpoint={point}, not with {other}" in capsys.readouterr().err
 
 
 def test_a_shared_warm_up(tiny_data, tmp_path):
@@ -170,7 +254,7 @@ def test_weights_that_do_not_fit(tiny_data, tmp_path, capsys, content, expected)
     error = capsys.readouterr().err
     assert expected in error
     assert "Traceback" not in error
-    assert not list(tmp_path.glob("quickstart/*"))
+    assert not list(tmp_path.glob("quickstart/*"))  # nothing was begun
 
 
 def test_the_dense_branch_needs_something_to_finish(tiny_data, tmp_path, capsys):
