@@ -92,6 +92,12 @@ def dense(output: Any) -> Tensor:
     return torch.utils.dlpack.from_dlpack(output.as_tensor())
 
 
+def reason(message: str) -> str:
+    """What is wrong, out of DALI's report on where it met it."""
+    lines = [line.strip() for line in message.partition("encountered:")[2].splitlines() if line.strip()]
+    return lines[0] if lines else message.partition("\n")[0]
+
+
 def import_dali() -> Any:
     try:
         import nvidia.dali as dali

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.crops import CropDraw
-from data.dali import PREFETCH, DaliLoader, dense
+from data.dali import PREFETCH, DaliLoader, dense, reason
 from data.dali_decode import Decoder
 from data.image_files import ImageFiles
 from data.loader import PADDING_LABEL, Batch
@@ -91,7 +91,7 @@ class DaliFileLoader(DaliLoader):
             self.build(iter([part]), len(rows)).run()
         except RuntimeError as error:
             if len(rows) == 1:
-                return {rows[0]: _reason(str(error))}
+                return {rows[0]: reason(str(error))}
             half = len(rows) // 2
             return {**self._failing(inputs, rows[:half]), **self._failing(inputs, rows[half:])}
         return {}
@@ -165,12 +165,6 @@ class DaliEvalFiles(DaliFileLoader):
     def _batch(self, outputs: Sequence[Any]) -> Batch:
         labels, *images = outputs
         return Batch(self.decoder.evaluation_batch(images, self.size), dense(labels))
-
-
-def _reason(message: str) -> str:
-    """What is wrong, out of DALI's report on where it met it."""
-    lines = [line.strip() for line in message.partition("encountered:")[2].splitlines() if line.strip()]
-    return lines[0] if lines else message.partition("\n")[0]
 
 
 class _PathBytes:

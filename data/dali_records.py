@@ -16,7 +16,7 @@ import torch
 
 from data.ahead import AheadLoader
 from data.crops import ATTEMPTS, RATIOS, CropStream
-from data.dali import PREFETCH, dense, import_dali
+from data.dali import PREFETCH, dense, import_dali, reason
 from data.dali_decode import Decoder
 from data.loader import PADDING_LABEL, Batch
 from data.records import RecordFiles
@@ -40,13 +40,14 @@ class DaliRecordLoader(AheadLoader):
         device: torch.device,
         num_threads: int,
         decode_on: str,
+        num_classes: int,
         first_label: int = 0,
         evaluation: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(stream, in_thread=device.type == "cpu")
         self.records, self.device, self.num_threads = records, device, num_threads
         self.decoder = Decoder(device, decode_on)
-        self.first_label, self.evaluation = first_label, evaluation
+        self.num_classes, self.first_label, self.evaluation = num_classes, first_label, evaluation
         self._pipeline: Any = None
         self._epoch = -1  # that the pipeline is of
         self._state: tuple[tuple[int, int], bytes] | None = None  # to start from
@@ -95,7 +96,14 @@ class DaliRecordLoader(AheadLoader):
 
     def _run(self, index: int) -> Batch:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        labels, *outputs = self._pipeline.run(stream)
+        try:
+            labels, *outputs = self._pipeline.run(stream)
+        except RuntimeError as error:
+            raise OSError(
+                f"an image in {self.records.paths[0].parent} cannot be decoded: {reason(str(error))}; "
+                "pack the "
+                "images again, after acdc verify-data --exclude"
+            ) from error
         numbers = torch.from_numpy(self._numbers(dense(labels).numpy()))
         if self.evaluation is None:
             images = self.decoder.training_batch(outputs)
@@ -108,7 +116,14 @@ class DaliRecordLoader(AheadLoader):
         """int64, (N,): classes from what the readers give, decimal digits as text in WebDataset."""
         if self.records.format == "webdataset":
             labels = np.array([int(bytes(row)) for row in labels], np.int64)
-        return labels.reshape(-1).astype(np.int64) - self.first_label
+        numbers = labels.reshape(-1).astype(np.int64) - self.first_label
+        if numbers.min() < 0 or numbers.max() >= self.num_classes:
+            raise OSError(
+                f"{self.records.paths[0].parent} holds labels from {numbers.min() + self.first_label} to "
+                f"{numbers.max() + self.first_label}, which data.first_label={self.first_label} and "
+                f"{self.num_classes} classes do not allow: see data.first_label, data.num_classes"
+            )
+        return numbers
 
     def _num_left(self, index: int) -> int:
         """Images of this rank's share that are left at batch `index` of evaluation; the reader repeats the
@@ -178,8 +193,7 @@ def count_records(records: RecordFiles) -> int:
         pipeline.build()
         return int(pipeline.reader_meta(_READER)["epoch_size"])
     except RuntimeError as error:
-        message = str(error).partition("encountered:")[2] or str(error)
-        raise ValueError(f"{records.paths[0].parent}: {message.strip().splitlines()[0]}") from error
+        raise ValueError(f"{records.paths[0].parent}: {reason(str(error))}") from error
 
 
 def read_records(dali: Any, records: RecordFiles, order: list[int], **options: Any) -> tuple[Any, Any]:

@@ -87,6 +87,10 @@ class TrainStream:
                 f"{self.num_images} training images are fewer than one batch of {self.global_batch}"
             )
 
+        steps = self.num_images // self.global_batch
+        if self.max_steps is not None and self.max_steps > steps:
+            raise ValueError(f"steps_per_epoch {self.max_steps}: an epoch has no more than {steps} steps")
+
     @property
     def batch_size(self) -> int:
         return self.global_batch // (self.world_size * self.micro_batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ NUM_BATCHES = 4  # that take turns: one alone might stay in a cache
 
 
 class SyntheticLoader:
-    """Batches of one shape, of noise made once. See data.loader.Loader.
+    """Batches of noise made once. See data.loader.Loader.
 
-    num_images: how many a split pretends to have, over all ranks.
+    num_images: how many a split pretends to have, over all ranks. size: epoch -> side of the images.
     """
 
     def __init__(
@@ -23,23 +23,27 @@ class SyntheticLoader:
         num_images: int,
         batches_per_epoch: int,
         batch_size: int,
-        size: int,
+        size: Callable[[int], int],
         num_classes: int,
         device: torch.device,
     ) -> None:
-        self.num_images = num_images
-        self.batches_per_epoch = batches_per_epoch
-        random = torch.Generator(device).manual_seed(0)
-        self._batches = []
-        for _ in range(min(NUM_BATCHES, batches_per_epoch)):
-            shape = (batch_size, size, size, 3)
-            images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=random)
-            labels = torch.randint(0, num_classes, (batch_size,), device=device, generator=random)
-            self._batches.append(Batch(images.permute(0, 3, 1, 2), labels))
+        self.num_images, self.batches_per_epoch, self.batch_size = num_images, batches_per_epoch, batch_size
+        self.size, self.num_classes, self.device = size, num_classes, device
+        self._batches: list[Batch] = []
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        if not self._batches or self._batches[0].images.shape[2] != self.size(epoch):
+            self._batches = list(self._noise(self.size(epoch)))
         for index in range(start, self.batches_per_epoch):
             yield self._batches[(epoch + index) % len(self._batches)]
+
+    def _noise(self, side: int) -> Iterator[Batch]:
+        random = torch.Generator(self.device).manual_seed(0)
+        for _ in range(min(NUM_BATCHES, self.batches_per_epoch)):
+            shape = (self.batch_size, side, side, 3)
+            images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device, generator=random)
+            labels = torch.randint(0, self.num_classes, shape[:1], device=self.device, generator=random)
+            yield Batch(images.permute(0, 3, 1, 2), labels)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -48,4 +52,4 @@ class SyntheticLoader:
         pass
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"backend": "synthetic", "num_images": self.num_images}
+        return {"backend": "synthetic", "batch_size": self.batch_size}

@@ -145,6 +145,10 @@ class ImageNetData(Section):
     def _packed_files_need_dali(self) -> ImageNetData:
         if self.format != "folders" and self.backend == "torch":
             raise ValueError(f"format {self.format} is read by DALI alone; the torch backend reads folders")
+        if self.format != "folders" and self.on_error == "skip":
+            raise ValueError(
+                f"on_error: skip is for folders; of {self.format} DALI cannot leave an image out"
+            )
         if self.format == "folders" and (self.num_classes is not None or self.first_label):
             raise ValueError("num_classes and first_label are for packed files; folders tell their classes")
         return self

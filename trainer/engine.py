@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from trainer import ranks
-from trainer.config import Config, EvalConfig
+from trainer.config import Config, EvalConfig, ImageNetData
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,8 @@ def build_engine(
         if device.type == "cuda":
             # torch 2.13 loses channels_last in some backward graphs (pytorch#189239)
             torch._inductor.config.force_layout_optimization = True
+        if isinstance(config.data, ImageNetData):  # a graph for each side of the images
+            torch._dynamo.config.recompile_limit = 8 + len(config.data.sizes)
         engine.compile(compile_kwargs={"dynamic": False})
     engine.train()
     return engine

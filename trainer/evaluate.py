@@ -10,6 +10,7 @@ import torch
 
 from data.loader import Loader
 from trainer import ranks
+from trainer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Metrics:
         """From [sum of losses, top-1 right, top-5 right, images], see trainer.classifier. Reads the
         device."""
         loss, top1, top5, images = counts.tolist()
+        if images == 0:
+            raise UserError("no image of the set could be decoded, so there is nothing to measure")
         return cls(loss / images, 100 * top1 / images, 100 * top5 / images, int(images))
 
     def as_dict(self) -> dict[str, Any]:

@@ -75,7 +75,9 @@ FORMATS: dict[str, tuple[Callable[[nn.Module, Mapping[str, Any], Path], None], s
 
 
 def export_model(kind: str, model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
-    """Write `model` as `kind`, a name of FORMATS, to `path`, at once: never half of it."""
+    """Write `model` as `kind`, a name of FORMATS, to `path`, at once: never half of it. Raises OSError."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
     partial = path.with_name(f".{path.name}.partial")
     try:
         FORMATS[kind][0](model, info, partial)

@@ -53,8 +53,7 @@ def _parse(root: type[S], content: dict[str, Any], source: str) -> S:
 
 def _explain(root: type[Section], problem: dict[str, Any]) -> tuple[str, str]:
     """The dotted key of one mistake, and what is wrong there, what is allowed, the nearest valid key."""
-    union_parts = ("bool", "int", "float", "str", "literal['auto']", *_data_names())
-    location = [part for part in problem["loc"] if part not in union_parts]
+    location = _location(problem)
     key = ".".join(map(str, location))
     if problem["type"] == "union_tag_not_found":
         return f"{key}.name", f"missing; one of {', '.join(_data_names())}"
@@ -74,6 +73,17 @@ def _explain(root: type[Section], problem: dict[str, Any]) -> tuple[str, str]:
     if problem["type"] == "value_error":
         return key, problem["msg"].removeprefix("Value error, ")
     return key, f"{problem['msg'].removeprefix('Input ')}, not {problem['input']!r}"
+
+
+def _location(problem: dict[str, Any]) -> list[Any]:
+    """Where the mistake is, without the parts that pydantic puts in for the members of a union."""
+    parts = list(problem["loc"])
+    if parts[:1] == ["data"] and len(parts) > 1 and parts[1] in _data_names():
+        del parts[1]
+    named = problem["type"] in ("extra_forbidden", "missing")  # then the last part is a key
+    if not named and parts and parts[-1] in ("bool", "int", "float", "str", "literal['auto']"):
+        parts.pop()
+    return parts
 
 
 def _section_at(root: type[Section], location: list[Any], problem: dict[str, Any]) -> type[Section]:

@@ -121,13 +121,17 @@ def _imagenet_loaders(config: Config, data: ImageNetData, device: torch.device) 
         source, num_classes = "noise", imagenet.NUM_CLASSES
         stream = CropStream(imagenet.NUM_TRAIN, **sharing)
         counts = stream.num_images, stream.batches_per_epoch, stream.batch_size
-        train = SyntheticLoader(*counts, data.image_size, num_classes, device)
+        train = SyntheticLoader(*counts, stream.size, num_classes, device)
     elif data.format != "folders":
         root = imagenet.imagenet_root(_path(data.root))
         records = find_records(root, "train", data.format)
-        source, num_classes = f"{root}, {data.format}", records.num_classes or data.num_classes or 1000
+        source, num_classes = (
+            f"{root}, {data.format}",
+            records.num_classes or data.num_classes or imagenet.NUM_CLASSES,
+        )
         stream = CropStream(count_records(records), **sharing)
-        train = DaliRecordLoader(records, stream, device, *_dali(data, device), data.first_label)
+        labels = (num_classes, data.first_label)
+        train = DaliRecordLoader(records, stream, device, *_dali(data, device), *labels)
     else:
         root = imagenet.imagenet_root(_path(data.root))
         files = load_image_files(root, "train", keep_excluded=True)
@@ -149,12 +153,13 @@ def _imagenet_test(data: ImageNetData, device: torch.device, on_bad: Callable[[s
     if data.backend == "synthetic":
         num_images = SYNTHETIC_EVAL_BATCHES * batch * ranks.world_size()
         counts = (num_images, SYNTHETIC_EVAL_BATCHES, batch)
-        return SyntheticLoader(*counts, data.eval_size, imagenet.NUM_CLASSES, device)
+        return SyntheticLoader(*counts, lambda _: data.eval_size, imagenet.NUM_CLASSES, device)
     root = imagenet.imagenet_root(_path(data.root))
     if data.format != "folders":
         records = find_records(root, "test", data.format)
         stream = EvalStream(count_records(records), *share)
-        return DaliRecordLoader(records, stream, device, *_dali(data, device), data.first_label, crop)
+        labels = (records.num_classes or data.num_classes or imagenet.NUM_CLASSES, data.first_label)
+        return DaliRecordLoader(records, stream, device, *_dali(data, device), *labels, crop)
     files = load_image_files(root, "test", _path(data.val_labels))
     stream = EvalStream(len(files), *share)
     if data.backend == "torch":

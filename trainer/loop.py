@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from data.loader import Batch
 from sparsity import ACDC, ModelFlops, Sparsity, measure
@@ -259,9 +260,16 @@ class Trainer:
         return self._sparsity[1]
 
     def kept_weights(self) -> dict[str, torch.Tensor]:
-        """Layer name -> its kept weights, in one dimension, on the CPU."""
+        """Layer name -> its kept weights, in one dimension, on the CPU. Of a model without masked layers, all
+        weights of convolutions and linear layers; a layer that has lost all is left out."""
         masks = self.acdc.masks()
-        return {name: weight[masks[name]].cpu() for name, weight in self.acdc.weights().items()}
+        weights = self.acdc.weights() or {
+            name: layer.weight.detach()
+            for name, layer in self.acdc.model.named_modules()
+            if isinstance(layer, nn.Conv2d | nn.Linear)
+        }
+        kept = {name: weight[masks[name]] if masks else weight for name, weight in weights.items()}
+        return {name: values.flatten().cpu() for name, values in kept.items() if values.numel()}
 
     def check_finite(self, loss: float, epoch: int) -> None:
         if np.isfinite(loss):

@@ -21,7 +21,7 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
         arrays[name + _SHAPE] = np.asarray(mask.shape, np.int64)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+        np.savez_compressed(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

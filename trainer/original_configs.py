@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from trainer.models import MODELS, get_model
-from trainer.recipes import read_yaml
+from trainer.recipes import dump_recipe, read_yaml
 
 NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet18", "resnet34", "resnet50", "resnet101")
 ARCHITECTURES = (*NAMES, "mobilenetv1", "wide_resnet28_10")
@@ -67,7 +66,7 @@ def recipe_text(recipe: Mapping[str, Any], source: str) -> str:
         "# Command:   acdc train THIS_FILE data.root=FOLDER",
         "",
     ]
-    return "\n".join(header) + "\n" + yaml.safe_dump(dict(recipe), sort_keys=False, width=110)
+    return "\n".join(header) + "\n" + dump_recipe(recipe)
 
 
 def _translate(content: Mapping[str, Any], command: Command) -> dict[str, Any]:

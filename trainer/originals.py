@@ -42,6 +42,10 @@ _UNREADABLE = (
     ValueError,
     KeyError,
     EOFError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )

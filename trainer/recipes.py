@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,28 @@ for _tag, _pattern, _first in (
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.decimal)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that _Loader, or plain YAML, would read as something else."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  PyYAML's own name
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *_Loader.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
+
+
+def dump_recipe(content: Mapping[str, Any]) -> str:
+    """YAML text that read_recipe reads back as the same."""
+    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, width=110)
+
+
 def _parse(text: str) -> Any:
     """Raises ValueError for whatever PyYAML makes of text that it cannot read."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 
@@ -140,6 +157,8 @@ def override(content: dict[str, Any], assignments: Iterable[str]) -> None:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise UserError(f"{assignment!r} is no override; write key=value, e.g. optimizer.lr=0.1")
+        if not text.strip():
+            raise UserError(f"{assignment!r} gives no value; for none write {key}=null")
         try:
             value = _parse(text)
         except ValueError as error:

@@ -20,12 +20,11 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from trainer.checkpoint import STATE, CheckpointError, newest_whole, read, write_text
 from trainer.config import Config
 from trainer.environment import environment
 from trainer.errors import UserError
+from trainer.recipes import dump_recipe, read_yaml
 
 DENSE_TWIN, SPARSE = "dense_twin", "sparse"
 FINETUNED_DENSE = "finetuned_dense"
@@ -78,7 +77,7 @@ class RunDir:
         return {**vars(self), "_lock": None}  # what other ranks get: the first alone holds the lock
 
     def write_config(self, config: Config, deepspeed: dict[str, Any]) -> None:
-        write_text(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_text(self.path / "config.yaml", dump_recipe(config.model_dump(mode="json")))
         write_text(self.path / "deepspeed.json", json.dumps(deepspeed, indent=1) + "\n")
         write_text(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
 
@@ -178,9 +177,9 @@ def find_resumed(config: Config, path: Path | None = None) -> tuple[RunDir, Path
 def _other_beginning(run: RunDir, config: Config) -> str | None:
     """How the run in that folder began otherwise than the configuration says, if it did."""
     try:
-        began = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
+        began = read_yaml(run.path / "config.yaml")
         theirs = (began["checkpoint"], began["model"]["weights"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     for key, then, now in zip(
         ("checkpoint", "model.weights"), theirs, (config.checkpoint, config.model.weights), strict=True

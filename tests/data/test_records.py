@@ -88,7 +88,7 @@ def train(packed, kind, **arguments):
     records = find_records(packed / kind, "train", kind)
     assert count_records(records) == 45
     stream = CropStream(45, 8, seed=5, flip=True, sizes=((0, 24), (1, 32)), **arguments)
-    return DaliRecordLoader(records, stream, CPU, 2, "cpu", int(kind == "tfrecord"))
+    return DaliRecordLoader(records, stream, CPU, 2, "cpu", 3, int(kind == "tfrecord"))
 
 
 def equal(a, b):
@@ -121,7 +121,7 @@ def test_evaluation_sees_every_image_once(packed, kind, world_size):
     for rank in range(world_size):
         stream = EvalStream(15, 4, rank, world_size)
         records = find_records(packed / kind, "test", kind)
-        loader = DaliRecordLoader(records, stream, CPU, 2, "cpu", int(kind == "tfrecord"), (64, 56))
+        loader = DaliRecordLoader(records, stream, CPU, 2, "cpu", 3, int(kind == "tfrecord"), (64, 56))
         for epoch in range(2):
             batches = list(loader.epoch(epoch))
             assert len(batches) == stream.batches_per_epoch
