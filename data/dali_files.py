@@ -73,12 +73,12 @@ class DaliFileLoader(DaliLoader):
             if len(failing) == len(files) and not any(self.files.path(file).exists() for file in files):
                 first = self.files.path(files[0])
                 raise OSError(f"no file of a whole batch is there, such as {first}: a lost mount?")
-            for i, reason in failing.items():
+            for i, why in failing.items():
                 place = (*position, i)
                 self._skips[place] = self._skips.get(place, 0) + 1
                 if files[i] not in self._told:
                     self._told.add(files[i])
-                    self.on_bad(self.files.files[files[i]], reason)
+                    self.on_bad(self.files.files[files[i]], why)
             found = found or bool(failing)
             position = self.after(position)
         return found

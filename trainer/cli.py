@@ -11,6 +11,16 @@ from trainer import commands, data_commands
 from trainer.errors import EnvironmentLacks, Failure
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+_positive.__name__ = "number of 1 or more"  # what argparse says was expected
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="acdc", description="AC/DC training: one run, a sparse model and its dense twin."
@@ -39,9 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--arch", help="a name of trainer.models; default: what the file says")
     sub.add_argument("--out", metavar="PATH", help="default: beside the file")
     sub.add_argument("--dataset", help="of a recipe; default: by its network")
-    sub.add_argument("--epochs", type=int, metavar="N", help="of a recipe; default: what the file says")
+    sub.add_argument("--epochs", type=_positive, metavar="N", help="of a recipe; default: what the file says")
     sub.add_argument(
-        "--batch-size", type=int, metavar="N", help="of a recipe; default: 256, as in the paper's command"
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="of a recipe; default: 256, as in the paper's command",
     )
     sub = command("export", commands.export)
     sub.add_argument(
@@ -57,16 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="SRC", help="a folder with train/CLASS/*.JPEG and val")
     sub.add_argument("destination", metavar="DST", help="an empty folder, or one of an interrupted call")
     sub.add_argument("--split", choices=["train", "val", "both"], default="both")
-    sub.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="size of a tar; default: 256")
+    sub.add_argument("--shard-mb", type=_positive, default=256, metavar="MB", help="of a tar; default: 256")
     sub.add_argument("--seed", type=int, default=0, help="of the order of the images; default: 0")
     sub.add_argument("--val-labels", type=Path, metavar="FILE", help="label file of a flat val folder")
-    sub.add_argument("--workers", type=int, metavar="N", help="processes; default: one a core")
+    sub.add_argument("--workers", type=_positive, metavar="N", help="processes; default: one a core")
     sub = command("verify-data", data_commands.verify_data)
     sub.add_argument("root", metavar="ROOT", help="a folder with train/CLASS/*.JPEG and val")
     sub.add_argument("--exclude", action="store_true", help="list bad files in ROOT/excluded.txt")
     sub.add_argument("--manifest", metavar="FILE", help="SHA-256 sums that the files must have")
     sub.add_argument("--write-manifest", metavar="FILE", help="write such sums once all is well")
-    sub.add_argument("--workers", type=int, metavar="N", help="processes; default: one a core")
+    sub.add_argument("--workers", type=_positive, metavar="N", help="processes; default: one a core")
     sub = command("report", commands.report)
     sub.add_argument("run", metavar="RUN", help="a run folder")
     sub.add_argument("--picture", metavar="FILE", help="write the accuracy curve there instead (.svg, .png)")

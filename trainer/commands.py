@@ -55,7 +55,8 @@ def evaluate(options: argparse.Namespace) -> int:
         loader = build_test_loader(config.data, device)
         classifier = Classifier(model, info["model"]["mean"], info["model"]["std"]).to(device)
         dtype = precision(config, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # as in training
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # as in training
+        with autocast, as_user_error("eval"):
             metrics = measure(classifier, loader, device)
         weights = [weight for weight in model.parameters() if weight.dim() > 1]
         zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(
@@ -129,9 +130,8 @@ def export(options: argparse.Namespace) -> int:
     path = Path(options.path).expanduser()
     with as_user_error("export"):
         folder = find_model(path)
-        out = (
-            Path(options.out).expanduser() if options.out else Path(folder.name + FORMATS[options.format][1])
-        )
+        default = folder.resolve().name + FORMATS[options.format][1]
+        out = Path(options.out or default).expanduser()
         model, info = load_model(folder)
         export_model(options.format, model, info, out)
     print(f"{folder} stored in {out}")

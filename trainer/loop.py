@@ -93,8 +93,9 @@ class Trainer:
                 self.record_epoch(epoch, trained, tested, watched)
                 self.save_pair(epoch, tested)
                 last = epoch + 1 == self.config.epochs
-                # behind the last epoch there is something left to stop only where a branch follows
-                stopping = self.should_stop(at_once=last) and (not last or self.config.finetune_dense)
+                stopping = self.should_stop(at_once=True)
+                if last and not self.config.finetune_dense:  # a signal finds nothing left to stop
+                    stopping = self.failure() is not None
                 if last or stopping or self.acdc.step % self.checkpoint_steps == 0:
                     self.save_checkpoint()
                 if stopping:
@@ -313,10 +314,13 @@ class Trainer:
             self.monitor.close()
         self.run_dir.release()
 
+    def failure(self) -> str | None:
+        """What the data did that the recipe does not put up with, on any rank."""
+        return next(filter(None, ranks.everywhere(self.loaders.bad_files.failure)), None)
+
     def stop(self) -> None:
         folder = self.run_dir.resumed_by
-        failures = ranks.everywhere(self.loaders.bad_files.failure)
-        if failure := next(filter(None, failures), None):
+        if failure := self.failure():
             root = getattr(self.config.data, "root", None) or "ROOT"
             raise UserError(
                 f"{failure}\na checkpoint is saved at step {self.acdc.step}. Find and exclude all such "

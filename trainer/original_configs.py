@@ -85,9 +85,19 @@ def _translate(content: Mapping[str, Any], command: Command) -> dict[str, Any]:
             f"it prunes in epoch {max(compress)}, and has {epochs} epochs as far as it tells; say how many "
             "with --epochs"
         )
+    if len(content["trainers"]) > 1:
+        raise ValueError("more trainers than default_trainer have no counterpart here")
+    for recycler in recyclers:
+        if recycler["class"] != "RestoreWeights":
+            raise ValueError(f"recycler {recycler['class']} has no counterpart here")
+    for part in (*pruners, *recyclers):
+        if _truth(part.get("keep_pruned", False)) or not _truth(part.get("weight_only", True)):
+            raise ValueError("keep_pruned: True and weight_only: False have no counterpart here")
     modules = pruners[0]["modules"] if pruners else []
     if any(set(pruner["modules"]) != set(modules) for pruner in pruners):
         raise ValueError("its pruners prune different layers; here all compressions prune the same")
+    if any(not set(modules) <= set(recycler["modules"]) for recycler in recyclers):
+        raise ValueError("a recycler leaves pruned layers out; here a decompression restores all")
     arch = command.arch or _architecture(modules)
     dataset = command.dataset or _dataset(arch)
     return {
@@ -109,12 +119,21 @@ def _steps(part: Mapping[str, Any]) -> tuple[int, int, int]:
 def _optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     if optimizer["class"] != "SGD":
         raise ValueError(f"optimizer {optimizer['class']}: SGD is the only one here")
+    known = ("class", "lr", "momentum", "weight_decay", "nesterov")
+    if strange := [key for key, value in optimizer.items() if key not in known and value]:
+        raise ValueError(f"optimizer: {', '.join(strange)} has no counterpart here")
     return {
         "lr": float(optimizer["lr"]),
         "momentum": float(optimizer.get("momentum", 0)),
-        "nesterov": bool(optimizer.get("nesterov", False)),
+        "nesterov": _truth(optimizer.get("nesterov", False)),
         "weight_decay": float(optimizer.get("weight_decay", 0)),
     }
+
+
+def _truth(value: Any) -> bool:
+    """A truth value as PyYAML reads one; our own reader takes yes and no for texts."""
+    words = {"yes": True, "on": True, "no": False, "off": False}
+    return words.get(value.lower(), True) if isinstance(value, str) else bool(value)
 
 
 def _learning_rates(scheduler: Mapping[str, Any], epochs: int) -> dict[str, Any]:
@@ -126,6 +145,8 @@ def _learning_rates(scheduler: Mapping[str, Any], epochs: int) -> dict[str, Any]
     if scheduler["class"] == "ExponentialLR":
         # it steps at the end of these epochs, so the next one is the first with the new rate
         milestones = [epoch + 1 for epoch in range(start, end + 1, every) if epoch + 1 < epochs]
+        if not milestones:
+            return {"kind": "constant"}
         return {"kind": "step", "milestones": milestones, "gamma": float(scheduler["gamma"])}
     raise ValueError(f"lr_scheduler {scheduler['class']}: CosineLR and ExponentialLR are known here")
 

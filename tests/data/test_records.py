@@ -1,7 +1,9 @@
 """Packed images through DALI's readers: every image once, exact positions, damaged states."""
 
 import itertools
+import shutil
 import struct
+import tarfile
 
 import numpy as np
 import pytest
@@ -194,3 +196,21 @@ def test_fingerprints_tell_sets_and_shares_apart(packed):
     assert ours == train(packed, "webdataset").fingerprint()
     assert ours != train(packed, "tfrecord").fingerprint()
     assert ours != train(packed, "webdataset", rank=0, world_size=2).fingerprint()
+
+
+def test_labels_that_cannot_be_and_images_that_are_none(packed, tmp_path):
+    records = find_records(packed / "tfrecord", "train", "tfrecord")
+    stream = CropStream(45, 8, seed=5, sizes=((0, 24),))
+    for classes, first in ((3, 0), (3, 2)):  # the files count from 1
+        with pytest.raises(OSError, match=r"holds labels from 1 to 3, .* see data\.first_label"):
+            list(DaliRecordLoader(records, stream, CPU, 2, "cpu", classes, first).epoch(0))
+    shutil.copytree(packed / "webdataset" / "train", tmp_path / "train")
+    tar = min((tmp_path / "train").glob("*.tar"))
+    content = bytearray(tar.read_bytes())
+    with tarfile.open(tar) as members:
+        for image in members.getmembers()[::2]:
+            content[image.offset_data : image.offset_data + 300] = bytes(300)
+    tar.write_bytes(content)
+    records = find_records(tmp_path, "train", "webdataset")
+    with pytest.raises(OSError, match=r"cannot be decoded: .*; pack the images again"):
+        list(DaliRecordLoader(records, stream, CPU, 2, "cpu", 3).epoch(0))

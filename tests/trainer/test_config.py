@@ -6,7 +6,7 @@ from tests.trainer.runs import starts
 from trainer.config import duration_steps
 from trainer.errors import UserError
 from trainer.load import load_config
-from trainer.recipes import RECIPES, find_recipe, read_recipe, recipe_names
+from trainer.recipes import RECIPES, dump_recipe, find_recipe, read_recipe, recipe_names
 
 QUICKSTART = "quickstart"
 
@@ -181,3 +181,29 @@ def test_recipes_are_found_by_name_and_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text((RECIPES / "quickstart.yaml").read_text())
     assert load_config("mine.yaml").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("mnist=1", "mnist: unknown key"),
+        ("int=3", "int: unknown key"),
+        ("data.imagenet=1", "data.imagenet: unknown key"),
+        ("sparsity.mnist=1", "sparsity.mnist: unknown key"),
+        ("lr.float=2", "lr.float: unknown key"),
+        ("checkpoint=", "'checkpoint=' gives no value; for none write checkpoint=null"),
+        ("data={batch_size: 3}", "data.name: missing; one of fashion_mnist"),
+        ("data=3", "data: "),
+    ],
+)
+def test_mistakes_beside_unions_are_named(override, expected):
+    assert expected in failure(override)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_written_configuration_is_the_same_when_read_again(recipe, tmp_path):
+    odd = ["run_root='08'", "resume='1e5'", "model.arguments={x: '12e03', y: 'no', z: '2:4'}"]
+    config = load_config(recipe, [*starts(recipe), *odd])
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_recipe(config.model_dump(mode="json")))
+    assert load_config(str(path)) == config

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from tests.data.photographs import make_tree
 from tests.trainer.runs import (
     NUM_STEPS,
     assert_equal_states,
@@ -79,6 +80,49 @@ def test_acdc_train_with_two_devices(tiny_data, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
     assert done.stdout.count("test: loss") == 6  # one voice
+
+
+def test_two_ranks_finish_the_dense_twin_with_all_options(tiny_data, tmp_path):
+    options = ["finetune_dense=true", "engine.zero_stage=1", "save.mask_history=true"]
+    options += ["sparsity.recompute_batch_norm=4st", "log.weight_histograms=true"]
+    done = execute(launcher(*tiny(tiny_data, tmp_path, *options), devices=2))
+    assert done.returncode == 0, done.stderr
+    run = newest_run(tmp_path)
+    result = json.loads((run / "result.json").read_text())
+    assert result["finetuned_dense"]["epoch"] == 5
+    assert result["finetuned_dense"]["num_images"] == 150
+    assert len(list((run / "masks").iterdir())) == 3
+    assert "dense, finetuned" in done.stdout
+
+
+def test_one_of_two_ranks_meets_a_bad_file(tmp_path):
+    root = make_tree(tmp_path / "tree", 2, 16, 4, around=40)
+    bad = sorted((root / "train").glob("*/*.JPEG"))[5]
+    bad.write_bytes(b"no image")
+    arguments = [
+        "imagenet/mobilenetv1_90",
+        f"data.root={root}",
+        f"run_root={tmp_path / 'runs'}",
+        "model.name=resnet20",
+        "epochs=2",
+        "sparsity.schedule=dense 1, sparse 1",
+        "lr.warmup_epochs=0",
+        "data.batch_size=8",
+        "data.eval_batch_size=4",
+        "data.image_size=32",
+        "data.eval_resize=36",
+        "data.eval_size=32",
+        "engine.compile=false",
+    ]
+    done = execute(launcher(*arguments, devices=2))
+    assert done.returncode != 0
+    assert f"{bad.relative_to(root)} cannot be decoded" in done.stderr
+    assert "a checkpoint is saved at step" in done.stderr
+    assert "Traceback" not in done.stderr
+    (run,) = (tmp_path / "runs" / "mobilenetv1_90").iterdir()
+    done = execute(launcher(*arguments, f"resume={run}", "data.on_error=skip", devices=2))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "result.json").read_text())["sparse"]["num_images"] == 8
 
 
 def test_mistakes_keep_their_exit_code_through_the_launcher(tiny_data, tmp_path):

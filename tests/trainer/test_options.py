@@ -10,10 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from data.loader import Batch
-from tests.trainer.runs import assert_equal_states, final_state, run_here
+from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
 from trainer import checkpoint
 from trainer.batch_norm import recompute_batch_norm
 from trainer.mask_history import load_masks
+from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -90,3 +91,20 @@ def test_short_epochs(tiny_data, tmp_path):
     epochs = [record for record in records if record["kind"] == "epoch"]
     assert [record["step"] for record in epochs] == [3, 6, 9, 12]
     assert [record["phase"] for record in epochs] == ["dense", "sparse"] * 2
+
+
+def test_a_layer_without_weights_has_no_histogram(tiny_data, tmp_path):
+    options = ["log.weight_histograms=true", "sparsity.target=0.999", "epochs=2"]
+    run = run_here(tiny_data, tmp_path, *options, "sparsity.schedule=dense 1, sparse 1")
+    events = EventAccumulator(str(run / "tb"), {"histograms": 0})
+    events.Reload()
+    assert len(events.Histograms("weights/conv1")) in (1, 2)
+    dense = ["log.weight_histograms=true", "epochs=1", "sparsity={schedule: dense 1}", "lr.warmup_epochs=0"]
+    events = EventAccumulator(str(run_here(tiny_data, tmp_path / "b", *dense) / "tb"), {"histograms": 0})
+    events.Reload()
+    assert len(events.Histograms("weights/conv1")) == 1
+
+
+def test_an_epoch_has_no_more_steps_than_images_give(tiny_data, tmp_path, capsys):
+    assert main(tiny(tiny_data, tmp_path, "steps_per_epoch=11")) == 2
+    assert "steps_per_epoch 11: an epoch has no more than 10 steps" in capsys.readouterr().err

@@ -15,6 +15,8 @@ from trainer.load import load_config
 from trainer.models import get_model
 from trainer.original_configs import Command, import_config
 
+KINDS = ("pruners", "recyclers")
+
 
 @pytest.fixture(scope="module")
 def recorded(golden):
@@ -24,10 +26,7 @@ def recorded(golden):
 def original(record):
     """The file, in the original's format."""
     modules = {"modules": record["pruned_modules"]}
-    parts = {
-        kind: {name: {**part, **modules} for name, part in record[kind].items()}
-        for kind in ("pruners", "recyclers")
-    }
+    parts = {kind: {name: {**part, **modules} for name, part in record[kind].items()} for kind in KINDS}
     trainer = {"optimizer": record["optimizer"], "lr_scheduler": record["lr_scheduler"]}
     return {**{k: v for k, v in parts.items() if v}, "trainers": {"default_trainer": trainer}}
 
@@ -90,9 +89,17 @@ def test_the_number_of_epochs_is_asked_for_where_the_file_does_not_tell(recorded
         (lambda c: c.update({"regularizers": {"a": 1}}), "regularizers has no counterpart"),
         (lambda c: c["pruners"]["pruner_1"].update({"class": "Fisher"}), "have no counterpart here"),
         (lambda c: c["pruners"]["pruner_2"].update(modules=["conv1"]), "prune different layers"),
-        (lambda c: [p.update(modules=["nowhere"]) for p in c["pruners"].values()], "no network here has all"),
+        (
+            lambda c: [p.update(modules=["nowhere"]) for k in KINDS for p in c[k].values()],
+            "no network here has all",
+        ),
         (lambda c: c.update(recyclers={}), "two sparse phases follow each other"),
         (lambda c: c["pruners"]["pruner_1"].update(epochs=[1, 2]), "not enough values"),
+        (lambda c: c["pruners"]["pruner_1"].update(keep_pruned=True), "keep_pruned: True"),
+        (lambda c: c["recyclers"]["recycler_1"].update({"class": "Other"}), "recycler Other"),
+        (lambda c: c["recyclers"]["recycler_1"].update(modules=["conv1"]), "leaves pruned layers out"),
+        (lambda c: c["trainers"]["default_trainer"]["optimizer"].update(dampening=0.5), "dampening has no"),
+        (lambda c: c["trainers"].update(other={}), "more trainers"),
     ],
 )
 def test_what_has_no_counterpart_is_named(recorded, tmp_path, change, expected):
