@@ -7,7 +7,9 @@ decoders and two resampling filters differ.
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -47,12 +49,14 @@ class TorchFileLoader(AheadLoader):
         self.evaluation = evaluation
         self._told: set[int] = set()
         self._batches: Iterator[_Decoded] = iter(())
+        # before multiprocessing's own end, which waits for workers after a signal that ours ignore
+        atexit.register(_close, weakref.ref(self))
 
     def fingerprint(self) -> dict[str, Any]:
         return {"backend": "torch", "data": self.files.digest, **self.stream.fingerprint()}
 
     def _start(self, epoch: int, start: int) -> None:
-        self._batches = iter(())  # ends the processes that prepare another position
+        self.close()
         self._batches = iter(
             DataLoader(
                 _Images(self.files, self.evaluation),
@@ -65,6 +69,10 @@ class TorchFileLoader(AheadLoader):
             )
         )
 
+    def close(self) -> None:
+        """End the processes."""
+        self._batches = iter(())
+
     def _next(self) -> Batch:
         decoded = next(self._batches)
         for index, reason in decoded.bad:
@@ -75,8 +83,13 @@ class TorchFileLoader(AheadLoader):
         return Batch(images.permute(0, 3, 1, 2), decoded.labels.to(self.device, non_blocking=True))
 
 
+def _close(loader: weakref.ref[TorchFileLoader]) -> None:
+    if (alive := loader()) is not None:
+        alive.close()
+
+
 def _ignore_signals(_: int) -> None:
-    """The launcher signals all processes; the training process answers, and workers end with it."""
+    """The launcher signals all processes; the training process answers, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

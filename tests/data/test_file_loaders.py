@@ -1,6 +1,8 @@
 """Image files through DALI and through torch: pixels, order, resumption, bad files."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -290,3 +292,18 @@ def test_a_lost_mount_is_told_at_once(tmp_path):
     root.rename(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="no file of a whole batch is there"):
         list(loader.epoch(0))
+
+
+def test_a_process_ends_though_its_loader_is_in_use(tree):
+    program = (
+        "import sys, torch\n"
+        "from tests.data.test_file_loaders import other\n"
+        "from pathlib import Path\n"
+        "if __name__ == '__main__':\n"
+        "    batches = other(Path(sys.argv[1]), workers=1).epoch(0)\n"
+        "    print(next(batches).labels.shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tree)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "torch.Size([8])\n"), done.stderr
