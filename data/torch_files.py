@@ -26,6 +26,8 @@ from data.loader import PADDING_LABEL, Batch
 from data.stream import Draw, Stream
 from data.torchvision_import import import_transforms
 
+GRACE = 20  # seconds that a worker lives on after SIGTERM; the launcher kills after 30
+
 
 class TorchFileLoader(AheadLoader):
     """Batches of `files` as `stream` draws them, on `device`. See data.loader.Loader.
@@ -49,7 +51,7 @@ class TorchFileLoader(AheadLoader):
         self.evaluation = evaluation
         self._told: set[int] = set()
         self._batches: Iterator[_Decoded] = iter(())
-        # before multiprocessing's own end, which waits for workers after a signal that ours ignore
+        # before multiprocessing's own end, which signals workers and waits for them
         atexit.register(_close, weakref.ref(self))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -65,7 +67,7 @@ class TorchFileLoader(AheadLoader):
                 num_workers=self.num_workers,
                 pin_memory=self.device.type == "cuda",
                 multiprocessing_context="forkserver" if self.num_workers else None,
-                worker_init_fn=_ignore_signals,
+                worker_init_fn=_outlive_signals,
             )
         )
 
@@ -88,10 +90,11 @@ def _close(loader: weakref.ref[TorchFileLoader]) -> None:
         alive.close()
 
 
-def _ignore_signals(_: int) -> None:
-    """The launcher signals all processes; the training process answers, and ends its workers."""
+def _outlive_signals(_: int) -> None:
+    """The launcher signals all processes, and the training process needs its workers until it has saved. They
+    end with it, or for themselves soon after the signal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 class _Decoded(NamedTuple):
