@@ -7,6 +7,7 @@ than the next is it started anew.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,7 @@ from data.loader import Batch
 from data.stream import Stream
 
 
-class AheadLoader:
+class AheadLoader(ABC):
     """See data.loader.Loader. A backend defines _start, _next and fingerprint.
 
     in_thread: prepare the next batch in a thread, for backends whose _next computes: what it computes would
@@ -64,19 +65,19 @@ class AheadLoader:
             yield position, self.stream.draw(*position)
             position = self.after(position)
 
-    def fingerprint(self) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]: ...
 
     def state(self) -> dict[str, Any]:
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        pass
+        del state  # (epoch, start) say it all
 
+    @abstractmethod
     def _start(self, epoch: int, start: int) -> None:
         """Begin to prepare the batches from (epoch, start) on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _next(self) -> Batch:
         """The batch at self.position."""
-        raise NotImplementedError

@@ -8,6 +8,7 @@ uint8: normalising on the device, fused with the first layers, moves a quarter o
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -72,19 +73,19 @@ class DaliLoader(AheadLoader):
         pipeline.build()
         return pipeline
 
+    @abstractmethod
     def _feed(
         self, position: tuple[int, int], draw: Any
     ) -> tuple[NDArray[Any] | list[NDArray[np.uint8]], ...]:
         """A batch of each input, for the draw at a position."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, ...]:
         """The pipeline's output nodes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _batch(self, outputs: Sequence[Any]) -> Batch:
         """What the outputs are as a batch."""
-        raise NotImplementedError
 
 
 def dense(output: Any) -> Tensor:

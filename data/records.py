@@ -1,9 +1,9 @@
 """Images packed into large files that are read in sequence: WebDataset tars, TFRecord, RecordIO.
 
-ROOT/train/*.tar  *.idx          WebDataset: `acdc prepare shards` writes these; for others, DALI's
-wds2idx ROOT/train/*.tfrecord*  *.idx    TFRecord; DALI's tfrecord2idx makes the index files
-ROOT/train/*.rec  *.idx          RecordIO, as MXNet's im2rec writes it, with its index files ROOT/val/...
-likewise
+ROOT/train/*.tar        *.idx    WebDataset, of `acdc prepare shards`; for others, DALI's wds2idx
+ROOT/train/*tfrecord*   *.idx    TFRecord; DALI's tfrecord2idx makes the index files
+ROOT/train/*.rec        *.idx    RecordIO, as MXNet's im2rec writes it, with its index files
+ROOT/val/...                     likewise
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ def find_records(root: Path, split: Split, kind: str) -> RecordFiles:
     paths = sorted(path for path in folder.glob(pattern) if path.suffix != ".idx")
     if not paths:
         raise FileNotFoundError(f"{folder} holds no {pattern}: is data.format={kind} right?")
-    indices = [
-        path.with_suffix(".idx") if path.suffix in (".tar", ".rec") else Path(f"{path}.idx") for path in paths
-    ]
+    indices = [_index(path) for path in paths]
     if missing := [str(index) for index in indices if not index.is_file()]:
         raise FileNotFoundError(
             f"{len(missing)} index files are missing, {missing[0]} first; {tool} makes them"

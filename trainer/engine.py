@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from trainer import ranks
-from trainer.config import Config, EvalConfig, ImageNetData
+from trainer.config import Config, EvalConfig
+from trainer.data_config import ImageNetData
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 
-from trainer.config import Config, EvalConfig, Section
+from trainer.config import Config, EvalConfig
+from trainer.data_config import Section
 from trainer.errors import UserError
 from trainer.recipes import find_recipe, override, read_recipe
 

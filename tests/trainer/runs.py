@@ -34,6 +34,27 @@ def tiny(data: Path, run_root: Path, *overrides: str) -> list[str]:
     ]
 
 
+def tiny_images(tree: Path, run_root: Path, *overrides: str) -> list[str]:
+    """The arguments of a run of an ImageNet recipe on a small tree of small images, not compiled."""
+    return [
+        "imagenet/mobilenetv1_90",
+        f"data.root={tree}",
+        f"run_root={run_root}",
+        "model.name=resnet20",
+        "epochs=4",
+        "sparsity.schedule=(dense 1, sparse 1) x2",
+        "lr.warmup_epochs=1",
+        "optimizer.lr=0.05",
+        "data.batch_size=8",
+        "data.eval_batch_size=4",
+        "data.image_size=32",
+        "data.eval_resize=36",
+        "data.eval_size=32",
+        "engine.compile=false",
+        *overrides,
+    ]
+
+
 def starts(recipe: str) -> list[str]:
     """What a recipe that goes on from something needs besides."""
     return ["checkpoint=run"] * ("ftdense" in recipe) + ["model.weights=file"] * ("gmp" in recipe)

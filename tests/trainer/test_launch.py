@@ -23,6 +23,7 @@ from tests.trainer.runs import (
     newest_run,
     run_here,
     tiny,
+    tiny_images,
 )
 from trainer import launch
 from trainer.errors import UserError
@@ -99,21 +100,8 @@ def test_one_of_two_ranks_meets_a_bad_file(tmp_path):
     root = make_tree(tmp_path / "tree", 2, 16, 4, around=40)
     bad = sorted((root / "train").glob("*/*.JPEG"))[5]
     bad.write_bytes(b"no image")
-    arguments = [
-        "imagenet/mobilenetv1_90",
-        f"data.root={root}",
-        f"run_root={tmp_path / 'runs'}",
-        "model.name=resnet20",
-        "epochs=2",
-        "sparsity.schedule=dense 1, sparse 1",
-        "lr.warmup_epochs=0",
-        "data.batch_size=8",
-        "data.eval_batch_size=4",
-        "data.image_size=32",
-        "data.eval_resize=36",
-        "data.eval_size=32",
-        "engine.compile=false",
-    ]
+    short = ["epochs=2", "sparsity.schedule=dense 1, sparse 1"]
+    arguments = tiny_images(root, tmp_path / "runs", *short)
     done = execute(launcher(*arguments, devices=2))
     assert done.returncode != 0
     assert f"{bad.relative_to(root)} cannot be decoded" in done.stderr
