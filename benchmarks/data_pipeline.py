@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks.record import RESULTS, show_spread, spread, write_record
 from data import fashion_mnist
 from data.crops import CropStream
-from data.dali_files import DaliTrainFiles
+from data.dali_files import DaliFileLoader
 from data.image_files import ImageFiles, load_image_files
 from data.loader import Batch, Loader
 from data.torch_files import TorchFileLoader
@@ -93,7 +93,7 @@ def compare(files: ImageFiles, options: argparse.Namespace) -> dict[str, Any]:
     stream = CropStream(len(files), options.batch, seed=1, flip=True)
     cpu, threads = torch.device("cpu"), options.threads
     loaders = {
-        "dali": DaliTrainFiles(files, stream, cpu, threads, "cpu", _refuse),
+        "dali": DaliFileLoader(files, stream, cpu, threads, "cpu", _refuse),
         "torch": TorchFileLoader(files, stream, cpu, threads, _refuse),
     }
     endless = {name: _endless(loader) for name, loader in loaders.items()}

@@ -1,7 +1,7 @@
 """Random crops of images of any size: draws that do not know the image yet, and the window they give.
 
 The law is torchvision's RandomResizedCrop (Szegedy et al. 2015): a share of the area, an aspect ratio, a
-place; ten attempts to fit the image, else the largest central window whose ratio is allowed. data.dali_files
+place; ten attempts to fit the image, else the largest central window whose ratio is allowed. data.dali_decode
 writes the same law in DALI's terms, in the same float32 arithmetic.
 """
 
@@ -23,11 +23,12 @@ RATIOS = (3 / 4, 4 / 3)  # width to height
 class CropDraw(NamedTuple):
     """What one training batch of one rank is made of.
 
-    indices: int64, (N,). area, ratio: float32, (N, ATTEMPTS), shares of the image's area and widths to
-    heights. place: float32, (N, 2), in 0 .. 1, where the window lies, down and right. flip: int32, (N,).
-    size: side of the square image that becomes of the window, in pixels."""
+    indices: int64, and counts: bool, (N,), see data.stream.Draw. area, ratio: float32, (N, ATTEMPTS), shares
+    of the image's area and widths to heights. place: float32, (N, 2), in 0 .. 1, where the window lies, down
+    and right. flip: int32, (N,). size: side of the square image that becomes of the window, in pixels."""
 
     indices: NDArray[np.int64]
+    counts: NDArray[np.bool_]
     area: NDArray[np.float32]
     ratio: NDArray[np.float32]
     place: NDArray[np.float32]
@@ -47,7 +48,7 @@ class CropStream(TrainStream):
         return next(side for begin, side in reversed(self.sizes) if begin <= epoch)
 
     def draw(self, epoch: int, index: int) -> CropDraw:  # type: ignore[override]
-        indices, mine, random = self.place(epoch, index)
+        indices, counts, mine, random = self.place(epoch, index)
         shape = (self.global_batch, ATTEMPTS)
         area = random.uniform(self.min_area, 1, shape).astype(np.float32)[mine]
         ratio = np.exp(random.uniform(math.log(RATIOS[0]), math.log(RATIOS[1]), shape)).astype(np.float32)[
@@ -56,7 +57,7 @@ class CropStream(TrainStream):
         place = random.random((self.global_batch, 2), np.float32)[mine]
         flip = random.integers(0, 1, self.global_batch, dtype=np.int32, endpoint=True)[mine]
         flip = flip if self.flip else np.zeros_like(flip)
-        return CropDraw(indices, area, ratio, place, flip, self.size(epoch))
+        return CropDraw(indices, counts, area, ratio, place, flip, self.size(epoch))
 
     def fingerprint(self) -> dict[str, Any]:
         sizes = [list(pair) for pair in self.sizes]

@@ -29,7 +29,7 @@ class DaliArrayLoader(DaliLoader):
         return {"backend": "dali", "data": self.arrays.digest, **self.stream.fingerprint()}
 
     def _feed(self, position: tuple[int, int], draw: Draw) -> tuple[Any, ...]:
-        labels = np.where(draw.indices < 0, PADDING_LABEL, self.arrays.labels[draw.indices])
+        labels = np.where(draw.counts, self.arrays.labels[draw.indices], PADDING_LABEL)
         return self.arrays.images[draw.indices], labels, draw.shift, draw.flip
 
     def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, ...]:

@@ -1,57 +1,56 @@
-"""Packed images through DALI's own readers, read in sequence.
+"""Packed images through DALI's own readers, read in sequence, then what data.dali_images does.
 
-Every epoch is a pipeline of its own, seeded by (seed, epoch, rank), over the files in an order of its own,
-with a shuffle buffer: what comes depends on (epoch, start) alone, as everywhere. A position within an epoch
-is reached at once from a state that the pipeline gave there, and otherwise by reading up to it.
+Every epoch is read by a pipeline of its own, seeded by (seed, epoch, rank), over the files in an order of its
+own, with a shuffle buffer: what comes depends on (epoch, start) alone, as everywhere. A position within an
+epoch is reached at once from a state that the pipeline gave there, and otherwise by reading up to it.
+In a bad image's place stands the next of its batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from data.ahead import AheadLoader
-from data.crops import ATTEMPTS, RATIOS, CropStream
+from data.crops import CropStream
 from data.dali import PREFETCH, dense, import_dali, reason
-from data.dali_decode import Decoder
-from data.loader import PADDING_LABEL, Batch
+from data.dali_images import DaliImageLoader, Position
+from data.loader import PADDING_LABEL
 from data.records import RecordFiles
 from data.shards import READER_EXTENSIONS
-from data.stream import EvalStream
 
 SHUFFLE_BUFFER = 4096  # images a rank holds, encoded, to draw the next one from: about 450 MB of ImageNet
 _READER = "records"
 
 
-class DaliRecordLoader(AheadLoader):
-    """See data.loader.Loader. A CropStream for `stream` makes it the training set, an EvalStream the other.
+class _Read(NamedTuple):
+    """A batch as read. images: the encoded bytes. names: file and place in it. before: the reader's state
+    from which this batch comes next, None at an epoch's beginning."""
 
-    decode_on: "cpu", or "gpu" for the device's JPEG decoder. first_label: what class 0 has for a number in
-    the files. evaluation: (resize, size) of evaluation's central crop."""
+    images: list[NDArray[np.uint8]]
+    labels: NDArray[np.int64]
+    names: list[NDArray[np.uint8]]
+    before: bytes | None
 
-    def __init__(
-        self,
-        records: RecordFiles,
-        stream: CropStream | EvalStream,
-        device: torch.device,
-        num_threads: int,
-        decode_on: str,
-        num_classes: int,
-        first_label: int = 0,
-        evaluation: tuple[int, int] | None = None,
-    ) -> None:
-        super().__init__(stream, in_thread=device.type == "cpu")
-        self.records, self.device, self.num_threads = records, device, num_threads
-        self.decoder = Decoder(device, decode_on)
-        self.num_classes, self.first_label, self.evaluation = num_classes, first_label, evaluation
-        self._pipeline: Any = None
-        self._epoch = -1  # that the pipeline is of
-        self._state: tuple[tuple[int, int], bytes] | None = None  # to start from
-        self._places: dict[tuple[int, int], bytes] = {}  # position -> DALI's state there
+
+class DaliRecordLoader(DaliImageLoader):
+    """Batches of `records`: a CropStream makes them the training set, an EvalStream the other. arguments:
+    DaliImageLoader's; images are named by their file and the place in it.
+
+    first_label: what class 0 has for a number in the files. Raises OSError for labels beyond num_classes, and
+    for files that cannot be read."""
+
+    def __init__(self, records: RecordFiles, num_classes: int, first_label: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.records, self.num_classes, self.first_label = records, num_classes, first_label
+        self._reader: Any = None
+        self._reads = (-1, -1)  # what the reader reads next
+        self._state: tuple[Position, bytes] | None = None  # to start from
+        self._under_way: dict[Position, _Read] = {}
 
     def fingerprint(self) -> dict[str, Any]:
         ours = {"backend": "dali", "format": self.records.format, "data": self.records.digest}
@@ -61,11 +60,11 @@ class DaliRecordLoader(AheadLoader):
         """This rank's place within the epoch: position, DALI's state there, and its SHA-256, because DALI
         takes most damaged states for good ones. Empty at an epoch's beginning."""
         self.settle()
-        state = self._places.get(self.position)
-        if state is None or self.position[1] == 0:
+        read = self._under_way.get(self.position)
+        if read is None or read.before is None:
             return {}
-        content = torch.frombuffer(bytearray(state), dtype=torch.uint8)
-        return {"position": self.position, "dali": content, "sha256": hashlib.sha256(state).hexdigest()}
+        content = torch.frombuffer(bytearray(read.before), dtype=torch.uint8)
+        return {"position": self.position, "dali": content, "sha256": hashlib.sha256(read.before).hexdigest()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Be at the place where `state` was taken. Raises ValueError for a damaged one."""
@@ -77,46 +76,66 @@ class DaliRecordLoader(AheadLoader):
             self._state = ((epoch, index), content)
 
     def _start(self, epoch: int, start: int) -> None:
-        known = self._state is not None and self._state[0] == (epoch, start)
-        self._pipeline = self._build(epoch, self._state[1] if known and self._state else None)
-        self._epoch, self._state = epoch, None
-        for _ in range(0 if known else start):
-            self._pipeline.run()
-        self._places = {(epoch, start): self._pipeline.checkpoint()} if start else {}
+        if (epoch, start) not in self._under_way:
+            self._under_way = {}
+            known = self._state is not None and self._state[0] == (epoch, start)
+            self._open(epoch, self._state[1] if known and self._state else None)
+            self._state = None
+            for _ in range(0 if known else start):
+                self._reader.run()
+            self._reads = (epoch, start)
+        super()._start(epoch, start)
 
-    def _next(self) -> Batch:
-        epoch, index = self.position
-        if self._epoch != epoch:  # an epoch is a pipeline of its own
-            self._start(epoch, 0)
-        batch = self._run(index)
-        # of the batch that was run, which the thread may have run ahead, and of the next
-        before = {place: state for place, state in self._places.items() if place == self.position}
-        self._places = {**before, self.after(self.position): self._pipeline.checkpoint()}
-        return batch
-
-    def _run(self, index: int) -> Batch:
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        try:
-            labels, *outputs = self._pipeline.run(stream)
-        except RuntimeError as error:
-            raise OSError(
-                f"an image in {self.records.paths[0].parent} cannot be decoded: {reason(str(error))}; "
-                "pack the "
-                "images again, after acdc verify-data --exclude"
-            ) from error
-        numbers = torch.from_numpy(self._numbers(dense(labels).numpy()))
-        if self.evaluation is None:
-            images = self.decoder.training_batch(outputs)
+    def _images(self, position: Position, draw: Any) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
+        read = self._read(position)
+        rows = self._rows(position)
+        if self.evaluation:  # what stands in does not count
+            labels = np.where(rows == np.arange(len(rows)), read.labels, PADDING_LABEL)
         else:
-            images = self.decoder.evaluation_batch(outputs, self.evaluation[1])
-            numbers[self._num_left(index) :] = PADDING_LABEL
-        return Batch(images, numbers.to(self.device, non_blocking=True))
+            labels = np.where(read.labels == PADDING_LABEL, PADDING_LABEL, read.labels[rows])
+        return [read.images[row] for row in rows], labels
 
-    def _numbers(self, labels: Any) -> Any:
-        """int64, (N,): classes from what the readers give, decimal digits as text in WebDataset."""
+    def _encoded(self, dali: Any, images: Any) -> Any:
+        return images
+
+    def _names(self, position: Position, draw: Any) -> list[str]:
+        names = self._read(position).names
+        return [names[row].tobytes().decode(errors="replace") for row in self._rows(position)]
+
+    def _rows(self, position: Position) -> NDArray[np.int64]:
+        """Which images of a read batch fill its places. Raises OSError where none is left."""
+        size = self.stream.batch_size
+        skips = np.array([self._skips.get((*position, i), 0) for i in range(size)])
+        if (skips >= size).any():
+            raise OSError(f"no image of a whole batch can be decoded, in {self.records.paths[0].parent}")
+        return (np.arange(size) + skips) % size
+
+    def _read(self, position: Position) -> _Read:
+        """A batch under way, or the one that the reader reads next."""
+        if position not in self._under_way:
+            assert position == self._reads
+            epoch, index = position
+            if index == 0:
+                self._open(epoch, None)
+            before = self._reader.checkpoint() if index else None
+            try:
+                images, labels, names = self._reader.run()
+            except RuntimeError as error:
+                raise OSError(
+                    f"{self.records.paths[0].parent} cannot be read: {reason(str(error))}"
+                ) from error
+            numbers = self._numbers(dense(labels).numpy())
+            numbers[self._num_left(index) :] = PADDING_LABEL
+            kept = {place: read for place, read in self._under_way.items() if place >= self.position}
+            self._under_way = {**kept, position: _Read(_arrays(images), numbers, _arrays(names), before)}
+            self._reads = self.after(position)
+        return self._under_way[position]
+
+    def _numbers(self, labels: Any) -> NDArray[np.int64]:
+        """(N,): classes from what the readers give, decimal digits as text in WebDataset."""
         if self.records.format == "webdataset":
             labels = np.array([int(bytes(row)) for row in labels], np.int64)
-        numbers = labels.reshape(-1).astype(np.int64) - self.first_label
+        numbers: NDArray[np.int64] = labels.reshape(-1).astype(np.int64) - self.first_label
         if numbers.min() < 0 or numbers.max() >= self.num_classes:
             raise OSError(
                 f"{self.records.paths[0].parent} holds labels from {numbers.min() + self.first_label} to "
@@ -126,61 +145,49 @@ class DaliRecordLoader(AheadLoader):
         return numbers
 
     def _num_left(self, index: int) -> int:
-        """Images of this rank's share that are left at batch `index` of evaluation; the reader repeats the
-        last."""
+        """Images of this rank's share that are left at a batch; the reader repeats the last."""
         num, world, rank = self.num_images, self.stream.world_size, self.stream.rank
         share = num * (rank + 1) // world - num * rank // world
         return max(0, share - index * self.stream.batch_size)
 
-    def _build(self, epoch: int, state: bytes | None) -> Any:
+    def _open(self, epoch: int, state: bytes | None) -> None:
+        """A reader of one epoch, on the CPU."""
         dali = import_dali()
-        fn = dali.fn
+        training = isinstance(self.stream, CropStream)
+        order = list(range(len(self.records.paths)))
         seed = np.random.SeedSequence((getattr(self.stream, "seed", 0), epoch, self.stream.rank))
-        pipeline = dali.Pipeline(
+        if isinstance(self.stream, CropStream):  # the same on every rank
+            np.random.default_rng((self.stream.seed, epoch)).shuffle(order)
+        self._reader = dali.Pipeline(
             batch_size=self.stream.batch_size,
-            num_threads=self.num_threads,
-            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+            num_threads=1,  # one thread reads, another pads labels
+            device_id=None,
             prefetch_queue_depth=PREFETCH,
             exec_dynamic=True,
             seed=int(seed.generate_state(1)[0]),
             enable_checkpointing=True,
             checkpoint=state,
         )
-        with pipeline:
-            encoded, labels = self._reader(dali, epoch)
-            if isinstance(self.stream, CropStream):
-                low, high = (float(np.log(ratio)) for ratio in RATIOS)
-                area = fn.random.uniform(range=(self.stream.min_area, 1.0), shape=(ATTEMPTS,))
-                ratio = dali.math.exp(fn.random.uniform(range=(low, high), shape=(ATTEMPTS,)))
-                place = fn.random.uniform(range=(0.0, 1.0), shape=(2,))
-                flip = fn.random.coin_flip() if self.stream.flip else dali.types.Constant(0)
-                side = self.stream.size(epoch)
-                size = dali.types.Constant([side, side], dtype=dali.types.FLOAT)
-                images = self.decoder.training(dali, encoded, (area, ratio, place), flip, size)
-            else:
-                assert self.evaluation is not None
-                images = self.decoder.evaluation(dali, encoded, *self.evaluation)
-            pipeline.set_outputs(labels, *images)
-        pipeline.build()
-        return pipeline
+        with self._reader:
+            encoded, labels = read_records(
+                dali,
+                self.records,
+                order,
+                shard_id=self.stream.rank,
+                num_shards=self.stream.world_size,
+                random_shuffle=training,
+                initial_fill=SHUFFLE_BUFFER,
+                stick_to_shard=True,
+                pad_last_batch=True,
+            )
+            names = dali.fn.get_property(encoded, key="source_info")
+            self._reader.set_outputs(encoded, labels, names)
+        self._reader.build()
 
-    def _reader(self, dali: Any, epoch: int) -> tuple[Any, Any]:
-        """Nodes of encoded images and labels, on the CPU."""
-        training = isinstance(self.stream, CropStream)
-        order = list(range(len(self.records.paths)))
-        if isinstance(self.stream, CropStream):  # the same on every rank
-            np.random.default_rng((self.stream.seed, epoch)).shuffle(order)
-        return read_records(
-            dali,
-            self.records,
-            order,
-            shard_id=self.stream.rank,
-            num_shards=self.stream.world_size,
-            random_shuffle=training,
-            initial_fill=SHUFFLE_BUFFER,
-            stick_to_shard=True,
-            pad_last_batch=not training,
-        )
+
+def _arrays(samples: Any) -> list[NDArray[np.uint8]]:
+    """A DALI output on the CPU, a view of each sample."""
+    return [np.asarray(samples[i]) for i in range(len(samples))]
 
 
 def count_records(records: RecordFiles) -> int:

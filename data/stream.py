@@ -21,11 +21,13 @@ _ORDER, _AUGMENT = 0, 1  # keys of independent random streams under one seed
 class Draw(NamedTuple):
     """What one batch of one rank is made of.
 
-    indices: int64, (N,), into the data set, -1 for padding. shift: int32, (N, 2), rows and columns that the
-    crop window moves, in -padding .. padding. flip: int32, (N,), 1 to mirror left and right.
+    indices: int64, (N,), into the data set. counts: bool, (N,), False where an image only fills up a last
+    batch: it carries no loss and no score. shift: int32, (N, 2), rows and columns that the crop window moves,
+    in -padding .. padding. flip: int32, (N,), 1 to mirror left and right.
     """
 
     indices: NDArray[np.int64]
+    counts: NDArray[np.bool_]
     shift: NDArray[np.int32]
     flip: NDArray[np.int32]
 
@@ -60,7 +62,8 @@ class Stream(Protocol[D]):
 
 @dataclass(frozen=True)
 class TrainStream:
-    """A new permutation every epoch; an incomplete last global batch is dropped.
+    """A new permutation every epoch. The last global batch, where it is incomplete, is filled up with repeats
+    of its own images, which do not count: every image counts once an epoch, every batch has one shape.
 
     global_batch: images per optimizer step over all ranks; micro_batches: into how many batches a rank splits
     its share of it. max_steps: global batches after which an epoch ends early. Raises ValueError where these
@@ -86,8 +89,7 @@ class TrainStream:
             raise ValueError(
                 f"{self.num_images} training images are fewer than one batch of {self.global_batch}"
             )
-
-        steps = self.num_images // self.global_batch
+        steps = -(-self.num_images // self.global_batch)
         if self.max_steps is not None and self.max_steps > steps:
             raise ValueError(f"steps_per_epoch {self.max_steps}: an epoch has no more than {steps} steps")
 
@@ -97,24 +99,29 @@ class TrainStream:
 
     @property
     def batches_per_epoch(self) -> int:
-        steps = self.num_images // self.global_batch
+        steps = -(-self.num_images // self.global_batch)
         return min(steps, self.max_steps or steps) * self.micro_batches
 
-    def place(self, epoch: int, index: int) -> tuple[NDArray[np.int64], slice, np.random.Generator]:
-        """(indices of this rank's batch, its part of the global batch, the global batch's random numbers)."""
+    def place(
+        self, epoch: int, index: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], slice, np.random.Generator]:
+        """(indices of this rank's batch, which of them count, the batch's part of the global batch, the
+        global batch's random numbers)."""
         step, micro = divmod(index, self.micro_batches)
         begin = (micro * self.world_size + self.rank) * self.batch_size
         mine = slice(begin, begin + self.batch_size)
         order = _permutation(self.seed, epoch, self.num_images)
-        indices = order[step * self.global_batch : (step + 1) * self.global_batch][mine]
-        return indices, mine, np.random.default_rng((self.seed, _AUGMENT, epoch, step))
+        images = order[step * self.global_batch : (step + 1) * self.global_batch]
+        places = np.arange(mine.start, mine.stop)
+        indices, counts = images[places % len(images)], places < len(images)
+        return indices, counts, mine, np.random.default_rng((self.seed, _AUGMENT, epoch, step))
 
     def draw(self, epoch: int, index: int) -> Draw:
-        indices, mine, random = self.place(epoch, index)
+        indices, counts, mine, random = self.place(epoch, index)
         size, reach = self.global_batch, self.crop_padding
         shift = random.integers(-reach, reach, (size, 2), dtype=np.int32, endpoint=True)[mine]
         flip = random.integers(0, 1, size, dtype=np.int32, endpoint=True)[mine]
-        return Draw(indices, shift, flip if self.flip else np.zeros_like(flip))
+        return Draw(indices, counts, shift, flip if self.flip else np.zeros_like(flip))
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -131,8 +138,8 @@ class TrainStream:
 
 @dataclass(frozen=True)
 class EvalStream:
-    """Every image exactly once over all ranks, in order, unchanged; the last batches are padded with index
-    -1."""
+    """Every image exactly once over all ranks, in order, unchanged; image 0 fills up the last
+    batches."""
 
     num_images: int
     batch_size: int
@@ -147,7 +154,8 @@ class EvalStream:
         begin = (index * self.world_size + self.rank) * self.batch_size
         indices = np.arange(begin, begin + self.batch_size)
         none = np.zeros(self.batch_size, np.int32)
-        return Draw(np.where(indices < self.num_images, indices, -1), np.stack([none, none], axis=1), none)
+        counts = indices < self.num_images
+        return Draw(np.where(counts, indices, 0), counts, np.stack([none, none], axis=1), none)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"num_images": self.num_images}

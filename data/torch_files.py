@@ -33,7 +33,7 @@ class TorchFileLoader(AheadLoader):
     """Batches of `files` as `stream` draws them, on `device`. See data.loader.Loader.
 
     num_workers: processes that decode; 0 decodes in this one. on_bad: called with the relative path of a file
-    that cannot be decoded and the reason, see data.dali_files. evaluation: (resize, size) of evaluation's
+    that cannot be decoded and the reason, see data.dali_images. evaluation: (resize, size) of evaluation's
     central crop; None for the random crops of a CropStream.
     """
 
@@ -137,7 +137,7 @@ class _Images(Dataset[_Decoded]):
                 image = functional.resized_crop(image, *crop, size=[draw.size, draw.size], antialias=True)
                 if draw.flip[i]:
                     image = functional.horizontal_flip(image)
-                return image, int(self.files.labels[index])
+                return image, int(self.files.labels[index]) if draw.counts[i] else PADDING_LABEL
             index = (index + 1) % len(self.files)  # the next of the listing stands in
         raise OSError(f"no image below {self.files.root} can be decoded")
 
@@ -146,7 +146,7 @@ class _Images(Dataset[_Decoded]):
         assert self.evaluation is not None
         resize, size = self.evaluation
         index = int(draw.indices[i])
-        image = None if index < 0 else self._decode(index, bad)
+        image = self._decode(index, bad) if draw.counts[i] else None
         if image is None:
             return torch.zeros(3, size, size, dtype=torch.uint8), PADDING_LABEL
         height, width, top, left = central(image.shape[1], image.shape[2], resize, size)

@@ -15,10 +15,13 @@ class Classifier(nn.Module):
     """uint8 images -> normalise -> model -> cross-entropy and counts.
 
     forward(images, labels) takes a data.loader.Batch and returns
-        in training: the mean loss, and counts [sum of losses, number right, 0, number of images] in
-        evaluation: the sum of losses, and counts [sum of losses, top-1 right, top-5 right, number of images]
-    Counts are float32, (4,), detached; evaluation ignores padding. With fewer than 5 classes top-5 is always
-    right.
+        in training: the mean loss over all N places, and counts [sum of losses, number right, 0, number of
+        images]
+        in evaluation: the sum of losses, and counts [sum of losses, top-1 right, top-5 right, number of
+        images]
+    Counts are float32, (4,), detached. Padding counts nowhere; but as the mean is over all places, an image
+    weighs the same in an epoch's filled-up last batch as in the others, over any number of ranks.
+    With fewer than 5 classes top-5 is always right.
     """
 
     mean: Tensor
@@ -32,14 +35,14 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model((images - self.mean) / self.std).float()
-        if self.training:
-            loss = functional.cross_entropy(logits, labels)
-            right = (logits.detach().argmax(1) == labels).sum()
-            num_images = torch.full_like(loss, labels.numel())
-            return loss, _stack(loss.detach() * num_images, right, torch.zeros_like(right), num_images)
         loss = functional.cross_entropy(logits, labels, ignore_index=PADDING_LABEL, reduction="sum")
+        num_images = (labels != PADDING_LABEL).sum()
+        if self.training:
+            right = (logits.detach().argmax(1) == labels).sum()
+            counts = _stack(loss.detach(), right, torch.zeros_like(right), num_images)
+            return loss / labels.numel(), counts
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        return loss, _stack(loss.detach(), best[:, 0].sum(), best.sum(), (labels != PADDING_LABEL).sum())
+        return loss, _stack(loss.detach(), best[:, 0].sum(), best.sum(), num_images)
 
 
 def _stack(*counts: Tensor) -> Tensor:

@@ -72,7 +72,8 @@ def build_result(trainer: Trainer) -> dict[str, Any]:
     (training)."""
     position, pair = trainer.position, trainer.position.pair
     dense = trainer.flops.forward()
-    images = trainer.steps_per_epoch * trainer.config.data.batch_size * position.epoch
+    places = trainer.steps_per_epoch * trainer.config.data.batch_size
+    images = min(places, trainer.loaders.train.num_images) * position.epoch
     training_dense = TRAINING_FACTOR * dense * images
     sparse = pair.get(SPARSE)
     return {

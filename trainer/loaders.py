@@ -15,7 +15,7 @@ from data import imagenet, sources
 from data.arrays import ImageArrays
 from data.crops import CropStream
 from data.dali_arrays import DaliArrayLoader
-from data.dali_files import DaliEvalFiles, DaliTrainFiles
+from data.dali_files import DaliFileLoader
 from data.dali_records import DaliRecordLoader, count_records
 from data.idx import Split
 from data.image_files import load_image_files
@@ -26,7 +26,8 @@ from data.stream import EvalStream, TrainStream
 from data.synthetic import SyntheticLoader
 from data.torch_files import TorchFileLoader
 from trainer import ranks
-from trainer.config import ArrayData, Config, DataConfig, ImageNetData
+from trainer.config import Config
+from trainer.data_config import ArrayData, DataConfig, ImageNetData
 from trainer.errors import as_user_error
 
 SYNTHETIC_EVAL_BATCHES = 2  # there is no accuracy to be found in noise
@@ -125,13 +126,11 @@ def _imagenet_loaders(config: Config, data: ImageNetData, device: torch.device) 
     elif data.format != "folders":
         root = imagenet.imagenet_root(_path(data.root))
         records = find_records(root, "train", data.format)
-        source, num_classes = (
-            f"{root}, {data.format}",
-            records.num_classes or data.num_classes or imagenet.NUM_CLASSES,
-        )
+        source = f"{root}, {data.format}"
+        num_classes = records.num_classes or data.num_classes or imagenet.NUM_CLASSES
         stream = CropStream(count_records(records), **sharing)
         labels = (num_classes, data.first_label)
-        train = DaliRecordLoader(records, stream, device, *_dali(data, device), *labels)
+        train = DaliRecordLoader(records, *labels, stream, device, *_dali(data, device), bad_files)
     else:
         root = imagenet.imagenet_root(_path(data.root))
         files = load_image_files(root, "train", keep_excluded=True)
@@ -142,7 +141,7 @@ def _imagenet_loaders(config: Config, data: ImageNetData, device: torch.device) 
         if data.backend == "torch":
             train = TorchFileLoader(files, stream, device, _threads(data, device), bad_files)
         else:
-            train = DaliTrainFiles(files, stream, device, *_dali(data, device), bad_files)
+            train = DaliFileLoader(files, stream, device, *_dali(data, device), bad_files)
     info = ImageInfo((3, data.eval_size, data.eval_size), num_classes, imagenet.MEAN, imagenet.STD)
     return Loaders(info, source, train, _imagenet_test(data, device, bad_files), bad_files=bad_files)
 
@@ -159,13 +158,12 @@ def _imagenet_test(data: ImageNetData, device: torch.device, on_bad: Callable[[s
         records = find_records(root, "test", data.format)
         stream = EvalStream(count_records(records), *share)
         labels = (records.num_classes or data.num_classes or imagenet.NUM_CLASSES, data.first_label)
-        return DaliRecordLoader(records, stream, device, *_dali(data, device), *labels, crop)
+        return DaliRecordLoader(records, *labels, stream, device, *_dali(data, device), on_bad, crop)
     files = load_image_files(root, "test", _path(data.val_labels))
     stream = EvalStream(len(files), *share)
     if data.backend == "torch":
         return TorchFileLoader(files, stream, device, _threads(data, device), on_bad, crop)
-    arguments = (files, stream, device, *_dali(data, device), on_bad)
-    return DaliEvalFiles(*arguments, resize=crop[0], size=crop[1])
+    return DaliFileLoader(files, stream, device, *_dali(data, device), on_bad, crop)
 
 
 def _dali(data: ImageNetData, device: torch.device) -> tuple[int, str]:

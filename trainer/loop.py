@@ -322,12 +322,12 @@ class Trainer:
         folder = self.run_dir.resumed_by
         if failure := self.failure():
             root = getattr(self.config.data, "root", None) or "ROOT"
+            packed = getattr(self.config.data, "format", "folders") != "folders"
+            cure = f"Find and exclude all such files with acdc verify-data {root} --exclude, or let"
             raise UserError(
-                f"{failure}\na checkpoint is saved at step {self.acdc.step}. Find and exclude all such "
-                "files with "
-                f"acdc verify-data {root} --exclude, or let others stand in for them with "
-                "data.on_error=skip; then "
-                f"go on with resume={folder}"
+                f"{failure}\na checkpoint is saved at step {self.acdc.step}. {'Let' if packed else cure} "
+                "others stand in for such images with data.on_error=skip; then go on with "
+                f"resume={folder}"
             )
         raise Stopped(
             f"stopped at step {self.acdc.step}; a checkpoint is saved. Go on with resume={folder}",

@@ -41,14 +41,15 @@ def test_pixels_labels_and_layout(colour):
     stream = train_stream(colour)
     loader = DaliArrayLoader(colour, stream, CPU)
     batches = list(loader.epoch(2))
-    assert len(batches) == loader.batches_per_epoch == 9
+    assert len(batches) == loader.batches_per_epoch == 10
     for index, (images, labels) in enumerate(batches):
         draw = stream.draw(2, index)
         assert images.shape == (32, 3, 20, 28)
         assert images.dtype == torch.uint8
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert np.array_equal(images.permute(0, 2, 3, 1), expected(colour, draw))
-        assert np.array_equal(labels, colour.labels[draw.indices])
+        assert np.array_equal(labels[draw.counts], colour.labels[draw.indices[draw.counts]])
+        assert (labels[~draw.counts] == PADDING_LABEL).all()
 
 
 def test_batches_stay_as_they_are_while_the_pipeline_goes_on(colour):
@@ -65,7 +66,7 @@ def test_any_position_can_be_started_from(colour, epoch, start):
         list(through.epoch(earlier))
     whole = list(through.epoch(epoch))[start:]
     resumed = list(DaliArrayLoader(colour, train_stream(colour), CPU).epoch(epoch, start))
-    assert len(whole) == len(resumed) == 9 - start
+    assert len(whole) == len(resumed) == 10 - start
     for a, b in zip(whole, resumed, strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data.crops import CropStream, window
-from data.dali_files import DaliEvalFiles, DaliTrainFiles
+from data.dali_files import DaliFileLoader
 from data.image_files import EXCLUSIONS, load_image_files
 from data.loader import PADDING_LABEL
 from data.stream import EvalStream
@@ -25,7 +25,7 @@ SIDE = 48
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    return make_tree(tmp_path_factory.mktemp("tree"), 3, 15, 3)  # 45 training images: 5 batches of 8, 5 left
+    return make_tree(tmp_path_factory.mktemp("tree"), 3, 15, 3)  # 45 training images
 
 
 def refuse(file, reason):
@@ -38,7 +38,7 @@ def stream(files, **arguments):
 
 def dali(root, on_bad=refuse, **arguments):
     files = load_image_files(root, "train", keep_excluded=True)
-    return DaliTrainFiles(files, stream(files, **arguments), CPU, 2, "cpu", on_bad)
+    return DaliFileLoader(files, stream(files, **arguments), CPU, 2, "cpu", on_bad)
 
 
 def other(root, on_bad=refuse, workers=0, **arguments):
@@ -62,7 +62,7 @@ def test_pixels_are_the_drawn_windows(tree, make):
         assert images.shape == (8, 3, SIDE, SIDE)
         assert images.dtype == torch.uint8
         assert images.is_contiguous(memory_format=torch.channels_last)
-        assert np.array_equal(labels, loader.files.labels[draw.indices])
+        assert np.array_equal(labels, np.where(draw.counts, loader.files.labels[draw.indices], PADDING_LABEL))
         for i, number in enumerate(draw.indices):
             with Image.open(tree / loader.files.files[number]) as file:
                 image = file.convert("RGB")
@@ -71,7 +71,7 @@ def test_pixels_are_the_drawn_windows(tree, make):
             image = image.crop(box).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
             expected = np.asarray(image)[:, ::-1] if draw.flip[i] else np.asarray(image)
             differences.append(difference(images[i].permute(1, 2, 0), torch.from_numpy(expected.copy())))
-    assert len(differences) == 40
+    assert len(differences) == 48
     assert max(differences) < 1.5  # of 255, mean over an image; another window gives tens
 
 
@@ -101,16 +101,23 @@ def test_windows_follow_the_law():
 
 
 def ids(loader, epoch):
-    return list(itertools.chain.from_iterable(loader.stream.draw(epoch, i).indices for i in range(5)))
+    draws = [loader.stream.draw(epoch, i) for i in range(loader.batches_per_epoch)]
+    return list(itertools.chain.from_iterable(draw.indices[draw.counts].tolist() for draw in draws))
 
 
-def test_every_file_at_most_once_an_epoch_over_ranks(tree):
-    seen = []
+@pytest.mark.parametrize("backend", [dali, other])
+def test_every_file_counts_once_an_epoch_over_ranks(tree, backend):
+    seen, labels = [], []
     for rank in range(2):
-        loader = dali(tree, rank=rank, world_size=2)
-        seen += map(int, ids(loader, 3))
-    assert len(seen) == len(set(seen)) == 40
-    assert set(seen) == set(map(int, ids(dali(tree), 3)))
+        loader = backend(tree, rank=rank, world_size=2)
+        assert loader.batches_per_epoch == 6
+        seen += ids(loader, 3)
+        for batch in loader.epoch(3):
+            assert len(batch.images) == 4
+            labels += batch.labels.tolist()
+    assert sorted(seen) == list(range(45))
+    assert labels.count(PADDING_LABEL) == 3
+    assert [labels.count(label) for label in range(3)] == [15] * 3
 
 
 def test_any_position_can_be_resumed_bit_for_bit(tree):
@@ -121,8 +128,8 @@ def test_any_position_can_be_resumed_bit_for_bit(tree):
         shard = {"world_size": world_size, "rank": rank}
         through = dali(tree, **shard)
         whole = [(e, i, batch) for e in range(3) for i, batch in enumerate(through.epoch(e))]
-        assert len(whole) == 15
-        for stop in random.choice(15, 10 if world_size == 2 else 20):
+        assert len(whole) == 18
+        for stop in random.choice(18, 10 if world_size == 2 else 20):
             epoch, index, _ = whole[stop]
             resumed = dali(tree, **shard)
             for k, batch in enumerate(resumed.epoch(epoch, index)):
@@ -134,7 +141,7 @@ def test_sizes_change_by_epoch(tree):
     files = load_image_files(tree, "train")
     crops = CropStream(len(files), 8, seed=5, sizes=((0, 16), (2, 24), (3, 32)))
     loaders = (
-        DaliTrainFiles(files, crops, CPU, 2, "cpu", refuse),
+        DaliFileLoader(files, crops, CPU, 2, "cpu", refuse),
         TorchFileLoader(files, crops, CPU, 0, refuse),
     )
     for loader in loaders:
@@ -146,7 +153,7 @@ def evaluation(files, size=(64, 56), batch=4, on_bad=refuse, backend="dali", **a
     order = EvalStream(len(files), batch, **arguments)
     if backend == "torch":
         return TorchFileLoader(files, order, CPU, 0, on_bad, size)
-    return DaliEvalFiles(files, order, CPU, 2, "cpu", on_bad, resize=size[0], size=size[1])
+    return DaliFileLoader(files, order, CPU, 2, "cpu", on_bad, size)
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
@@ -205,7 +212,7 @@ def test_another_file_stands_in_for_a_bad_one(tmp_path, make, damage):
     batches = list(loader.epoch(0))
     assert [file for file, _ in told] == [files.files[number]]
     assert told[0][1]
-    assert len(batches) == len(good) == 2
+    assert len(batches) == len(good) == 3
     for index, (ours, then) in enumerate(zip(batches, good, strict=True)):
         differ = (ours.labels != then).nonzero().flatten().tolist()
         assert set(differ) <= ({3} if index == 1 else set())
@@ -239,7 +246,7 @@ def test_the_fingerprint_names_what_shapes_the_stream(tree):
         CropStream(len(files), 8, seed=5, flip=True, sizes=((0, SIDE + 1),)),
         CropStream(len(files), 8, seed=5, flip=True, sizes=((0, SIDE),), min_area=0.2),
     ):
-        assert DaliTrainFiles(files, changed, CPU, 2, "cpu", refuse).fingerprint() != loader.fingerprint()
+        assert DaliFileLoader(files, changed, CPU, 2, "cpu", refuse).fingerprint() != loader.fingerprint()
     assert other(tree).fingerprint() != loader.fingerprint()
 
 
@@ -267,11 +274,11 @@ def test_a_damaged_part_counts_only_where_it_is_needed(tmp_path):
     assert {f"train/n0/{i:02}.JPEG" for i in range(6)} >= set(told)
     assert len(told) == len(set(told)) >= 4
     for epoch in (3, 7, 11):
-        (batch,) = whole[epoch]
-        (alone,) = make().epoch(epoch)
-        assert torch.equal(alone.images, batch.images)
-        halves = [next(iter(make(rank=rank, world_size=2).epoch(epoch))).images for rank in range(2)]
-        assert torch.equal(torch.cat(halves), batch.images)
+        alone = make().epoch(epoch)
+        halves = [make(rank=rank, world_size=2).epoch(epoch) for rank in range(2)]
+        for batch, same, *parts in zip(whole[epoch], alone, *halves, strict=True):
+            assert torch.equal(same.images, batch.images)
+            assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
 
 
 def test_padding_reads_no_bad_file(tmp_path):

@@ -86,11 +86,15 @@ def packed(tmp_path_factory):
     return root
 
 
-def train(packed, kind, **arguments):
+def refuse(name, reason):
+    raise AssertionError(f"{name}: {reason}")
+
+
+def train(packed, kind, on_bad=refuse, **arguments):
     records = find_records(packed / kind, "train", kind)
     assert count_records(records) == 45
     stream = CropStream(45, 8, seed=5, flip=True, sizes=((0, 24), (1, 32)), **arguments)
-    return DaliRecordLoader(records, stream, CPU, 2, "cpu", 3, int(kind == "tfrecord"))
+    return DaliRecordLoader(records, 3, int(kind == "tfrecord"), stream, CPU, 2, "cpu", on_bad)
 
 
 def equal(a, b):
@@ -101,16 +105,17 @@ def equal(a, b):
 def test_epochs(packed, kind):
     loader = train(packed, kind)
     epochs = [list(loader.epoch(epoch)) for epoch in range(2)]
-    assert [len(batches) for batches in epochs] == [5, 5]
+    assert [len(batches) for batches in epochs] == [6, 6]
     for batches, side in zip(epochs, (24, 32), strict=True):
         for images, labels in batches:
             assert images.shape == (8, 3, side, side)
             assert images.is_contiguous(memory_format=torch.channels_last)
             assert images.dtype == torch.uint8
             assert labels.dtype == torch.int64
-        counts = torch.bincount(torch.cat([batch.labels for batch in batches]), minlength=3)
-        assert counts.sum() == 40
-        assert counts.max() <= 15
+        counting = [image for batch in batches for image in batch.images[batch.labels != PADDING_LABEL]]
+        assert len({image.numpy().tobytes() for image in counting}) == 45
+        labels = torch.cat([batch.labels for batch in batches])
+        assert torch.bincount(labels + 1).tolist() == [3, 15, 15, 15]  # padding first
     labels = [torch.cat([batch.labels for batch in batches]) for batches in epochs]
     assert not torch.equal(*labels)  # another order
 
@@ -123,7 +128,8 @@ def test_evaluation_sees_every_image_once(packed, kind, world_size):
     for rank in range(world_size):
         stream = EvalStream(15, 4, rank, world_size)
         records = find_records(packed / kind, "test", kind)
-        loader = DaliRecordLoader(records, stream, CPU, 2, "cpu", 3, int(kind == "tfrecord"), (64, 56))
+        first = int(kind == "tfrecord")
+        loader = DaliRecordLoader(records, 3, first, stream, CPU, 2, "cpu", refuse, (64, 56))
         for epoch in range(2):
             batches = list(loader.epoch(epoch))
             assert len(batches) == stream.batches_per_epoch
@@ -149,7 +155,7 @@ def test_positions_with_and_without_a_state(packed, kind):
             for index, batch in enumerate(through.epoch(epoch)):
                 whole.append((epoch, index, batch))
                 states[through.position] = through.state()
-        for stop in random.choice(15, 20):
+        for stop in random.choice(18, 20):
             epoch, index, _ = whole[stop]
             for known in (True, False):
                 resumed = train(packed, kind, **shard)
@@ -164,8 +170,7 @@ def test_ranks_share_the_images(packed):
     for rank in range(2):
         loader = train(packed, "webdataset", rank=rank, world_size=2)
         seen += list(itertools.chain.from_iterable(batch.labels.tolist() for batch in loader.epoch(0)))
-    assert len(seen) == 40
-    assert max(seen.count(label) for label in range(3)) <= 15
+    assert [seen.count(label) for label in (PADDING_LABEL, 0, 1, 2)] == [3, 15, 15, 15]
 
 
 def test_a_damaged_state_is_refused(packed):
@@ -198,19 +203,73 @@ def test_fingerprints_tell_sets_and_shares_apart(packed):
     assert ours != train(packed, "webdataset", rank=0, world_size=2).fingerprint()
 
 
-def test_labels_that_cannot_be_and_images_that_are_none(packed, tmp_path):
+def test_labels_that_cannot_be(packed):
     records = find_records(packed / "tfrecord", "train", "tfrecord")
     stream = CropStream(45, 8, seed=5, sizes=((0, 24),))
     for classes, first in ((3, 0), (3, 2)):  # the files count from 1
         with pytest.raises(OSError, match=r"holds labels from 1 to 3, .* see data\.first_label"):
-            list(DaliRecordLoader(records, stream, CPU, 2, "cpu", classes, first).epoch(0))
-    shutil.copytree(packed / "webdataset" / "train", tmp_path / "train")
-    tar = min((tmp_path / "train").glob("*.tar"))
-    content = bytearray(tar.read_bytes())
+            list(DaliRecordLoader(records, classes, first, stream, CPU, 2, "cpu", refuse).epoch(0))
+
+
+def spoil(root, images):
+    """Zeros for the beginning of these images of the first shard; their names as DALI tells them."""
+    tar = min((root / "train").glob("*.tar"))
+    content, names = bytearray(tar.read_bytes()), []
     with tarfile.open(tar) as members:
-        for image in members.getmembers()[::2]:
+        for image in [member for member in members.getmembers() if member.name.endswith(".jpg")][images]:
             content[image.offset_data : image.offset_data + 300] = bytes(300)
+            names.append(image.name)
     tar.write_bytes(content)
+    return names
+
+
+def test_another_image_of_the_batch_stands_in_for_a_bad_one(packed, tmp_path):
+    good = [batch for epoch in range(2) for batch in train(packed, "webdataset").epoch(epoch)]
+    shutil.copytree(packed / "webdataset", tmp_path / "webdataset")
+    bad = spoil(tmp_path / "webdataset", slice(1, 6, 2))
+    told = []
+    loader = train(tmp_path, "webdataset", on_bad=lambda name, reason: told.append(name.rpartition(":")[2]))
+    found = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
+    assert sorted(told) == sorted(bad)  # each once, though met in two epochs
+    places = [
+        (i, k)
+        for i, (one, other) in enumerate(zip(good, found, strict=True))
+        for k in range(8)
+        if not torch.equal(one.images[k], other.images[k])
+    ]
+    assert len({place for place in places if good[place[0]].labels[place[1]] != PADDING_LABEL}) == 6
+    for i, k in places:
+        other = next(n % 8 for n in range(k + 1, k + 8) if (i, n % 8) not in places)
+        expected = good[i].labels[other] if good[i].labels[k] != PADDING_LABEL else PADDING_LABEL
+        assert found[i].labels[k] == expected
+    for stop in (3, 8):  # resumed without and with the reader's state, whatever was met before
+        resumed = train(tmp_path, "webdataset", on_bad=lambda *_: None)
+        for k, batch in enumerate(resumed.epoch(*divmod(stop, 6))):
+            assert equal(batch, found[stop + k])
+
+
+def test_a_bad_image_does_not_count_in_evaluation(packed, tmp_path):
+    shutil.copytree(packed / "webdataset" / "val", tmp_path / "val")
+    (tmp_path / "val").rename(tmp_path / "train")
+    bad = spoil(tmp_path, slice(2, 3))
     records = find_records(tmp_path, "train", "webdataset")
-    with pytest.raises(OSError, match=r"cannot be decoded: .*; pack the images again"):
-        list(DaliRecordLoader(records, stream, CPU, 2, "cpu", 3).epoch(0))
+    told = []
+    evaluated = DaliRecordLoader(
+        records, 3, 0, EvalStream(15, 4), CPU, 2, "cpu", lambda *bad: told.append(bad), (64, 56)
+    )
+    labels = torch.cat([batch.labels for batch in evaluated.epoch(0)])
+    assert len(told) == 1
+    assert told[0][0].endswith(bad[0])
+    assert (labels != PADDING_LABEL).sum() == 14
+
+
+def test_nothing_that_can_be_decoded_ends_the_run(packed, tmp_path):
+    shutil.copytree(packed / "webdataset", tmp_path / "webdataset")
+    for tar in (tmp_path / "webdataset" / "train").glob("*.tar"):
+        content = bytearray(tar.read_bytes())
+        with tarfile.open(tar) as members:
+            for image in members.getmembers()[::2]:
+                content[image.offset_data : image.offset_data + 300] = bytes(300)
+        tar.write_bytes(content)
+    with pytest.raises(OSError, match=r"no image of a whole batch can be decoded, in .*train"):
+        list(train(tmp_path, "webdataset", on_bad=lambda *_: None).epoch(0))

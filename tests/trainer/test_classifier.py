@@ -32,6 +32,19 @@ def test_training_gives_the_mean_loss_and_counts():
     assert counts.tolist() == pytest.approx([40 * expected.item(), right, 0, 40], rel=1e-5)
 
 
+def test_padding_carries_no_loss_and_changes_no_weight_of_the_others():
+    labels = LABELS.clone()
+    labels[30:] = PADDING_LABEL
+    loss, counts = classifier().train()(IMAGES, labels)
+    losses = functional.cross_entropy(NORMALISED, LABELS, reduction="none")[:30]
+    assert loss.item() == pytest.approx(losses.sum().item() / 40, rel=1e-5)
+    right = (NORMALISED.argmax(1) == LABELS)[:30].sum().item()
+    assert counts.tolist() == pytest.approx([losses.sum().item(), right, 0, 30], rel=1e-5)
+    loss, counts = classifier().train()(IMAGES, torch.full_like(LABELS, PADDING_LABEL))
+    assert loss.item() == 0
+    assert not counts.any()
+
+
 def test_evaluation_ignores_padding_and_counts_top5():
     labels = LABELS.clone()
     labels[30:] = PADDING_LABEL

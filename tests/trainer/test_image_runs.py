@@ -1,12 +1,13 @@
 """Whole runs on folders of image files."""
 
 import json
+import tarfile
 
 import pytest
 
 from data.image_files import EXCLUSIONS, load_image_files
 from tests.data.photographs import make_tree
-from tests.trainer.runs import assert_equal_states
+from tests.trainer.runs import assert_equal_states, tiny_images
 from trainer import checkpoint
 from trainer.cli import main as acdc_command
 from trainer.train import main
@@ -18,26 +19,6 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 @pytest.fixture
 def tree(tmp_path):
     return make_tree(tmp_path / "tree", 3, 24, 5, around=40)  # 72 training images: 9 steps of 8
-
-
-def arguments(tree, tmp_path, *overrides):
-    return [
-        "imagenet/mobilenetv1_90",
-        f"data.root={tree}",
-        f"run_root={tmp_path / 'runs'}",
-        "model.name=resnet20",
-        "epochs=4",
-        "sparsity.schedule=(dense 1, sparse 1) x2",
-        "lr.warmup_epochs=1",
-        "optimizer.lr=0.05",
-        "data.batch_size=8",
-        "data.eval_batch_size=4",
-        "data.image_size=32",
-        "data.eval_resize=36",
-        "data.eval_size=32",
-        "engine.compile=false",
-        *overrides,
-    ]
 
 
 def newest(tmp_path):
@@ -58,7 +39,7 @@ def test_an_imagenet_recipe_runs(tree, tmp_path, backend, capsys):
     ]
     if backend == "synthetic":
         options += ["steps_per_epoch=9"]
-    assert main(arguments(tree, tmp_path, *options)) == 0
+    assert main(tiny_images(tree, tmp_path / "runs", *options)) == 0
     run = newest(tmp_path)
     result = json.loads((run / "result.json").read_text())
     assert result["sparse"]["num_images"] == (8 if backend == "synthetic" else 15)
@@ -75,16 +56,16 @@ def test_resumed_within_an_epoch_equals_uninterrupted(tree, tmp_path, form):
         packed = tmp_path / "packed"
         assert acdc_command(["prepare", "shards", str(tree), str(packed), "--workers", "1"]) == 0
         tree = packed
-    assert main(arguments(tree, tmp_path, *options)) == 0
+    assert main(tiny_images(tree, tmp_path / "runs", *options)) == 0
     run = newest(tmp_path)
     expected = state(run, 36)
     point = checkpoint.step_folder(run / "checkpoints", 16)
-    assert main(arguments(tree, tmp_path, *options, f"resume={point}")) == 0
+    assert main(tiny_images(tree, tmp_path / "runs", *options, f"resume={point}")) == 0
     assert_equal_states(expected, state(run, 36))
 
 
 def test_another_stream_is_refused_by_name(tree, tmp_path, capsys):
-    assert main(arguments(tree, tmp_path, "save.every=4st")) == 0
+    assert main(tiny_images(tree, tmp_path / "runs", "save.every=4st")) == 0
     run = newest(tmp_path)
     for change, expected in (
         ("data.min_area=0.3", "min_area was 0.08, is 0.3"),
@@ -92,7 +73,7 @@ def test_another_stream_is_refused_by_name(tree, tmp_path, capsys):
         ("data.image_size=40", "sizes was [[0, 32]], is [[0, 40]]"),
         ("seed=3", "seed was 1, is 3"),
     ):
-        assert main(arguments(tree, tmp_path, f"resume={run}", change)) == 2
+        assert main(tiny_images(tree, tmp_path / "runs", f"resume={run}", change)) == 2
         assert f"another stream of training data: {expected}" in capsys.readouterr().err
 
 
@@ -100,7 +81,7 @@ def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
     files = load_image_files(tree, "train")
     path = tree / files.files[30]
     path.write_bytes(path.read_bytes()[:100])
-    assert main(arguments(tree, tmp_path)) == 2
+    assert main(tiny_images(tree, tmp_path / "runs")) == 2
     error = capsys.readouterr().err
     assert f"{files.files[30]} cannot be decoded" in error
     assert f"acdc verify-data {tree}" in error
@@ -111,10 +92,10 @@ def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
     assert 1 <= checkpoint.read_info(saved)["step"] <= 9
 
     (tree / EXCLUSIONS).write_text(f"{files.files[30]}\ttruncated\n")
-    assert main(arguments(tree, tmp_path, f"resume={run}")) == 0
+    assert main(tiny_images(tree, tmp_path / "runs", f"resume={run}")) == 0
     excluded = state(run, 36)
     (tree / EXCLUSIONS).unlink()
-    assert main(arguments(tree, tmp_path, "data.on_error=skip")) == 0
+    assert main(tiny_images(tree, tmp_path / "runs", "data.on_error=skip")) == 0
     skipping = newest(tmp_path)
     assert skipping != run
     for key in ("model", "optimizer", "acdc"):  # stopping, excluding, skipping: the same training
@@ -123,11 +104,36 @@ def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
     assert [record["bad_files"] for record in records if record["kind"] == "epoch"] == [1, 1, 1, 1]
 
 
+def test_a_bad_packed_image_saves_and_stops_and_can_be_skipped(tree, tmp_path, capsys):
+    packed = tmp_path / "packed"
+    assert acdc_command(["prepare", "shards", str(tree), str(packed), "--workers", "1"]) == 0
+    tar = min((packed / "train").glob("*.tar"))
+    with tarfile.open(tar) as members:
+        image = members.getmembers()[8]
+    content = bytearray(tar.read_bytes())
+    content[image.offset_data : image.offset_data + 200] = bytes(200)
+    tar.write_bytes(content)
+    options = ["data.format=webdataset", "save.every=4st"]
+    assert main(tiny_images(packed, tmp_path / "runs", *options)) == 2
+    error = capsys.readouterr().err
+    assert f"{tar}:" in error
+    assert f"{image.name} cannot be decoded" in error
+    assert "data.on_error=skip" in error
+    run = newest(tmp_path)
+    assert f"resume={run}" in error
+    assert main(tiny_images(packed, tmp_path / "runs", *options, "data.on_error=skip", f"resume={run}")) == 0
+    stopped = state(run, 36)
+    assert main(tiny_images(packed, tmp_path / "runs", *options, "data.on_error=skip")) == 0
+    assert newest(tmp_path) != run
+    for key in ("model", "optimizer", "acdc"):
+        assert_equal_states({key: stopped[key]}, {key: state(newest(tmp_path), 36)[key]})
+
+
 def test_a_bad_file_in_evaluation_is_not_counted(tree, tmp_path, capsys):
     files = load_image_files(tree, "test")
     (tree / files.files[7]).write_bytes(b"no image")
-    assert main(arguments(tree, tmp_path)) == 2
+    assert main(tiny_images(tree, tmp_path / "runs")) == 2
     assert f"{files.files[7]} cannot be decoded" in capsys.readouterr().err
-    assert main(arguments(tree, tmp_path, "data.on_error=skip")) == 0
+    assert main(tiny_images(tree, tmp_path / "runs", "data.on_error=skip")) == 0
     result = json.loads((newest(tmp_path) / "result.json").read_text())
     assert result["sparse"]["num_images"] == 14
