@@ -3,10 +3,11 @@
 from sparsity.acdc import ACDC
 from sparsity.flops import ModelFlops, count_flops
 from sparsity.gradual import CubicSparsity
-from sparsity.layers import MaskedConv2d, MaskedLinear, mask_layers, to_plain
+from sparsity.layers import MaskedConv2d, MaskedLinear, Run24, mask_layers, to_plain
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import Sparsity, measure, num_leaked, relative_mask_difference
+from sparsity.transposable import Transposable24
 
 __all__ = [
     "ACDC",
@@ -19,7 +20,9 @@ __all__ = [
     "Pattern",
     "Phase",
     "PhaseSchedule",
+    "Run24",
     "Sparsity",
+    "Transposable24",
     "UniformMagnitude",
     "count_flops",
     "mask_layers",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.gradual import CubicSparsity
-from sparsity.layers import mask_layers, to_plain
+from sparsity.layers import Run24, mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
 from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
@@ -66,6 +66,7 @@ class ACDC:
         self.layers = mask_layers(model, include, exclude) if schedule.compressions else {}
         self.step = 0  # optimizer steps begun
         self.mask_difference: float | None = None  # between the last two compressions
+        self.run24: dict[str, Run24] = {}  # layers that run 2:4 kernels in compressed phases
         self._previous: dict[str, Tensor] = {}  # masks of the last compression, while its phase is over
         self._masters: Masters | None = None
 
@@ -104,20 +105,36 @@ class ACDC:
         chosen = pattern({name: masters.weight(layer.weight) for name, layer in self.layers.items()})
         _check_equal_on_all_ranks(chosen)
         before = self._previous or self.masks()
-        first = not self._previous and all(bool(mask.all()) for mask in before.values())
+        first = not self._previous and bool(torch.stack([mask.all() for mask in before.values()]).all())
         self.mask_difference = None if first else relative_mask_difference(before, chosen)
-        for name, layer in self.layers.items():
-            layer.mask.copy_(chosen[name])
-            masters.mask_(layer.weight, layer.mask)
+        layers = self.layers.values()
+        torch._foreach_copy_([layer.mask for layer in layers], [chosen[name] for name in self.layers])
+        masters.mask_({layer.weight: layer.mask for layer in layers})
         self._previous = {}
+        self._run24(True)
 
     @torch.no_grad()
     def decompress(self) -> None:
         """Let every weight train again, dropped ones from 0, and zero all momentum (paper, section 3)."""
         self._previous = {name: mask.clone() for name, mask in self.masks().items()}
+        self._run24(False)
         for layer in self.layers.values():
             layer.mask.fill_(True)
         self._attached().reset_momentum_()
+
+    def accelerate(self, run24: Mapping[str, Run24]) -> None:
+        """Say how layers compute in compressed phases, from now on; those not named, with masked dense
+        weights. In dense phases all do. Every switch between the two costs one graph of a compiled model the
+        first time, and none later. Raises KeyError for a layer that is not masked."""
+        unknown = [name for name in run24 if name not in self.layers]
+        if unknown:
+            raise KeyError(f"not a masked layer: {', '.join(unknown)}")
+        self.run24 = {name: how for name, how in run24.items() if how is not Run24.NOT}
+        self._run24(self.step > 0 and self.phase.kind == "sparse")
+
+    def _run24(self, compressed: bool) -> None:
+        for name, layer in self.layers.items():
+            layer.run24 = self.run24.get(name, Run24.NOT) if compressed else Run24.NOT
 
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> boolean keep-mask, of the weight's shape. The live buffers: clone to keep."""
@@ -140,6 +157,7 @@ class ACDC:
             "phase": self.phase.kind,
             "mask_difference": self.mask_difference,
             "previous_masks": self._previous,
+            "run24": {name: how.value for name, how in self.run24.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,6 +183,7 @@ class ACDC:
         self._previous = {
             name: mask.to(layers[name].mask.device) for name, mask in state["previous_masks"].items()
         }
+        self.accelerate({name: Run24(how) for name, how in state["run24"].items()})
 
     def start_at(self, epoch: int, masks: Mapping[str, Tensor]) -> None:
         """Stand at the beginning of `epoch` of this schedule, with weights that another run trained till
@@ -242,5 +261,5 @@ def _check_equal_on_all_ranks(masks: dict[str, Tensor]) -> None:
 def _digest(mask: Tensor) -> Tensor:
     """Three int64 that tell masks apart: number kept, sum of their positions, and a multiplicative hash of
     them."""
-    kept = mask.flatten().nonzero().flatten()
-    return torch.stack([kept.new_tensor(kept.numel()), kept.sum(), (kept * kept * 0x9E3779B1).sum()])
+    kept = mask.flatten() * torch.arange(mask.numel(), device=mask.device)  # without waiting for the device
+    return torch.stack([mask.sum(), kept.sum(), (kept * kept * 0x9E3779B1).sum()])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import enum
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -17,25 +18,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsity.semi_structured import conv24, linear24
+
+
+class Run24(enum.Enum):
+    """How a masked layer computes while it trains. The masked dense product is right for every mask; the
+    others ask for a 2:4 mask, and TRANSPOSED for one whose transpose is 2:4 as well."""
+
+    NOT = "dense"
+    FORWARD = "2:4 forward"
+    TRANSPOSED = "2:4 forward and input gradient"
+
 
 class MaskedConv2d(nn.Conv2d):
-    """Conv2d of weight * mask. `mask`: bool, (out, in / groups, kh, kw)."""
+    """Conv2d of weight * mask. `mask`: bool, (out, in / groups, kh, kw). `run24`: see Run24; evaluation is
+    always dense, so that switching costs one further graph, not two."""
 
     weight: nn.Parameter
     mask: Tensor
+    run24: Run24
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.weight * self.mask, self.bias)
+        weight = self.weight * self.mask
+        if self.training and self.run24 is not Run24.NOT:
+            return conv24(input, weight, self.bias, self.stride, self.run24 is Run24.TRANSPOSED)
+        return self._conv_forward(input, weight, self.bias)
 
 
 class MaskedLinear(nn.Linear):
-    """Linear of weight * mask. `mask`: bool, (out_features, in_features)."""
+    """Linear of weight * mask. `mask`: bool, (out_features, in_features). `run24`: as in MaskedConv2d."""
 
     weight: nn.Parameter
     mask: Tensor
+    run24: Run24
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight * self.mask, self.bias)
+        weight = self.weight * self.mask
+        if self.training and self.run24 is not Run24.NOT:
+            return linear24(input, weight, self.bias, self.run24 is Run24.TRANSPOSED)
+        return functional.linear(input, weight, self.bias)
 
 
 MaskedLayer = MaskedConv2d | MaskedLinear
@@ -76,6 +97,7 @@ def mask_layers(
         layer.register_buffer("mask", torch.ones_like(layer.weight, dtype=torch.bool, requires_grad=False))
         _become(layer, _MASKED[type(layer)])
         assert isinstance(layer, MaskedLayer)
+        layer.run24 = Run24.NOT  # from the beginning: compiled code looks at which attributes there are
         masked[name] = layer
     return masked
 
@@ -111,6 +133,7 @@ def to_plain(model: nn.Module) -> nn.Module:
         if isinstance(layer, MaskedLayer):
             layer.weight.detach().mul_(layer.mask)
             del layer.mask
+            vars(layer).pop("run24", None)
             _become(layer, _PLAIN[type(layer)])
     return plain
 

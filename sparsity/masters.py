@@ -28,8 +28,9 @@ class Masters(Protocol):
         """The whole master weight, of the parameter's shape. Under ZeRO-1/2 a collective: call it on every
         rank."""
 
-    def mask_(self, parameter: Parameter, keep: Tensor) -> None:
-        """Zero the dropped weights of master and parameter, and their optimizer state (momentum)."""
+    def mask_(self, keep: Mapping[Parameter, Tensor]) -> None:
+        """Zero the dropped weights of masters and parameters, and their optimizer state (momentum), by
+        keep-masks."""
 
     def reset_momentum_(self) -> None:
         """Zero the momentum of every parameter, masked or not."""
@@ -79,17 +80,24 @@ class TorchMasters:
     def weight(self, parameter: Parameter) -> Tensor:
         return parameter.detach()
 
-    def mask_(self, parameter: Parameter, keep: Tensor) -> None:
-        parameter.detach().mul_(keep)
-        for value in self.state(parameter).values():
-            value.mul_(keep)
+    def mask_(self, keep: Mapping[Parameter, Tensor]) -> None:
+        values, masks = [], []
+        for parameter, mask in keep.items():
+            for value in (parameter.detach(), *self.state(parameter).values()):
+                values.append(value)
+                masks.append(mask)
+        torch._foreach_mul_(values, masks)
 
     def reset_momentum_(self) -> None:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                for key, value in self.state(parameter).items():
-                    if key in MOMENTUM_KEYS:
-                        value.zero_()
+        momenta = [
+            value
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            for key, value in self.state(parameter).items()
+            if key in MOMENTUM_KEYS
+        ]
+        if momenta:
+            torch._foreach_zero_(momenta)
 
     def state(self, parameter: Parameter) -> dict[str, Tensor]:
         state = self.optimizer.state.get(parameter, {})
@@ -118,16 +126,25 @@ class ZeroMasters:
         # The compute weight is the gathered master unless it is of lower precision.
         return parameter.detach() if parameter.dtype == torch.float32 else self._gather(parameter, None)
 
-    def mask_(self, parameter: Parameter, keep: Tensor) -> None:
-        parameter.detach().mul_(keep)
-        for _, fragment, flat in self.fragments(parameter, keep):
-            fragment.mul_(flat)
+    def mask_(self, keep: Mapping[Parameter, Tensor]) -> None:
+        values, masks = [], []
+        for parameter, mask in keep.items():
+            values.append(parameter.detach())
+            masks.append(mask)
+            for _, fragment, flat in self.fragments(parameter, mask):
+                values.append(fragment)
+                masks.append(flat)
+        torch._foreach_mul_(values, masks)
 
     def reset_momentum_(self) -> None:
-        for parameter in self.engine.module.parameters():
-            for key, fragment, _ in self.fragments(parameter, parameter.detach()):
-                if key in MOMENTUM_KEYS:
-                    fragment.zero_()
+        momenta = [
+            fragment
+            for parameter in self.engine.module.parameters()
+            for key, fragment, _ in self.fragments(parameter, parameter.detach())
+            if key in MOMENTUM_KEYS
+        ]
+        if momenta:
+            torch._foreach_zero_(momenta)
 
     def state(self, parameter: Parameter) -> dict[str, Tensor]:
         # Keys of the flat partitions, which every rank has: one without a fragment takes part in the gathers.

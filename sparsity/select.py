@@ -3,7 +3,8 @@
 On a CPU by counting: the bit patterns of non-negative float32 numbers have the numbers' order, so a histogram
 of their upper 15 bits finds the bucket of the k-th largest, and a histogram of the lower 16 bits within that
 bucket the number itself. Two passes over memory, exact, several times faster than a selection over a copy of
-all. Elsewhere a selection over a copy is as good, and copies are cheap.
+all. On a GPU bit by bit, from the highest: how many values have at least these bits? 31 passes, 3 GB of reads
+for ResNet50, without waiting for the device until the end. Other types: a selection over a copy.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ class Kth(NamedTuple):
 
 def kth_largest(values: Sequence[Tensor], k: int) -> Kth:
     """The k-th largest of non-negative `values` together, 1 <= k <= their number. NaN is not supported."""
-    if all(part.dtype == torch.float32 and part.device.type == "cpu" for part in values):
-        return _by_counting(values, k)
+    if all(part.dtype == torch.float32 for part in values):
+        on_cpu = values[0].device.type == "cpu"
+        return _by_counting(values, k) if on_cpu else _by_bisection(values, k)
     flat = torch.cat([part.flatten() for part in values])
     value = flat.kthvalue(flat.numel() - k + 1).values
     above, equal = torch.stack([(flat > value).sum(), (flat == value).sum()]).tolist()
@@ -48,6 +50,23 @@ def _by_counting(values: Sequence[Tensor], k: int) -> Kth:
     low, above_within = _descend(lower, k - above)
     value = torch.tensor(shifted | low, dtype=torch.int32).view(torch.float32)
     return Kth(value.item(), above + above_within, int(lower[low]))
+
+
+def _by_bisection(values: Sequence[Tensor], k: int) -> Kth:
+    bits = [_dense(part).view(torch.int32) for part in values]
+    found = torch.zeros((), dtype=torch.int32, device=bits[0].device)
+    for bit in reversed(range(UPPER + LOWER)):
+        candidate = found | (1 << bit)
+        found = torch.where(_count([part >= candidate for part in bits]) >= k, candidate, found)
+    above, equal = _count([part > found for part in bits]), _count([part == found for part in bits])
+    value, *counts = torch.stack(
+        [found.view(torch.float32).double(), above.double(), equal.double()]
+    ).tolist()
+    return Kth(value, *map(int, counts))
+
+
+def _count(chosen: Sequence[Tensor]) -> Tensor:
+    return torch.stack([part.sum() for part in chosen]).sum()
 
 
 def _histogram(parts: Iterable[Tensor], size: int) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from data.loader import ImageInfo
-from sparsity import ACDC, NM, ModelFlops, count_flops
+from sparsity import ACDC, NM, ModelFlops, Transposable24, count_flops
 from trainer import checkpoint, ranks, run_dir
+from trainer.accelerate import why_not
 from trainer.classifier import Classifier
 from trainer.config import Config, SparsityConfig
 from trainer.engine import build_engine, deepspeed_config
@@ -47,6 +48,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
         acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
     with as_user_error("model"):
         flops = _count_flops(model, loaders.info)
+    why_not(config, device)  # what the recipe requires and the machine lacks is told now
     settings = deepspeed_config(config, device)
     branch = None
     if resumed is None and config.checkpoint is not None:
@@ -91,12 +93,12 @@ def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) 
         exclude=config.exclude,
         gradual=config.build_gradual(),
     )
-    if isinstance(pattern, NM):
+    if isinstance(pattern, NM | Transposable24):
         pattern(
             acdc.weights()
         )  # a layer whose weights do not divide is told now, not at the first compression
         if layers := pattern.straddling(acdc.weights()):
-            log.warning("%d:%d without hardware support in %s", pattern.n, pattern.m, ", ".join(layers))
+            log.warning("%s without hardware support in %s", pattern, ", ".join(layers))
     return acdc
 
 

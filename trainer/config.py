@@ -15,11 +15,13 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from sparsity.gradual import CubicSparsity
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, Rule, UniformMagnitude
 from sparsity.schedule import PhaseSchedule
+from sparsity.transposable import Transposable24, is_24
 from trainer.data_config import DataConfig, Section
 
 Scalar = bool | int | float | str
 _DURATION = re.compile(r"([1-9]\d*)(ep|st)")
 _NM = re.compile(r"(\d+):(\d+)")
+_TRANSPOSABLE = "2:4 transposable"
 
 
 def _check_duration(value: Any) -> Any:
@@ -102,7 +104,9 @@ class GradualConfig(Section):
 
 
 class SparsityConfig(Section):
-    pattern: str = Field(default="global", description="global, uniform, or N:M such as 2:4")
+    pattern: str = Field(
+        default="global", description=f"global, uniform, N:M such as 2:4, or {_TRANSPOSABLE}"
+    )
     target: float | None = Field(
         default=None, ge=0, lt=1, description="share of weights to drop; N:M needs none"
     )
@@ -113,6 +117,11 @@ class SparsityConfig(Section):
     exclude: list[str] = Field(default=[], description="patterns over layer names: which to leave dense")
     rule: Rule = Field(default="exact", description="how many weights stay: see sparsity.patterns")
     gradual: GradualConfig | None = Field(default=None, description="gradual magnitude pruning, not AC/DC")
+    accelerate: Literal["auto", "off", "require"] = Field(
+        default="auto",
+        description="2:4 kernels in compressed phases; auto: where they are measured to win; require: in "
+        "every layer that can, or an error",
+    )
     recompute_batch_norm: Duration | None = Field(
         default=None, description="after each compression, take BatchNorm statistics anew over so much data"
     )
@@ -125,8 +134,10 @@ class SparsityConfig(Section):
 
     @model_validator(mode="after")
     def _pattern_and_target(self) -> SparsityConfig:
-        self.build_pattern()
+        pattern = self.build_pattern()
         self.build_gradual()
+        if self.accelerate == "require" and not is_24(pattern):
+            raise ValueError(f"accelerate: require needs pattern 2:4 or {_TRANSPOSABLE}, not {self.pattern}")
         return self
 
     def build_pattern(self) -> Pattern:
@@ -136,12 +147,18 @@ class SparsityConfig(Section):
             if self.target is not None:
                 raise ValueError(f"pattern {self.pattern} has its sparsity in itself; leave target out")
             return NM(int(match[1]), int(match[2]), self.rule)
+        if self.pattern == _TRANSPOSABLE:
+            if self.target is not None or self.rule != "exact":
+                raise ValueError(f"pattern {self.pattern} has no target and no rule; leave them out")
+            return Transposable24()
         kinds: dict[str, Callable[[float, Rule], Pattern]] = {
             "global": GlobalMagnitude,
             "uniform": UniformMagnitude,
         }
         if self.pattern not in kinds:
-            raise ValueError(f"unknown pattern {self.pattern!r}; global, uniform, or N:M such as 2:4")
+            raise ValueError(
+                f"unknown pattern {self.pattern!r}; global, uniform, N:M such as 2:4, or {_TRANSPOSABLE}"
+            )
         if self.target is None:
             raise ValueError(f"pattern {self.pattern} needs a target, the share of weights to drop, e.g. 0.9")
         return kinds[self.pattern](self.target, self.rule)

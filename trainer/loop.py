@@ -10,6 +10,7 @@ for each epoch:
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from torch import nn
 from data.loader import Batch
 from sparsity import ACDC, ModelFlops, Sparsity, measure
 from trainer import checkpoint, ranks
+from trainer.accelerate import ImageShape, accelerate, as_records, choice_table, why_not
 from trainer.batch_norm import recompute_batch_norm
 from trainer.clock import Clock
 from trainer.config import Config, duration_steps
@@ -35,6 +37,8 @@ from trainer.optim import learning_rate, set_learning_rate
 from trainer.run_dir import DENSE_TWIN, SPARSE, RunDir
 from trainer.signals import StopRequest
 from trainer.state import Position, capture
+
+log = logging.getLogger(__name__)
 
 ASK_SECONDS = 3.0  # between ranks' questions whether one of them was told to stop
 
@@ -72,6 +76,7 @@ class Trainer:
         self._clock = Clock()
         self._rates: dict[str, float] = {}
         self._sparsity: tuple[int, Sparsity] | None = None
+        self._tuned = False
         self._stop_request = StopRequest()
         self._ask_steps = self._until_asked = 1
         self._asked_at = time.monotonic()
@@ -114,6 +119,8 @@ class Trainer:
             self.acdc.before_step()
             if position.step == 0 and self.acdc.actions.get(epoch) is not None:
                 self.after_compression(epoch)
+            if not self._tuned and self.acdc.phase.kind == "sparse":
+                self.accelerate()
             for _ in range(self.micro_batches):
                 totals += self.train_batch(batches)
             position.step += 1
@@ -148,6 +155,20 @@ class Trainer:
         if self.config.save.mask_history and ranks.is_main():
             self.run_dir.masks.mkdir(exist_ok=True)
             save_masks(self.run_dir.masks / f"epoch-{epoch:04}.npz", self.acdc.masks())
+
+    def accelerate(self) -> None:
+        """Choose the kernels of compressed phases, once a process; a resumed run keeps those it had."""
+        self._tuned = True
+        if (reason := why_not(self.config, self.device)) is not None:
+            if self.acdc.run24:
+                log.warning("2:4 kernels that ran before cannot run here: they need %s", reason)
+            self.acdc.accelerate({})
+        elif not self.acdc.run24:
+            shape = ImageShape.of(self.config, self.loaders.info.shape)
+            choices = accelerate(self.config, self.acdc, self.device, shape)
+            if self.monitor:
+                self.run_dir.write_kernels(as_records(choices))
+                self.monitor.screen.console.print(choice_table(choices))
 
     def train_batch(self, batches: Iterator[Batch]) -> torch.Tensor:
         images, labels = self._clock.next_of(batches)

@@ -1,0 +1,197 @@
+"""2:4 execution in a run: tuned at its first compressed step, kept for later runs, shown as a table."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from data.places import data_home
+from sparsity import ACDC, Transposable24, count_flops
+from sparsity.autotune24 import Shape24, Tuned, candidates, measure24
+from sparsity.layers import Run24
+from sparsity.semi_structured import DTYPES, lacking
+from sparsity.transposable import is_24
+from trainer import ranks
+from trainer.checkpoint import write_text
+from trainer.config import Config
+from trainer.data_config import ImageNetData
+from trainer.engine import precision
+from trainer.errors import EnvironmentLacks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """A masked layer: how it runs in compressed phases, its shape and timing, or why it was not measured."""
+
+    layer: str
+    run24: Run24
+    shape: Shape24 | None = None
+    tuned: Tuned | None = None
+    reason: str = ""
+
+
+def why_not(config: Config, device: torch.device) -> str | None:
+    """Why this run uses no 2:4 kernels, or None. Raises EnvironmentLacks where the recipe requires them."""
+    setting = config.sparsity.accelerate
+    if setting == "off" or not is_24(config.sparsity.build_pattern()):
+        return "not asked for"  # a recipe that requires them has a 2:4 pattern, see trainer.config
+    missing = lacking(device)
+    if missing is None and precision(config, device) not in DTYPES:
+        missing = "bf16: engine.precision=bf16"
+    if missing is not None and setting == "require":
+        raise EnvironmentLacks(
+            f"sparsity.accelerate=require: 2:4 execution needs {missing}; with auto the run goes on with "
+            "masked dense layers"
+        )
+    return missing
+
+
+def accelerate(config: Config, acdc: ACDC, device: torch.device, images: ImageShape) -> list[LayerChoice]:
+    """Tune on rank 0, tell the layers on every rank; what was chosen and why. Call it in a sparse phase."""
+    dtype = precision(config, device)
+    choices = ranks.on_main(lambda: _choose(config, acdc, device, dtype, images))
+    acdc.accelerate({choice.layer: choice.run24 for choice in choices})
+    return choices
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """What a step sees. sides: of the square images that are trained on; empty: as `shape` says. batch:
+    images of a step on one device."""
+
+    shape: tuple[int, int, int]
+    sides: tuple[int, ...]
+    batch: int
+
+    @classmethod
+    def of(cls, config: Config, shape: tuple[int, int, int]) -> ImageShape:
+        data = config.data
+        sides = tuple(side for _, side in data.sizes) if isinstance(data, ImageNetData) else ()
+        return cls(shape, sides, data.batch_size // (ranks.world_size() * config.engine.accumulation_steps))
+
+    def positions(self, model: torch.nn.Module) -> dict[str, list[int]]:
+        """Layer -> its output positions for one image, of every size."""
+        found: dict[str, list[int]] = {}
+        for shape in [(self.shape[0], side, side) for side in self.sides] or [self.shape]:
+            for layer in count_flops(model, shape).layers:
+                found.setdefault(layer.name, []).append(layer.positions)
+        return found
+
+
+def _choose(
+    config: Config, acdc: ACDC, device: torch.device, dtype: torch.dtype, images: ImageShape
+) -> list[LayerChoice]:
+    shapes, reasons = candidates(acdc.layers, images.positions(acdc.model), images.batch)
+    transposable = isinstance(acdc.pattern, Transposable24)
+    cache = TuningCache(data_home() / "kernels24.json", device, dtype, transposable)
+    required = config.sparsity.accelerate == "require"
+    for unknown in sorted(set(shapes.values()) - cache.known.keys()):
+        cache.known[unknown] = measure24(unknown, dtype, device, transposable)
+    cache.write()
+    choices = []
+    for name in acdc.layers:
+        shape = shapes.get(name)
+        tuned = None if shape is None else cache.known[shape]
+        run24 = Run24.NOT if tuned is None else tuned.choose(required)
+        choices.append(LayerChoice(name, run24, shape, tuned, reasons.get(name, "")))
+    return choices
+
+
+class TuningCache:
+    """What was measured on this kind of device before, in a JSON file. A damaged file is measured anew."""
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype, transposable: bool) -> None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "reference"
+        library = torch.backends.cusparselt.version()
+        kind = "transposable" if transposable else "row-wise"
+        self.path, self._key = (
+            path,
+            f"{name}, torch {torch.__version__}, cuSPARSELt {library}, {dtype}, {kind}",
+        )
+        try:
+            self._all: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            entries = self._all.get(self._key, {})
+            self.known = {_shape(text): Tuned.of(values) for text, values in entries.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self._all, self.known = {}, {}
+
+    def write(self) -> None:
+        entries = {"x".join(map(str, shape)): tuned.as_dict() for shape, tuned in self.known.items()}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps({**self._all, self._key: entries}, indent=1))
+        except OSError as error:
+            log.warning("2:4 timings are not kept for later runs: %s", error)
+
+
+def _shape(text: str) -> Shape24:
+    return Shape24(*map(int, text.split("x")))
+
+
+def as_records(choices: list[LayerChoice]) -> list[dict[str, Any]]:
+    """For JSON."""
+    return [
+        {
+            "layer": choice.layer,
+            "choice": choice.run24.value,
+            "shape": None if choice.shape is None else choice.shape._asdict(),
+            "microseconds": None if choice.tuned is None else asdict(choice.tuned),
+            "reason": choice.reason,
+        }
+        for choice in choices
+    ]
+
+
+def choice_table(choices: list[LayerChoice]) -> Table:
+    """Layer, shape, dense and sparse microseconds, choice; a line for each group of equal layers."""
+    table = Table(title="2:4 execution in compressed phases")
+    for column in ("layer", "rows x in x out", "dense µs", "2:4 µs", "choice"):
+        table.add_column(column, justify="right" if "µs" in column else "left")
+    for choice in choices:
+        if choice.tuned is None or choice.shape is None:
+            table.add_row(choice.layer, "", "", "", f"dense: {choice.reason}")
+            continue
+        forward, gradient = choice.tuned.forward, choice.tuned.gradient
+        dense, sparse = [_us(forward.dense)], [_us(forward.sparse)]
+        if gradient is not None:
+            dense, sparse = [*dense, _us(gradient.dense)], [*sparse, _us(gradient.sparse)]
+        shape = " x ".join(f"{size:,}" for size in choice.shape)
+        table.add_row(choice.layer, shape, " + ".join(dense), " + ".join(sparse), _verdict(choice, forward))
+    return table
+
+
+def _verdict(choice: LayerChoice, forward: Any) -> str:
+    if forward.failure is not None:
+        return f"dense: {forward.failure}"
+    if not forward.right:
+        return f"dense: 2:4 is off by {forward.error:.3f}"
+    return choice.run24.value
+
+
+def _us(microseconds: float | None) -> str:
+    return "-" if microseconds is None else f"{microseconds:,.1f}"
+
+
+def gain(choices: list[LayerChoice]) -> Mapping[str, float]:
+    """Microseconds a step of the measured kernels, all dense and as chosen: what 2:4 saves at most."""
+    dense = chosen = 0.0
+    for choice in choices:
+        if choice.tuned is None:
+            continue
+        for timing, sparse in (
+            (choice.tuned.forward, choice.run24 is not Run24.NOT),
+            (choice.tuned.gradient, choice.run24 is Run24.TRANSPOSED),
+        ):
+            if timing is not None:
+                dense += timing.dense
+                chosen += timing.sparse if sparse and timing.sparse is not None else timing.dense
+    return {"dense_us": dense, "chosen_us": chosen}
