@@ -103,6 +103,9 @@ def build_engine(
     if config.engine.zero_stage == 0:
         # Not earlier: initialize() refuses such weights. Not for ZeRO-1/2: its flat masters undo it.
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if ranks.world_size() == 1 and config.engine.zero_stage == 0:
+        # DeepSpeed 0.19.8 sums over one rank, too: it copies all gradients, out of channels_last and back
+        engine.enable_backward_allreduce = False
     if should_compile(config, device):
         if device.type == "cuda":
             # torch 2.13 loses channels_last in some backward graphs (pytorch#189239)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from data.places import data_home
 from trainer.errors import EnvironmentLacks, Failure
+from trainer.host_memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -59,6 +60,7 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", 1))))
     if not dist.is_initialized():

@@ -84,7 +84,10 @@ def test_resolved_configuration_loads_again(tmp_path):
         ("sparsity.target=1.0", "sparsity.target: should be less than 1, not 1.0"),
         ("sparsity.target=null", "sparsity: pattern global needs a target"),
         ("sparsity.pattern=2:4", "sparsity: pattern 2:4 has its sparsity in itself; leave target out"),
-        ("sparsity.pattern=magnitude", "unknown pattern 'magnitude'; global, uniform, N:M such as 2:4, or 2:4 transposable"),
+        (
+            "sparsity.pattern=magnitude",
+            "unknown pattern 'magnitude'; global, uniform, N:M such as 2:4, or 2:4 transposable",
+        ),
         ("sparsity.schedule=dense 2; sparse 10", "unexpected ';'"),
         ("sparsity.schedule=dense 2, sparse 9", "fills 11 epochs, but epochs is 14"),
         ("lr.warmup_epochs=14", "lr.warmup_epochs is 14, not below epochs, 14"),

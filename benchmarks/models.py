@@ -1,0 +1,136 @@
+"""The networks that benchmarks run: a recipe each, and the same model with stock layers for comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.cifar import CIFAR10, CIFAR100, PIXELS
+from data.loader import Batch
+from sparsity import PhaseSchedule
+from trainer.classifier import Classifier
+from trainer.config import Config
+from trainer.engine import precision
+from trainer.export import build_model, describe_model
+from trainer.load import load_config
+from trainer.loop import Trainer
+
+
+@dataclass(frozen=True)
+class Network:
+    """recipe: under configs/. cpu_batch, gpu_batch: images of a step. overrides: of the recipe, besides."""
+
+    recipe: str
+    cpu_batch: int
+    gpu_batch: int
+    overrides: tuple[str, ...] = ()
+
+    def batch(self, device: torch.device) -> int:
+        return self.gpu_batch if device.type == "cuda" else self.cpu_batch
+
+
+NETWORKS = {
+    "resnet50": Network("imagenet/resnet50_90", 32, 256),
+    "mobilenetv1": Network("imagenet/mobilenetv1_90", 32, 512),
+    "wrn-28-10": Network("cifar100/wide_resnet_dense13_90", 32, 512),
+    "resnet20": Network("cifar10/memorisation_90", 128, 1024),
+}
+
+
+def short_run(
+    network: Network, folder: Path, schedule: str, batch: int, steps: int, *overrides: str
+) -> Config:
+    """The network's recipe with epochs of `steps` steps, over `schedule`, with noise for images; `overrides`
+    come last."""
+    options = [
+        f"run_root={folder / 'runs'}",
+        f"epochs={PhaseSchedule.parse(schedule).num_epochs}",
+        f"sparsity.schedule={schedule}",
+        "lr={kind: constant}",
+        f"steps_per_epoch={steps}",
+        f"data.batch_size={batch}",
+        f"data.eval_batch_size={batch}",
+        "save.every=1000ep",
+        "log.every=1000ep",
+    ]
+    if network.recipe.startswith("imagenet"):
+        options += ["data.backend=synthetic"]
+    else:
+        options += [f"data.root={_noise_of(network, folder, steps * batch)}"]
+        if "memorisation" in network.recipe:
+            options += ["data.random_labels=0", "data.crop_padding=4", "data.flip=true"]
+    return load_config(network.recipe, [*options, *network.overrides, *overrides])
+
+
+def one_batch(trainer: Trainer) -> Batch:
+    """A training batch that stays: what a step costs beside the data."""
+    images, labels = next(trainer.loaders.train.epoch(0))
+    return Batch(images.clone(memory_format=torch.channels_last), labels.clone())
+
+
+class Stock:
+    """The same model with stock layers, in a plain PyTorch loop: compiled, channels_last, fused SGD."""
+
+    def __init__(self, config: Config, trainer: Trainer, device: torch.device, compiled: bool = True) -> None:
+        torch.manual_seed(config.seed)
+        info = trainer.loaders.info
+        model = build_model(describe_model(config, info))
+        self.module: Any = Classifier(model, info.mean, info.std).to(device)
+        self.module.to(memory_format=torch.channels_last)
+        settings = config.optimizer
+        self.optimizer = torch.optim.SGD(
+            self.module.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+            fused=True,
+        )
+        dtype = precision(config, device)
+        self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        if compiled:
+            self.module.compile(dynamic=False)
+
+    def step(self, batch: Batch) -> Tensor:
+        with self.autocast:
+            loss, _ = self.module(*batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+
+class Ours:
+    """A trainer's own step: masks, DeepSpeed engine and all."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def step(self, batch: Batch) -> Tensor:
+        return self.steps(iter([batch]))
+
+    def steps(self, batches: Iterator[Batch]) -> Tensor:
+        self.trainer.acdc.before_step()
+        return self.trainer.train_batch(batches)
+
+
+def _noise_of(network: Network, folder: Path, num_images: int) -> Path:
+    """CIFAR's binary files with noise in them: as many images as an epoch needs, a few for testing."""
+    variant = CIFAR100 if "cifar100" in network.recipe else CIFAR10
+    root = folder / variant.binary_folder
+    root.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for names, count in ((variant.binary["train"], num_images), (variant.binary["test"], 16)):
+        for name in names:
+            shape = (math.ceil(count / len(names)), variant.label_bytes + PIXELS)
+            records = random.integers(0, 256, shape, dtype=np.uint8)
+            records[:, : variant.label_bytes] %= variant.num_classes
+            (root / name).write_bytes(records.tobytes())
+    return folder
