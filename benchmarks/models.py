@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -82,8 +81,9 @@ class Stock:
         torch.manual_seed(config.seed)
         info = trainer.loaders.info
         model = build_model(describe_model(config, info))
-        self.module: Any = Classifier(model, info.mean, info.std).to(device)
-        self.module.to(memory_format=torch.channels_last)
+        self.module = Classifier(model, info.mean, info.std)
+        self.module.to(device)
+        self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         settings = config.optimizer
         self.optimizer = torch.optim.SGD(
             self.module.parameters(),

@@ -23,7 +23,7 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(turns + 1):
         # the order alternates, so that none always follows the same other
-        for name in list(contenders) if turn % 2 else reversed(contenders):
+        for name in sorted(contenders, reverse=turn % 2 == 0):
             _wait_for(device)
             begin = time.perf_counter()
             for _ in range(steps):

@@ -3,7 +3,7 @@
 One operator, acdc::mm24, compresses the masked weight and multiplies, in the forward pass of every step:
 weights change with every step, and what compressing costs belongs to the choice between kernels. On a GPU it
 runs cuSPARSELt (bf16, fp16); elsewhere a reference that packs, unpacks and multiplies: the same meaning, no
-gain.
+gain. For inference the weight is compressed once: see compress24 and sparsity.inference24.
 
     forward           rows @ weight.T            sparse
     input gradient    grad @ weight              sparse where the mask is transposable, else dense
@@ -17,25 +17,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsity.packed24 import pack24, unpack24
+from sparsity.packed24 import Packed24, pack24, unpack24
 
 TILE = 16  # cuSPARSELt: rows and columns of a bf16 weight are multiples of it
 ROWS = 8  # and the rows of the other operand of this
 DTYPES = (torch.bfloat16, torch.float16)
 
 
+def compress24(weight: Tensor) -> Tensor:
+    """(M, K), 2:4 along K, as one tensor that matmul24 takes on this device: cuSPARSELt's layout on a GPU,
+    values and places side by side in the reference."""
+    if weight.device.type == "cuda":
+        return torch._cslt_compress(weight.contiguous())
+    packed = pack24(weight)
+    return torch.cat([packed.values, packed.places.to(weight.dtype)], 1)
+
+
+@torch.library.custom_op("acdc::matmul24", mutates_args=())
+def matmul24(rows: Tensor, compressed: Tensor, outputs: int) -> Tensor:
+    """rows: (R, K). compressed: of compress24, for `outputs` rows of weight. Returns (R, outputs); no
+    gradient."""
+    values, places = torch.split(compressed, [rows.shape[1] // 2, rows.shape[1] // 8], 1)
+    return rows @ unpack24(Packed24(values, places.to(torch.uint8))).t()
+
+
+@matmul24.register_kernel("cuda")
+def _(rows: Tensor, compressed: Tensor, outputs: int) -> Tensor:
+    return torch._cslt_sparse_mm(compressed, rows.contiguous().t(), transpose_result=True)
+
+
+@matmul24.register_fake
+def _(rows: Tensor, compressed: Tensor, outputs: int) -> Tensor:
+    return rows.new_empty(rows.shape[0], outputs)
+
+
 @torch.library.custom_op("acdc::mm24", mutates_args=())
 def mm24(rows: Tensor, weight: Tensor, sparse_backward: bool) -> Tensor:
     """rows: (R, K). weight: (M, K), 2:4 along K. Returns (R, M). sparse_backward: the weight is 2:4 along M,
     too, and the gradient of the rows uses that."""
-    packed = unpack24(pack24(weight))
-    return rows @ packed.t()
-
-
-@mm24.register_kernel("cuda")
-def _(rows: Tensor, weight: Tensor, sparse_backward: bool) -> Tensor:
-    compressed = torch._cslt_compress(weight.contiguous())
-    return torch._cslt_sparse_mm(compressed, rows.contiguous().t(), transpose_result=True)
+    return matmul24(rows, compress24(weight), weight.shape[0])
 
 
 @mm24.register_fake

@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "path", metavar="PATH", help="a run folder (its sparse model), or a checkpoint folder in it"
     )
-    sub.add_argument("--format", choices=["onnx", "safetensors", "torch"], default="onnx")
+    sub.add_argument("--format", choices=["onnx", "safetensors", "sparse24", "torch"], default="onnx")
     sub.add_argument("--out", metavar="FILE", help="default: named after the model, in the current folder")
     prepare = subparsers.add_parser("prepare", help="Store a data set in another form.")
     kinds = prepare.add_subparsers(required=True, metavar="WHAT")

@@ -123,7 +123,7 @@ def _import_checkpoint(path: Path, out: Path, arch: str | None) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write a saved model as ONNX, safetensors or a torch state_dict."""
+    """Write a saved model as ONNX, safetensors, packed 2:4 or a torch state_dict."""
     from trainer.export import find_model, load_model
     from trainer.formats import FORMATS, export_model
 
@@ -171,7 +171,17 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
-BENCHMARKS = {"data": "benchmarks.data_pipeline"}
+BENCHMARKS = {
+    "compare": "benchmarks.compare",
+    "compilation": "benchmarks.compilation",
+    "data": "benchmarks.data_pipeline",
+    "infer": "benchmarks.inference",
+    "kernels24": "benchmarks.kernels24",
+    "overhead": "benchmarks.overhead",
+    "peers": "benchmarks.peers",
+    "phase_switch": "benchmarks.phase_switch",
+    "throughput": "benchmarks.throughput",
+}
 
 
 def bench(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Saved models in formats that other programs read: ONNX, safetensors, a torch state_dict.
+"""Saved models in formats that other programs read: ONNX, safetensors, a torch state_dict; and packed 2:4.
 
 A model is exported plain: no masks, no wrappers, dropped weights 0. Its input are normalised images, float32
 (batch, channels, height, width); mean and standard deviation travel in the file's metadata where it has any.
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from trainer.sparse24_file import export_sparse24
 
 OPSET = 18
 
@@ -66,10 +68,15 @@ def export_torch(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
     torch.save(model.state_dict(), path)
 
 
+def _sparse24(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
+    export_sparse24(model, _metadata(info), path)
+
+
 # name -> (what writes it, suffix)
 FORMATS: dict[str, tuple[Callable[[nn.Module, Mapping[str, Any], Path], None], str]] = {
     "onnx": (export_onnx, ".onnx"),
     "safetensors": (export_safetensors, ".safetensors"),
+    "sparse24": (_sparse24, ".sparse24.safetensors"),
     "torch": (export_torch, ".pth"),
 }
 

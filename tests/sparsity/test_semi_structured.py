@@ -1,4 +1,4 @@
-"""2:4 execution against masked dense layers: values, gradients, graphs, training; by the reference, on a CPU."""
+"""2:4 execution against masked dense layers: values, gradients, graphs, training; by the CPU reference."""
 
 import copy
 

@@ -1,0 +1,102 @@
+"""Everything that needs a GPU, in one command and within 9 minutes: tests/gpu and all benchmarks.
+
+No network: what is not installed is left out, and said. Records go to benchmarks/results/gpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.record import RESULTS
+
+BUDGET = 8.5 * 60  # seconds for all
+
+
+@dataclass(frozen=True)
+class Part:
+    """needs: packages. least: seconds that it is worth beginning with; most: when it is stopped."""
+
+    name: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...]
+    least: int
+    most: int
+
+
+TRAINER = ("deepspeed", "pydantic", "rich")
+PARTS = (
+    Part("tests", ("pytest", "-q", "tests/gpu"), ("pytest",), 20, 120),
+    Part("kernels24", ("benchmarks.kernels24",), (), 20, 90),
+    Part("phase_switch", ("benchmarks.phase_switch",), TRAINER, 30, 90),
+    Part("throughput", ("benchmarks.throughput", "resnet50"), TRAINER, 40, 120),
+    Part(
+        "throughput24",
+        ("benchmarks.throughput", "resnet50", "--pattern", "2:4 transposable", "--images", "0"),
+        TRAINER,
+        40,
+        120,
+    ),
+    Part("overhead", ("benchmarks.overhead",), TRAINER, 60, 150),
+    Part("compilation", ("benchmarks.compilation", "resnet50"), TRAINER, 60, 120),
+    Part("peers", ("benchmarks.peers", "resnet50"), (*TRAINER, "nvidia.dali"), 40, 120),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make gpu-check", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu", metavar="FOLDER")
+    options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu-check: left out, torch sees no GPU on this machine")
+        return 0
+    print(f"gpu-check on {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    begin, outcomes = time.monotonic(), []
+    for part in PARTS:
+        left = BUDGET - (time.monotonic() - begin)
+        outcomes.append((part.name, *run(part, left, options.out)))
+    table = Table(title="gpu-check")
+    for column in ("part", "seconds", "outcome"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    for name, seconds, outcome in outcomes:
+        table.add_row(name, f"{seconds:.0f}", outcome)
+    Console().print(table)
+    return int(any(outcome.startswith("failed") for *_, outcome in outcomes))
+
+
+def run(part: Part, left: float, out: Path) -> tuple[float, str]:
+    """(seconds, "passed", "failed: why" or "left out: why"). left: seconds of the budget."""
+    if missing := [package for package in part.needs if not _installed(package)]:
+        return 0, f"left out: {', '.join(missing)} not installed"
+    if left < part.least:
+        return 0, f"left out: {left:.0f} s are left of the time for all"
+    command = [sys.executable, "-m", *part.command]
+    if part.command[0] != "pytest":
+        command += ["--out", str(out / f"{part.name}.json")]
+    begin = time.monotonic()
+    try:
+        code = subprocess.run(command, timeout=min(left, part.most), check=False).returncode
+    except subprocess.TimeoutExpired:
+        return time.monotonic() - begin, "failed: stopped, it took too long"
+    return time.monotonic() - begin, "passed" if code == 0 else f"failed: exit code {code}"
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""Inference of a saved 2:4 model: dense against 2:4 kernels with weights compressed once, chosen by layer.
+
+Both are compiled and channels_last, in bf16 on a GPU; they take turns. Every layer's choice is measured and
+compared with dense; the whole model's answers are compared, too. Without such kernels the reference runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.record import RESULTS, show_spread, spread, write_record
+from benchmarks.turns import ratios, take_turns
+from sparsity import count_flops
+from sparsity.autotune24 import MARGIN, TOLERANCE, median_seconds
+from sparsity.inference24 import pack_layers, packable
+from sparsity.semi_structured import ROWS, compress24, lacking, matmul24
+from trainer import ranks
+from trainer.errors import Failure, UserError
+from trainer.export import find_model, load_model
+from trainer.progress import progress
+from trainer.sparse24_file import packed_share
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="acdc bench infer", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("path", metavar="PATH", help="a run folder, or a checkpoint folder in it")
+    add = partial(parser.add_argument, metavar="N", type=int)
+    add("--batch", help="images; default: 256 on a GPU, 32 on a CPU")
+    add("--turns", default=9, help="of each; default: 9")
+    add("--steps", default=5, help="batches in a turn; default: 5")
+    parser.add_argument("--all", action="store_true", help="2:4 in every layer that can, faster or not")
+    parser.add_argument("--out", type=Path, default=RESULTS / "inference.json", metavar="FILE")
+    options = parser.parse_args()
+    try:
+        model, info = load_model(find_model(Path(options.path).expanduser()))
+    except Failure as failure:
+        parser.error(str(failure))
+    device = ranks.start()
+    try:
+        record = measure(model, info["model"], device, options)
+    except UserError as error:
+        parser.error(str(error))
+    show(record)
+    write_record(options.out, {"device": str(device), "reference": lacking(device) is not None, **record})
+    return 0
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, described: dict[str, Any], device: torch.device, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Layers chosen, images per second of both, their ratio, and how far answers differ."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    batch = options.batch or (256 if device.type == "cuda" else 32)
+    shape = tuple(described["input_shape"])
+    dense: Any = model.eval().to(device=device, dtype=dtype)
+    dense.to(memory_format=torch.channels_last)
+    positions = {layer.name: layer.positions for layer in count_flops(model.float(), shape).layers}
+    dense.to(dtype)
+    names = [name for name in packable(dense) if positions[name] * batch % ROWS == 0]
+    if not names:
+        raise UserError("no layer of this model is 2:4; train with sparsity.pattern=2:4 sparsity.target=null")
+    layers = dict(dense.named_modules())
+    kernels = {name: _layer(layers[name].weight.flatten(1), positions[name] * batch) for name in names}
+    chosen = [name for name, kernel in kernels.items() if kernel["right"] and (options.all or kernel["wins"])]
+    sparse = copy.deepcopy(dense)
+    pack_layers(sparse, chosen, dtype)
+    images = torch.randn(batch, *shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    expected, found = dense(images).float(), sparse(images).float()
+    share = packed_share(model.float().cpu()) if device.type == "cpu" else None
+    for network in (dense, sparse):
+        network.compile(dynamic=False)
+    with progress("turns") as on_progress:
+        seconds = take_turns(
+            {"dense": lambda: dense(images), "2:4": lambda: sparse(images)},
+            options.turns,
+            options.steps,
+            device,
+            lambda turn: on_progress(turn, options.turns),
+        )
+    return {
+        "batch": batch,
+        "kernels": kernels,
+        "chosen": chosen,
+        "images_per_second": {who: spread([batch / s for s in values]) for who, values in seconds.items()},
+        "ours_over_dense": ratios(seconds["dense"], seconds["2:4"]),
+        "largest_difference": ((expected - found).abs().max() / expected.abs().max()).item(),
+        "same_answer": (expected.argmax(1) == found.argmax(1)).float().mean().item(),
+        "packed_bytes_share": share,
+    }
+
+
+def _layer(weight: Tensor, num_rows: int) -> dict[str, Any]:
+    """Microseconds of a layer's product, dense and with the weight compressed before."""
+    rows = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    compressed, outputs = compress24(weight), weight.shape[0]
+    expected, found = functional.linear(rows, weight).float(), matmul24(rows, compressed, outputs).float()
+    error = ((expected - found).abs().max() / expected.abs().max()).item()
+    dense = 1e6 * median_seconds(lambda: functional.linear(rows, weight))
+    sparse = 1e6 * median_seconds(lambda: matmul24(rows, compressed, outputs))
+    right = error <= TOLERANCE
+    wins = right and sparse < MARGIN * dense
+    return {
+        "shape": [num_rows, *weight.shape],
+        "dense": dense,
+        "sparse": sparse,
+        "right": right,
+        "wins": wins,
+    }
+
+
+def show(record: dict[str, Any]) -> None:
+    table = Table(title="inference")
+    for column in ("layer", "rows x out x in", "dense µs", "2:4 µs", "choice"):
+        table.add_column(column, justify="right" if "µs" in column else "left")
+    for name, kernel in record["kernels"].items():
+        choice = "2:4" if name in record["chosen"] else "dense"
+        shape = " x ".join(f"{size:,}" for size in kernel["shape"])
+        table.add_row(name, shape, f"{kernel['dense']:,.1f}", f"{kernel['sparse']:,.1f}", choice)
+    console = Console(highlight=False)
+    console.print(table)
+    for who, rate in record["images_per_second"].items():
+        console.print(f"{who}: {show_spread(rate)} images/s")
+    console.print(f"2:4 over dense: {show_spread(record['ours_over_dense'], 3)}")
+    same, difference = record["same_answer"], record["largest_difference"]
+    console.print(
+        f"same answer: {100 * same:.1f} %; logits differ by at most {difference:.1e} of the largest"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

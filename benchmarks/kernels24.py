@@ -1,0 +1,130 @@
+"""2:4 against dense kernels, by layer shape: ResNet50, WRN-28-10, and the MLPs of ViT-B and ViT-L.
+
+Forward with compressing, as a training step runs it; input gradient where masks are transposable. 3 x 3
+convolutions are measured as the GEMMs they would be after im2col, without the copy that im2col needs: if the
+GEMM alone does not win, nothing does. Without such kernels the reference is measured, for a few rows: it
+shows that the table works, not how fast anything is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from benchmarks.record import RESULTS, write_record
+from sparsity import count_flops
+from sparsity.autotune24 import Shape24, measure24
+from sparsity.semi_structured import DTYPES, ROWS, TILE, lacking
+from trainer import ranks
+from trainer.models import get_model
+from trainer.progress import progress
+
+VIT = {"ViT-B": 768, "ViT-L": 1024}  # width; the MLP is four times as wide, 197 tokens an image
+NETWORKS = {
+    "resnet50": ("resnet50", 1000, (3, 224, 224), 256),
+    "wrn-28-10": ("wide_resnet28_10", 100, (3, 32, 32), 256),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="acdc bench kernels24", description=(__doc__ or "").splitlines()[0])
+    add = partial(parser.add_argument, metavar="N", type=int)
+    add("--batch", help="images; default: 256, ViT 128")
+    add("--most", default=0, help="shapes of each network at most; default: all")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kernels24.json", metavar="FILE")
+    options = parser.parse_args()
+    device = ranks.start()
+    missing = lacking(device)
+    if missing is not None:
+        print(
+            f"no 2:4 kernels on this machine: they need {missing}. The reference is measured, 64 rows each."
+        )
+    shapes = [entry for name in NETWORKS for entry in _network(name, options.batch)]
+    shapes += [entry for name in VIT for entry in _vit(name, options.batch)]
+    if options.most:
+        shapes = [entry for name in (*NETWORKS, *VIT) for entry in _of(shapes, name)[: options.most]]
+    rows = []
+    with progress("shapes") as on_progress:
+        for done, (network, layer, shape) in enumerate(shapes):
+            measured = shape if missing is None else shape._replace(rows=64)
+            dtype = DTYPES[0] if missing is None else torch.float32
+            tuned = measure24(measured, dtype, device, transposable=True)
+            rows.append({"network": network, "layer": layer, "shape": measured._asdict(), **tuned.as_dict()})
+            on_progress(done + 1, len(shapes))
+    show(rows, missing is None)
+    write_record(options.out, {"device": str(device), "reference": missing is not None, "kernels": rows})
+    return 0
+
+
+def _of(shapes: list[tuple[str, str, Shape24]], network: str) -> list[tuple[str, str, Shape24]]:
+    return [entry for entry in shapes if entry[0] == network]
+
+
+def _network(name: str, batch: int | None) -> list[tuple[str, str, Shape24]]:
+    """(network, first layer of it, shape) of the distinct shapes that the hardware takes."""
+    model_name, num_classes, image, usual = NETWORKS[name]
+    model = get_model(model_name, num_classes)
+    layers = dict(model.named_modules())
+    found: dict[Shape24, str] = {}
+    for layer in count_flops(model, image).layers:
+        module = layers[layer.name]
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        outputs, inputs = module.weight.shape[0], module.weight[0].numel()
+        shape = Shape24(layer.positions * (batch or usual), inputs, outputs)
+        if not (inputs % TILE or outputs % TILE or shape.rows % ROWS):
+            kernel = "x".join(map(str, getattr(module, "kernel_size", ())))
+            found.setdefault(shape, f"{layer.name} {kernel}".strip())
+    return [(name, layer, shape) for shape, layer in found.items()]
+
+
+def _vit(name: str, batch: int | None) -> list[tuple[str, str, Shape24]]:
+    width, rows = VIT[name], 197 * (batch or 128)
+    return [
+        (name, "mlp.fc1", Shape24(rows, width, 4 * width)),
+        (name, "mlp.fc2", Shape24(rows, 4 * width, width)),
+    ]
+
+
+def show(rows: list[dict[str, Any]], real: bool) -> None:
+    table = Table(title="2:4 against dense" + ("" if real else ": the reference, not a kernel"))
+    for column in (
+        "network",
+        "layer",
+        "rows x in x out",
+        "dense µs",
+        "2:4 µs",
+        "gain",
+        "gradient gain",
+        "choice",
+    ):
+        right = "µs" in column or "gain" in column
+        table.add_column(column, justify="right" if right else "left")
+    for row in rows:
+        forward, gradient = row["forward"], row["gradient"]
+        gains = [_gain(timing) for timing in (forward, gradient)]
+        shape = " x ".join(f"{size:,}" for size in row["shape"].values())
+        sparse = "-" if forward["sparse"] is None else f"{forward['sparse']:,.1f}"
+        choice = _choice(row)
+        table.add_row(row["network"], row["layer"], shape, f"{forward['dense']:,.1f}", sparse, *gains, choice)
+    Console().print(table)
+
+
+def _gain(timing: dict[str, Any]) -> str:
+    return "-" if not timing["sparse"] else f"{timing['dense'] / timing['sparse']:.2f}x"
+
+
+def _choice(row: dict[str, Any]) -> str:
+    from sparsity.autotune24 import Tuned
+
+    return Tuned.of(row).choose().value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,144 @@
+"""What a phase switch costs: compress, decompress, and recompilations over eight phases.
+
+Times are of the whole action on the live trainer: finding the threshold, masks, weights, momentum. Beside
+them stands the time that a copy of the same bytes takes: the physical limit of anything that reads and writes
+all weights once. The second table counts graphs; 2:4 kernels are switched on and off as if they had won
+everywhere (on a CPU their reference runs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.models import NETWORKS, Ours, one_batch, short_run
+from benchmarks.record import RESULTS, show_spread, spread, write_record
+from sparsity import Run24
+from sparsity.semi_structured import unfit
+from trainer import ranks
+from trainer.build import build_trainer
+from trainer.engine import num_graphs
+from trainer.evaluate import evaluate
+from trainer.progress import progress
+
+PATTERNS = {
+    "global 90 %": [],
+    "uniform 90 %": ["sparsity.pattern=uniform"],
+    "2:4": ["sparsity.pattern=2:4", "sparsity.target=null"],
+    "2:4 transposable": ["sparsity.pattern=2:4 transposable", "sparsity.target=null"],
+}
+PHASES = "(dense 1, sparse 1) x4"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="acdc bench phase_switch", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("network", nargs="?", default="resnet50", choices=NETWORKS, metavar="NETWORK")
+    add = partial(parser.add_argument, metavar="N", type=int)
+    add("--repeats", default=9, help="of each action; default: 9")
+    parser.add_argument("--no-graphs", action="store_true", help="leave the counting of graphs out")
+    parser.add_argument("--out", type=Path, default=RESULTS / "phase_switch.json", metavar="FILE")
+    options = parser.parse_args()
+    device = ranks.start()
+    times = {name: measure(options.network, name, options.repeats, device) for name in PATTERNS}
+    graphs = {} if options.no_graphs else count_graphs(device)
+    show(times, graphs)
+    write_record(
+        options.out, {"network": options.network, "device": str(device), "seconds": times, "graphs": graphs}
+    )
+    return 0
+
+
+def measure(network: str, pattern: str, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Seconds of compressing and decompressing, and of a copy of all weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = ["engine.compile=false", *PATTERNS[pattern]]
+        config = short_run(NETWORKS[network], Path(folder), "dense 1, sparse 1", 8, 2, *overrides)
+        trainer = build_trainer(config, device)
+        try:
+            acdc, masters = trainer.acdc, trainer.acdc.weights()
+            Ours(trainer).step(one_batch(trainer))  # momentum exists from now on
+            actions: dict[str, Callable[[], Any]] = {
+                "compress": lambda: acdc.compress(acdc.pattern),
+                "decompress": acdc.decompress,
+                "copy": lambda: [weight.clone() for weight in masters.values()],
+            }
+            seconds: dict[str, list[float]] = {name: [] for name in actions}
+            for repeat in range(repeats + 1):  # the first warms up
+                for name, action in actions.items():
+                    elapsed = _seconds(action, device)
+                    if repeat:
+                        seconds[name].append(elapsed)
+        finally:
+            trainer.close()
+    num_weights = sum(weight.numel() for weight in masters.values())
+    return {"num_weights": num_weights, **{name: spread(values) for name, values in seconds.items()}}
+
+
+def _seconds(action: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def count_graphs(device: torch.device) -> dict[str, list[int]]:
+    """Graphs compiled by the end of each of eight phases, an evaluation in each."""
+    counted = {}
+    for name, pattern in (("masked", "global 90 %"), ("2:4 on and off", "2:4 transposable")):
+        torch._dynamo.reset()
+        with tempfile.TemporaryDirectory() as folder, progress(f"{name}, phases") as on_progress:
+            overrides = ["model.arguments={width: 0.25}", "data.image_size=64", *PATTERNS[pattern]]
+            config = short_run(NETWORKS["mobilenetv1"], Path(folder), PHASES, 8, 3, *overrides)
+            trainer = build_trainer(config, device)
+            try:
+                counted[name] = _train_phases(trainer, name != "masked", device, on_progress)
+            finally:
+                trainer.close()
+    return counted
+
+
+def _train_phases(trainer: Any, use24: bool, device: torch.device, on_progress: Any) -> list[int]:
+    ours, batch, before, graphs = Ours(trainer), one_batch(trainer), num_graphs(), []
+    if use24:
+        layers = trainer.acdc.layers
+        fit = [name for name, layer in layers.items() if unfit(layer, 8) is None]
+        trainer.acdc.accelerate(dict.fromkeys(fit, Run24.TRANSPOSED))
+    for epoch in range(trainer.config.epochs):
+        for _ in range(trainer.steps_per_epoch):
+            ours.step(batch)
+        evaluate(trainer.engine, trainer.loaders.test, device, epoch)
+        graphs.append(num_graphs() - before)
+        on_progress(epoch + 1, trainer.config.epochs)
+    return graphs
+
+
+def show(times: dict[str, Any], graphs: dict[str, list[int]]) -> None:
+    table = Table(title="a phase switch, milliseconds")
+    for column in ("pattern", "weights", "compress", "decompress", "copy of the weights"):
+        table.add_column(column, justify="left" if column == "pattern" else "right")
+    for pattern, result in times.items():
+        actions = ("compress", "decompress", "copy")
+        shown = [show_spread({k: 1000 * v for k, v in result[action].items()}) for action in actions]
+        table.add_row(pattern, f"{result['num_weights']:,}", *shown)
+    console = Console()
+    console.print(table)
+    for name, counts in graphs.items():
+        console.print(f"graphs by the end of each phase, {name}: {counts}", highlight=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
