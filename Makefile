@@ -2,12 +2,13 @@
 # make test     set up, then run the tests
 # make setup    the set-up alone: .venv with pinned dependencies
 # make lint     ruff and mypy
+# make gpu-check  what needs a GPU: tests and all benchmarks, within 9 minutes, with what is installed
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup train test lint claims clean
+.PHONY: setup train test lint claims gpu-check clean
 setup: $(INSTALLED)
 
 $(INSTALLED): setup.py
@@ -30,6 +31,9 @@ lint: setup
 
 claims: setup
 	$(BIN)/python -m benchmarks.quickstart
+
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

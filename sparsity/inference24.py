@@ -43,7 +43,7 @@ def _as_linear(layer: nn.Conv2d) -> nn.Linear:
     linear = nn.Linear(layer.in_channels, layer.out_channels, layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(layer.weight.detach().flatten(1))
     if layer.bias is not None:
-        linear.bias = layer.bias
+        linear.bias = nn.Parameter(layer.bias.detach())
     return linear
 
 

@@ -175,6 +175,7 @@ BENCHMARKS = {
     "compare": "benchmarks.compare",
     "compilation": "benchmarks.compilation",
     "data": "benchmarks.data_pipeline",
+    "host_memory": "benchmarks.host_memory",
     "infer": "benchmarks.inference",
     "kernels24": "benchmarks.kernels24",
     "overhead": "benchmarks.overhead",

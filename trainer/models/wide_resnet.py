@@ -11,13 +11,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.models.dropout import Dropout
+
 
 class WideBlock(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int, dropout: float) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_planes)
         self.conv1 = nn.Conv2d(in_planes, planes, 3, padding=1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1)
         self.shortcut = nn.Sequential()
