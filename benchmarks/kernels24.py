@@ -22,7 +22,6 @@ from benchmarks.record import RESULTS, write_record
 from sparsity import count_flops
 from sparsity.autotune24 import Shape24, measure24
 from sparsity.semi_structured import DTYPES, ROWS, TILE, lacking
-from trainer import ranks
 from trainer.models import get_model
 from trainer.progress import progress
 
@@ -40,7 +39,7 @@ def main() -> int:
     add("--most", default=0, help="shapes of each network at most; default: all")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels24.json", metavar="FILE")
     options = parser.parse_args()
-    device = ranks.start()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     missing = lacking(device)
     if missing is not None:
         print(

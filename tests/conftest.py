@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: these tests compare bits, on the CPU
+if "ACDC_TEST_GPU" not in os.environ:  # make gpu-check sets it, for tests/gpu
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the others compare bits, on the CPU
 
 import numpy as np
 import pytest
