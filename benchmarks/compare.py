@@ -12,12 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import console
 from trainer.errors import UserError
 
-HIGH = ("images_per", "flops", "utilisation", "ours_over", "dali_over", "loader_alone", "top1")
+HIGH = (
+    "images_per",
+    "flops",
+    "utilisation",
+    "ours_over",
+    "dali_over",
+    "loader_alone",
+    "top1",
+    "layers_on_24",
+)
 LOW = (
     "seconds",
     "ms_per",
@@ -45,9 +54,9 @@ def main() -> int:
     except UserError as error:
         parser.error(str(error))
     machines = [(record["environment"]["cpu"], record["environment"]["gpus"]) for record in (before, after)]
-    console = Console()
+    screen = console()
     if machines[0] != machines[1]:
-        console.print(f"other machines: {machines[0]} before, {machines[1]} after", style="yellow")
+        screen.print(f"other machines: {machines[0]} before, {machines[1]} after", style="yellow")
     changes = compare(before, after, options.tolerance)
     if not changes:
         parser.error(f"{options.before} and {options.after} have no figure in common")
@@ -57,9 +66,9 @@ def main() -> int:
     for name, old, new, verdict in changes:
         change = f"{100 * (new / old - 1):+.1f} %" if old else "-"
         table.add_row(name, f"{old:,.4g}", f"{new:,.4g}", change, verdict)
-    console.print(table)
+    screen.print(table)
     worse = sum(verdict == "worse" for *_, verdict in changes)
-    console.print(f"{worse} of {len(changes)} figures are worse by more than {options.tolerance:.0%}")
+    screen.print(f"{worse} of {len(changes)} figures are worse by more than {options.tolerance:.0%}")
     return 1 if worse else 0
 
 

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from benchmarks.models import NETWORKS
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import RESULTS, console, write_record
 from data.loader import Batch
 
 WAYS = ("uncompiled", "blocks", "whole")
@@ -58,7 +57,7 @@ def main() -> int:
             print(
                 f"{network}, {way}: first step {cold['first']:.1f} s, later {cold['step']:.2f} s", flush=True
             )
-    Console().print(table)
+    console().print(table)
     write_record(options.out, {"compilation": results})
     return 0
 

@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import RESULTS, show_spread, spread, write_record
+from benchmarks.record import RESULTS, console, show_spread, spread, write_record
 from data import fashion_mnist
 from data.crops import CropStream
 from data.dali_files import DaliFileLoader
@@ -171,13 +170,13 @@ def show(measured: dict[str, Any], trained: dict[str, Any]) -> None:
     for name in ("dali", "torch"):
         rates = (measured[name][key] for key in ("images_per_second", "images_per_cpu_second"))
         table.add_row(name, *map(show_spread, rates))
-    console = Console(highlight=False)
-    console.print(table)
+    screen = console()
+    screen.print(table)
     ratio = show_spread(measured["dali_over_torch_per_cpu_second"], 2)
-    console.print(f"DALI over torch, per CPU-second: {ratio}; median (least to greatest) of the repeats")
+    screen.print(f"DALI over torch, per CPU-second: {ratio}; median (least to greatest) of the repeats")
     for name, figures in trained.items():
         wait, rate = 100 * figures["data_wait"], figures["images_per_second"]
-        console.print(f"training {name}: waits for data {wait:.2f} % of the time, {rate:.1f} images/s")
+        screen.print(f"training {name}: waits for data {wait:.2f} % of the time, {rate:.1f} images/s")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.models import NETWORKS, Ours, one_batch, short_run
-from benchmarks.record import RESULTS, show_spread, spread, write_record
+from benchmarks.record import RESULTS, console, show_spread, spread, write_record
 
 WAYS = ("given back", "kept")
 
@@ -50,7 +49,7 @@ def main() -> int:
         for way, result in ways.items():
             faults, memory = f"{result['faults']:,.0f}", f"{result['memory_gb']:.1f}"
             table.add_row(name, way, show_spread(result["ms_per_step"]), faults, memory)
-    Console().print(table)
+    console().print(table)
     write_record(options.out, {"host_memory": results})
     return 0
 

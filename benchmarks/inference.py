@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.record import RESULTS, show_spread, spread, write_record
+from benchmarks.record import RESULTS, console, show_spread, spread, write_record
 from benchmarks.turns import ratios, take_turns
 from sparsity import count_flops
 from sparsity.autotune24 import MARGIN, TOLERANCE, median_seconds
 from sparsity.inference24 import pack_layers, packable
 from sparsity.semi_structured import ROWS, compress24, lacking, matmul24
 from trainer import ranks
-from trainer.errors import Failure, UserError
+from trainer.errors import UserError, as_user_error
 from trainer.export import find_model, load_model
 from trainer.progress import progress
 from trainer.sparse24_file import packed_share
@@ -41,12 +40,10 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="2:4 in every layer that can, faster or not")
     parser.add_argument("--out", type=Path, default=RESULTS / "inference.json", metavar="FILE")
     options = parser.parse_args()
-    try:
-        model, info = load_model(find_model(Path(options.path).expanduser()))
-    except Failure as failure:
-        parser.error(str(failure))
     device = ranks.start()
     try:
+        with as_user_error("infer"):
+            model, info = load_model(find_model(Path(options.path).expanduser()))
         record = measure(model, info["model"], device, options)
     except UserError as error:
         parser.error(str(error))
@@ -67,7 +64,7 @@ def measure(
     dense.to(memory_format=torch.channels_last)
     positions = {layer.name: layer.positions for layer in count_flops(model.float(), shape).layers}
     dense.to(dtype)
-    names = [name for name in packable(dense) if positions[name] * batch % ROWS == 0]
+    names = [name for name in packable(dense) if name in positions and positions[name] * batch % ROWS == 0]
     if not names:
         raise UserError("no layer of this model is 2:4; train with sparsity.pattern=2:4 sparsity.target=null")
     layers = dict(dense.named_modules())
@@ -127,15 +124,13 @@ def show(record: dict[str, Any]) -> None:
         choice = "2:4" if name in record["chosen"] else "dense"
         shape = " x ".join(f"{size:,}" for size in kernel["shape"])
         table.add_row(name, shape, f"{kernel['dense']:,.1f}", f"{kernel['sparse']:,.1f}", choice)
-    console = Console(highlight=False)
-    console.print(table)
+    screen = console()
+    screen.print(table)
     for who, rate in record["images_per_second"].items():
-        console.print(f"{who}: {show_spread(rate)} images/s")
-    console.print(f"2:4 over dense: {show_spread(record['ours_over_dense'], 3)}")
+        screen.print(f"{who}: {show_spread(rate)} images/s")
+    screen.print(f"2:4 over dense: {show_spread(record['ours_over_dense'], 3)}")
     same, difference = record["same_answer"], record["largest_difference"]
-    console.print(
-        f"same answer: {100 * same:.1f} %; logits differ by at most {difference:.1e} of the largest"
-    )
+    screen.print(f"same answer: {100 * same:.1f} %; logits differ by at most {difference:.1e} of the largest")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import RESULTS, console, write_record
 from sparsity import count_flops
 from sparsity.autotune24 import Shape24, measure24
 from sparsity.semi_structured import DTYPES, ROWS, TILE, lacking
@@ -112,7 +111,7 @@ def show(rows: list[dict[str, Any]], real: bool) -> None:
         sparse = "-" if forward["sparse"] is None else f"{forward['sparse']:,.1f}"
         choice = _choice(row)
         table.add_row(row["network"], row["layer"], shape, f"{forward['dense']:,.1f}", sparse, *gains, choice)
-    Console().print(table)
+    console().print(table)
 
 
 def _gain(timing: dict[str, Any]) -> str:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.models import NETWORKS, Ours, Stock, one_batch, short_run
-from benchmarks.record import RESULTS, show_spread, spread, write_record
+from benchmarks.record import RESULTS, console, show_spread, spread, write_record
 from benchmarks.turns import ratios, take_turns
 from trainer import ranks
 from trainer.build import build_trainer
@@ -76,7 +75,7 @@ def show(results: dict[str, Any]) -> None:
     for name, result in results.items():
         steps = (show_spread(result["ms_per_step"][who]) for who in ("ours", "stock"))
         table.add_row(name, str(result["batch"]), *steps, show_spread(result["ratio"], 3))
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import RESULTS, show_spread, spread, write_record
+from benchmarks.record import RESULTS, console, show_spread, spread, write_record
 from trainer.progress import progress
 
 BARS = {"resnet50": 1.15, "mobilenetv1": 1.3, "wrn-28-10": 1.2, "resnet20": 1.2}
@@ -52,8 +51,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         if network.recipe.startswith("imagenet"):
             make_tree(folder / "images", options.images)
         steps = options.steps * (options.turns + 1)
-        workers = [_Worker(who, name, folder, steps) for who in CONTENDERS]
         batch = network.batch(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if network.recipe.startswith("imagenet") and options.images < batch:
+            raise SystemExit(f"--images {options.images}: a batch has {batch}")
+        workers = [_Worker(who, name, folder, steps) for who in CONTENDERS]
         seconds: dict[str, list[float]] = {who: [] for who in CONTENDERS}
         with progress(f"{name}, turns") as on_progress:
             for turn in range(options.turns + 1):  # the first warms up, and compiles
@@ -80,7 +81,10 @@ class _Worker:
     def run(self, steps: int) -> float:
         """Seconds of so many steps."""
         print(steps, file=self._pipe(self._process.stdin), flush=True)
-        return float(self._pipe(self._process.stdout).readline().removeprefix("seconds "))
+        answer = self._pipe(self._process.stdout).readline()
+        if not answer:
+            raise SystemExit(f"{self.who} ended with exit code {self._process.wait()}: see above")
+        return float(answer.removeprefix("seconds "))
 
     def end(self) -> None:
         self._pipe(self._process.stdin).close()
@@ -99,7 +103,7 @@ def show(results: dict[str, Any]) -> None:
         rates = (show_spread(result["images_per_second"][who]) for who in CONTENDERS)
         ratio = show_spread(result["ours_over_peer"], 2)
         table.add_row(name, str(result["batch"]), *rates, ratio, str(result["bar"]))
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

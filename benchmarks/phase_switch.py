@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.models import NETWORKS, Ours, one_batch, short_run
-from benchmarks.record import RESULTS, show_spread, spread, write_record
+from benchmarks.record import RESULTS, console, show_spread, spread, write_record
 from sparsity import Run24
 from sparsity.semi_structured import unfit
 from trainer import ranks
@@ -134,10 +133,10 @@ def show(times: dict[str, Any], graphs: dict[str, list[int]]) -> None:
         actions = ("compress", "decompress", "copy")
         shown = [show_spread({k: 1000 * v for k, v in result[action].items()}) for action in actions]
         table.add_row(pattern, f"{result['num_weights']:,}", *shown)
-    console = Console()
-    console.print(table)
+    screen = console()
+    screen.print(table)
     for name, counts in graphs.items():
-        console.print(f"graphs by the end of each phase, {name}: {counts}", highlight=False)
+        screen.print(f"graphs by the end of each phase, {name}: {counts}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from trainer.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,6 +24,12 @@ def show_spread(values: dict[str, float], digits: int = 1) -> str:
     """ "12.3 (11.9 to 12.8)" """
     median, low, high = (f"{values[key]:,.{digits}f}" for key in ("median", "min", "max"))
     return f"{median} ({low} to {high})"
+
+
+def console() -> Console:
+    """As wide as the terminal, and wide enough for tables elsewhere."""
+    screen = Console(highlight=False)
+    return screen if screen.is_terminal else Console(highlight=False, width=140)
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:

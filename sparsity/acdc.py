@@ -17,6 +17,7 @@ The algorithm, in the words that the code uses:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,9 +28,12 @@ from torch import Tensor, nn
 from sparsity.gradual import CubicSparsity
 from sparsity.layers import Run24, mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
+from sparsity.packed24 import fits_24
 from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import relative_mask_difference
+
+log = logging.getLogger(__name__)
 
 
 class ACDC:
@@ -81,7 +85,10 @@ class ACDC:
     @property
     def phase(self) -> Phase:
         """The phase of the optimizer step begun last; before the first step, the first phase."""
-        epoch = max(self.step - 1, 0) // self.steps_per_epoch
+        return self._phase_after(self.step)
+
+    def _phase_after(self, steps: int) -> Phase:
+        epoch = max(steps - 1, 0) // self.steps_per_epoch
         return self.schedule.phase_at(min(epoch, self.schedule.num_epochs - 1))
 
     def before_step(self) -> None:
@@ -133,8 +140,24 @@ class ACDC:
         self._run24(self.step > 0 and self.phase.kind == "sparse")
 
     def _run24(self, compressed: bool) -> None:
+        chosen = self._runnable() if compressed else {}
         for name, layer in self.layers.items():
-            layer.run24 = self.run24.get(name, Run24.NOT) if compressed else Run24.NOT
+            layer.run24 = chosen.get(name, Run24.NOT)
+
+    def _runnable(self) -> dict[str, Run24]:
+        """self.run24 as far as the masks in force allow: those of another pattern may be (a run resumed with
+        one) what a kernel would read wrongly."""
+        if not self.run24:
+            return {}
+        masks = [self.layers[name].mask.flatten(1) for name in self.run24]
+        fits = torch.stack([torch.stack([fits_24(mask), fits_24(mask.t())]) for mask in masks]).tolist()
+        allowed = {}
+        for (name, how), (forward, transposed) in zip(self.run24.items(), fits, strict=True):
+            if not forward:
+                log.warning("layer %s runs dense: its mask is not 2:4", name)
+                continue
+            allowed[name] = how if transposed else Run24.FORWARD
+        return allowed
 
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> boolean keep-mask, of the weight's shape. The live buffers: clone to keep."""
@@ -163,27 +186,32 @@ class ACDC:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where state_dict() was taken, once the model's own state_dict is loaded too.
 
-        Raises ValueError when this schedule has another phase at that step than the one the masks belong to,
-        or other steps per epoch. A schedule that differs only later is fine.
+        Raises what check_state raises, before anything is changed.
         """
-        if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise ValueError(
-                f"the saved run had {state['steps_per_epoch']} steps per epoch, this one has "
-                f"{self.steps_per_epoch}: its phases would shift; use the same data and batch size"
-            )
-        before, self.step = self.step, int(state["step"])
-        if self.phase.kind != state["phase"]:
-            now, self.step = self.phase, before
-            raise ValueError(
-                f"the run was saved in a {state['phase']} phase at step {state['step']}, where the schedule "
-                f"{str(self.schedule)!r} has {now}; use the schedule it was started with"
-            )
+        self.check_state(state)
+        self.step = int(state["step"])
         self.mask_difference = state["mask_difference"]
         layers = self.layers
         self._previous = {
             name: mask.to(layers[name].mask.device) for name, mask in state["previous_masks"].items()
         }
-        self.accelerate({name: Run24(how) for name, how in state["run24"].items()})
+        self.accelerate({name: Run24(how) for name, how in state.get("run24", {}).items()})
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Whether load_state_dict can take the state. Raises ValueError when this schedule has another phase
+        at that step than the one the masks belong to, or other steps per epoch. A schedule that differs only
+        later is fine."""
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"the saved run had {state['steps_per_epoch']} steps per epoch, this one has "
+                f"{self.steps_per_epoch}: its phases would shift; use the same data and batch size"
+            )
+        now = self._phase_after(int(state["step"]))
+        if now.kind != state["phase"]:
+            raise ValueError(
+                f"the run was saved in a {state['phase']} phase at step {state['step']}, where the schedule "
+                f"{str(self.schedule)!r} has {now}; use the schedule it was started with"
+            )
 
     def start_at(self, epoch: int, masks: Mapping[str, Tensor]) -> None:
         """Stand at the beginning of `epoch` of this schedule, with weights that another run trained till

@@ -88,7 +88,10 @@ def candidates(
     """
     shapes, reasons = {}, {}
     for name, layer in layers.items():
-        counts = sorted(positions[name])
+        counts = sorted(positions.get(name, ()))
+        if not counts:
+            reasons[name] = "not run in a forward pass"
+            continue
         why = next(filter(None, (unfit(layer, count * images) for count in counts)), None)
         if why is not None:
             reasons[name] = why
@@ -105,7 +108,8 @@ def measure24(
     transposable: bool,
     seconds: Callable[[Callable[[], Any]], float] | None = None,
 ) -> Tuned:
-    """Measure one shape with random operands. seconds: what times a call; for tests."""
+    """Measure one shape with random operands. seconds: what times a call; for tests. Raises
+    torch.OutOfMemoryError where there is no room for them."""
     random = torch.Generator(device).manual_seed(0)
     rows = torch.randn(shape.rows, shape.inputs, device=device, generator=random).to(dtype)
     grad = torch.randn(shape.rows, shape.outputs, device=device, generator=random).to(dtype)
@@ -128,6 +132,8 @@ def _compare(
         found = sparse().float()
         error = ((found - expected).abs().max() / expected.abs().max()).item()
         return Timing(dense_us, 1e6 * seconds(sparse), error)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as failure:  # a kernel that does not take this shape
         return Timing(dense_us, None, None, str(failure).partition("\n")[0])
 

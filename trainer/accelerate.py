@@ -94,9 +94,18 @@ def _choose(
     transposable = isinstance(acdc.pattern, Transposable24)
     cache = TuningCache(data_home() / "kernels24.json", device, dtype, transposable)
     required = config.sparsity.accelerate == "require"
+    torch.cuda.empty_cache()  # training holds most of the memory
     for unknown in sorted(set(shapes.values()) - cache.known.keys()):
-        cache.known[unknown] = measure24(unknown, dtype, device, transposable)
+        try:
+            cache.known[unknown] = measure24(unknown, dtype, device, transposable)
+        except torch.OutOfMemoryError:
+            crowded = [name for name, shape in shapes.items() if shape == unknown]
+            reasons.update(dict.fromkeys(crowded, "no memory left to measure it"))
+            shapes = {name: shape for name, shape in shapes.items() if name not in crowded}
+    torch.cuda.empty_cache()
     cache.write()
+    if required:
+        _check_required(shapes, reasons, cache.known)
     choices = []
     for name in acdc.layers:
         shape = shapes.get(name)
@@ -104,6 +113,23 @@ def _choose(
         run24 = Run24.NOT if tuned is None else tuned.choose(required)
         choices.append(LayerChoice(name, run24, shape, tuned, reasons.get(name, "")))
     return choices
+
+
+def _check_required(
+    shapes: Mapping[str, Shape24], reasons: Mapping[str, str], known: Mapping[Shape24, Tuned]
+) -> None:
+    """Raises EnvironmentLacks where no layer can run 2:4 kernels, or one that should cannot."""
+    failed = {
+        name: known[shape].forward.failure or "its results are wrong"
+        for name, shape in shapes.items()
+        if not known[shape].forward.right
+    }
+    if failed or not shapes:
+        name, why = next(iter((failed or reasons).items()))
+        raise EnvironmentLacks(
+            f"sparsity.accelerate=require: {len(failed) or len(reasons)} layers cannot run 2:4 kernels, "
+            f"{name} first: {why}; with auto they run masked dense"
+        )
 
 
 class TuningCache:

@@ -69,7 +69,10 @@ def export_torch(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
 
 
 def _sparse24(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
-    export_sparse24(model, _metadata(info), path)
+    try:
+        export_sparse24(model, _metadata(info), path)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"safetensors are missing: pip install safetensors ({error})") from error
 
 
 # name -> (what writes it, suffix)

@@ -69,8 +69,9 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader) -
     _check_same_model(model.state_dict(), state["model"])
     _check_optimizer(model, state["optimizer"])
     _check_same_data(state["data"], loader.fingerprint())
-    acdc.load_state_dict(state["acdc"])
+    acdc.check_state(state["acdc"])
     model.load_state_dict(state["model"])
+    acdc.load_state_dict(state["acdc"])
     masters = masters_of(engine)
     for name, parameter in model.named_parameters():
         masters.load_(parameter, state["model"][name].to(parameter.device), state["optimizer"][name])
@@ -87,6 +88,7 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader) -
             name: sum(part["buffers"][name] for part in parts) / len(parts) for name in parts[0]["buffers"]
         }
         model.load_state_dict(statistics, strict=False)
+        acdc.accelerate({})  # chosen for another share of the batch
         if ranks.is_main():
             position.totals = [
                 sum(column) for column in zip(*(part["totals"] for part in parts), strict=True)

@@ -74,6 +74,8 @@ def test_real_times_are_measured():
 def test_candidates_fit_at_every_size():
     net = nn.Sequential(nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 48, 1), nn.Linear(48, 10))
     layers = mask_layers(net)
+    net.append(nn.Linear(16, 16))  # which nothing runs
+    layers |= mask_layers(net, include=["4"])
     positions = {"0": [64, 36], "1": [64, 36], "2": [64, 9], "3": [1, 1]}
     shapes, reasons = candidates(layers, positions, images=2)
     assert shapes == {"0": Shape24(128, 16, 32)}
@@ -81,4 +83,5 @@ def test_candidates_fit_at_every_size():
         "1": "3x3 kernel",
         "2": "18 rows are no multiple of 8",
         "3": "10x48 is no multiple of 16",
+        "4": "not run in a forward pass",
     }

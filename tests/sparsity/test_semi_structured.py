@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from sparsity import ACDC, NM, MaskedConv2d, MaskedLinear, PhaseSchedule, Run24, Transposable24, mask_layers
+from sparsity import (
+    ACDC,
+    NM,
+    GlobalMagnitude,
+    MaskedConv2d,
+    MaskedLinear,
+    PhaseSchedule,
+    Run24,
+    Transposable24,
+    mask_layers,
+)
 from sparsity.packed24 import is_24, pack24, unpack24
 from sparsity.semi_structured import conv24, lacking, linear24, mm24, unfit
 
@@ -199,3 +209,24 @@ def test_export_forgets_how_layers_ran():
     plain = acdc.export()
     assert not any(hasattr(layer, "run24") for layer in plain.modules())
     assert not any(isinstance(layer, MaskedConv2d | MaskedLinear) for layer in plain.modules())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (GlobalMagnitude(0.3), {}),
+        (NM(2, 4), dict.fromkeys(RUN, Run24.FORWARD)),
+        (Transposable24(), RUN),
+    ],
+)
+def test_masks_of_another_pattern_run_no_kernel_that_misreads_them(pattern, expected, caplog):
+    """As where a run goes on, within a sparse phase, with another pattern than it began with."""
+    net = Net()
+    acdc, optimizer = make(net, "sparse 2", {})
+    acdc.pattern = pattern
+    acdc.actions[0] = pattern
+    train(net, acdc, optimizer, 4)
+    acdc.accelerate(RUN)
+    running = {name: layer.run24 for name, layer in acdc.layers.items() if layer.run24 is not Run24.NOT}
+    assert running == expected
+    assert ("its mask is not 2:4" in caplog.text) == (not expected)

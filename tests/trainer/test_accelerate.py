@@ -118,3 +118,29 @@ def test_the_gain_counts_what_was_chosen():
         accelerate.LayerChoice("d", Run24.NOT, reason="3x3 kernel"),
     ]
     assert accelerate.gain(choices) == {"dense_us": 24.0, "chosen_us": 3.0 + 6.0 + 8.0}
+
+
+def test_require_is_an_error_where_a_kernel_fails(tiny_data, tmp_path, able, monkeypatch, capsys):
+    broken = Tuned(Timing(2.0, None, None, "no kernel image"))
+    monkeypatch.setattr(accelerate, "measure24", lambda *arguments: broken)
+    wanted = [*options(setting="require"), "engine.precision=bf16"]
+    assert main(tiny(tiny_data, tmp_path / "runs", *wanted)) == 3
+    error = capsys.readouterr().err
+    assert "layers cannot run 2:4 kernels" in error
+    assert "no kernel image; with auto they run masked dense" in error
+    auto = [*options(), "engine.precision=bf16"]
+    run = run_here(tiny_data, tmp_path / "auto", *auto)
+    assert final_state(run)["acdc"]["run24"] == {}
+    assert "dense: no kernel image" in capsys.readouterr().out
+
+
+def test_no_memory_to_measure_is_no_end(tiny_data, tmp_path, able, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(accelerate, "measure24", full)
+    run = run_here(tiny_data, tmp_path / "runs", *options(), "engine.precision=bf16")
+    assert final_state(run)["acdc"]["run24"] == {}
+    assert "no memory left to measure it" in (run / "kernels24.json").read_text()
+    kept = json.loads((tmp_path / "home" / "kernels24.json").read_text())
+    assert all(not entries for entries in kept.values())  # another run tries again

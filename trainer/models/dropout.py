@@ -18,7 +18,7 @@ class Dropout(nn.Dropout):
     generator repeat it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or input.device.type != "cpu":
+        if not self.training or self.p in (0, 1) or input.device.type != "cpu":
             return super().forward(input)
         seed = torch.randint(_SEEDS, (), dtype=torch.int32)
         keep = uniform_bits(input.shape, seed) >= int(self.p * 2**31)

@@ -1,0 +1,119 @@
+"""Every benchmark runs, in small, uncompiled: what it prints and records, not how fast anything is."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, inference, kernels24, overhead, phase_switch, throughput
+from tests.trainer.runs import run_here
+from trainer.cli import main as acdc_command
+from trainer.sparse24_file import read_sparse24
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled():
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+def run(benchmark, monkeypatch, tmp_path, *arguments):
+    """Its record."""
+    out = tmp_path / "record.json"
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--out", str(out)])
+    assert benchmark.main() == 0
+    record = json.loads(out.read_text())
+    assert {"cpu", "packages", "revision", "command"} <= record["environment"].keys()
+    return record
+
+
+def test_overhead(monkeypatch, tmp_path, capsys):
+    small = ["resnet20", "--batch", "8", "--turns", "2", "--steps", "1"]
+    result = run(overhead, monkeypatch, tmp_path, *small)["overhead"]["resnet20"]
+    assert result["ratio"]["min"] <= result["ratio"]["median"] <= result["ratio"]["max"]
+    assert "ours / stock" in capsys.readouterr().out
+
+
+def test_throughput(monkeypatch, tmp_path, capsys):
+    small = ["resnet20", "--batch", "8", "--steps", "3", "--warmup", "1", "--images", "0"]
+    results = run(throughput, monkeypatch, tmp_path, *small)["throughput"]
+    assert [(result["phase"], result["data"]) for result in results] == [
+        ("dense", "noise"),
+        ("compressed", "noise"),
+    ]
+    for result in results:
+        assert result["executed_flops"] == result["dense_equivalent_flops"] > 0
+        assert 0 < result["step_p50"] <= result["step_p95"]
+        assert 0 <= result["data_wait"] < 1
+    assert "of peak" in capsys.readouterr().out
+
+
+def test_phase_switch(monkeypatch, tmp_path):
+    record = run(phase_switch, monkeypatch, tmp_path, "resnet20", "--repeats", "2", "--no-graphs")
+    assert set(record["seconds"]) == {"global 90 %", "uniform 90 %", "2:4", "2:4 transposable"}
+    for result in record["seconds"].values():
+        assert result["num_weights"] == 268_336
+        assert result["compress"]["median"] > 0
+
+
+def test_kernels24(monkeypatch, tmp_path, capsys):
+    record = run(kernels24, monkeypatch, tmp_path, "--most", "1")
+    assert record["reference"]
+    assert [row["network"] for row in record["kernels"]] == ["resnet50", "wrn-28-10", "ViT-B", "ViT-L"]
+    assert all(row["forward"]["error"] < 1e-5 for row in record["kernels"])
+    assert "no 2:4 kernels on this machine" in capsys.readouterr().out
+
+
+def test_inference_of_a_24_model(monkeypatch, tmp_path, tiny_data, capsys):
+    model = ["model.name=mobilenetv1", "model.arguments={width: 0.25}"]
+    pruned = [
+        "sparsity.pattern=2:4",
+        "sparsity.target=null",
+        "epochs=2",
+        "sparsity.schedule=dense 1, sparse 1",
+    ]
+    trained = run_here(tiny_data, tmp_path / "runs", *model, *pruned)
+    small = [str(trained), "--batch", "8", "--turns", "1", "--steps", "1", "--all"]
+    record = run(inference, monkeypatch, tmp_path, *small)
+    assert record["chosen"]
+    assert record["same_answer"] == 1
+    assert record["largest_difference"] < 1e-4
+    assert record["packed_bytes_share"] < 0.8
+    out = tmp_path / "packed.safetensors"
+    assert acdc_command(["export", str(trained), "--format", "sparse24", "--out", str(out)]) == 0
+    assert any(name.endswith("weight") for name in read_sparse24(out))
+
+
+def test_inference_and_export_of_a_model_that_is_not(monkeypatch, tmp_path, tiny_data, capsys):
+    trained = run_here(
+        tiny_data, tmp_path / "runs", "epochs=2", "sparsity.schedule=dense 1, sparse 1", "sparsity.target=0.3"
+    )
+    for path in (str(trained), str(tmp_path / "nowhere")):
+        monkeypatch.setattr(sys, "argv", ["bench", path])
+        with pytest.raises(SystemExit) as stopped:
+            inference.main()
+        assert stopped.value.code == 2
+    assert acdc_command(["export", str(trained), "--format", "sparse24", "--out", str(tmp_path / "a")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("no layer") == 2
+    assert "Traceback" not in error
+
+
+def test_gpu_check_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu-check"])
+    assert gpu_check.main() == 0
+    assert "left out, torch sees no GPU" in capsys.readouterr().out
+
+
+def test_gpu_check_leaves_out_what_is_not_there(tmp_path):
+    missing = gpu_check.Part("x", ("benchmarks.x",), ("torch", "nowhere.at.all"), 1, 1)
+    assert gpu_check.run(missing, 100, tmp_path) == (0, "left out: nowhere.at.all not installed")
+    late = gpu_check.Part("x", ("benchmarks.x",), (), 30, 60)
+    assert gpu_check.run(late, 20, tmp_path)[1].startswith("left out: 20 s are left")
+    broken = gpu_check.Part("x", ("benchmarks.nowhere",), (), 1, 60)
+    assert gpu_check.run(broken, 60, tmp_path)[1] == "failed: exit code 1"
