@@ -55,14 +55,6 @@ def why_not(config: Config, device: torch.device) -> str | None:
     return missing
 
 
-def accelerate(config: Config, acdc: ACDC, device: torch.device, images: ImageShape) -> list[LayerChoice]:
-    """Tune on rank 0, tell the layers on every rank; what was chosen and why. Call it in a sparse phase."""
-    dtype = precision(config, device)
-    choices = ranks.on_main(lambda: _choose(config, acdc, device, dtype, images))
-    acdc.accelerate({choice.layer: choice.run24 for choice in choices})
-    return choices
-
-
 @dataclass(frozen=True)
 class ImageShape:
     """What a step sees. sides: of the square images that are trained on; empty: as `shape` says. batch:
@@ -85,6 +77,26 @@ class ImageShape:
             for layer in count_flops(model, shape).layers:
                 found.setdefault(layer.name, []).append(layer.positions)
         return found
+
+
+def accelerate(
+    config: Config, acdc: ACDC, device: torch.device, shape: tuple[int, int, int]
+) -> list[LayerChoice]:
+    """Tune on rank 0, tell the layers on every rank; what was chosen and why. Call it in a sparse phase.
+
+    shape: of the images, unless the recipe names their sides. A resumed run keeps the kernels it had, and
+    nothing is chosen; where there are no kernels all layers run masked dense."""
+    if (reason := why_not(config, device)) is not None:
+        if acdc.run24:
+            log.warning("2:4 kernels that ran before cannot run here: they need %s", reason)
+        acdc.accelerate({})
+        return []
+    if acdc.run24:
+        return []
+    dtype, images = precision(config, device), ImageShape.of(config, shape)
+    choices = ranks.on_main(lambda: _choose(config, acdc, device, dtype, images))
+    acdc.accelerate({choice.layer: choice.run24 for choice in choices})
+    return choices
 
 
 def _choose(
@@ -179,7 +191,12 @@ def as_records(choices: list[LayerChoice]) -> list[dict[str, Any]]:
 
 def choice_table(choices: list[LayerChoice]) -> Table:
     """Layer, shape, dense and sparse microseconds, choice; a line for each group of equal layers."""
-    table = Table(title="2:4 execution in compressed phases")
+    sums = gain(choices)
+    table = Table(
+        title="2:4 execution in compressed phases",
+        caption=f"measured kernels of a step: dense {sums['dense_us']:,.0f} µs, as chosen "
+        f"{sums['chosen_us']:,.0f} µs",
+    )
     for column in ("layer", "rows x in x out", "dense µs", "2:4 µs", "choice"):
         table.add_column(column, justify="right" if "µs" in column else "left")
     for choice in choices:
@@ -208,7 +225,7 @@ def _us(microseconds: float | None) -> str:
 
 
 def gain(choices: list[LayerChoice]) -> Mapping[str, float]:
-    """Microseconds a step of the measured kernels, all dense and as chosen: what 2:4 saves at most."""
+    """Microseconds a step of the measured kernels, all dense and as chosen."""
     dense = chosen = 0.0
     for choice in choices:
         if choice.tuned is None:

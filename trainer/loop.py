@@ -10,7 +10,6 @@ for each epoch:
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from torch import nn
 from data.loader import Batch
 from sparsity import ACDC, ModelFlops, Sparsity, measure
 from trainer import checkpoint, ranks
-from trainer.accelerate import ImageShape, accelerate, as_records, choice_table, why_not
+from trainer.accelerate import accelerate, as_records, choice_table
 from trainer.batch_norm import recompute_batch_norm
 from trainer.clock import Clock
 from trainer.config import Config, duration_steps
@@ -37,8 +36,6 @@ from trainer.optim import learning_rate, set_learning_rate
 from trainer.run_dir import DENSE_TWIN, SPARSE, RunDir
 from trainer.signals import StopRequest
 from trainer.state import Position, capture
-
-log = logging.getLogger(__name__)
 
 ASK_SECONDS = 3.0  # between ranks' questions whether one of them was told to stop
 
@@ -157,18 +154,12 @@ class Trainer:
             save_masks(self.run_dir.masks / f"epoch-{epoch:04}.npz", self.acdc.masks())
 
     def accelerate(self) -> None:
-        """Choose the kernels of compressed phases, once a process; a resumed run keeps those it had."""
+        """Choose the kernels of compressed phases, once a process."""
         self._tuned = True
-        if (reason := why_not(self.config, self.device)) is not None:
-            if self.acdc.run24:
-                log.warning("2:4 kernels that ran before cannot run here: they need %s", reason)
-            self.acdc.accelerate({})
-        elif not self.acdc.run24:
-            shape = ImageShape.of(self.config, self.loaders.info.shape)
-            choices = accelerate(self.config, self.acdc, self.device, shape)
-            if self.monitor:
-                self.run_dir.write_kernels(as_records(choices))
-                self.monitor.screen.console.print(choice_table(choices))
+        choices = accelerate(self.config, self.acdc, self.device, self.loaders.info.shape)
+        if choices and self.monitor:
+            self.run_dir.write_kernels(as_records(choices))
+            self.monitor.screen.console.print(choice_table(choices))
 
     def train_batch(self, batches: Iterator[Batch]) -> torch.Tensor:
         images, labels = self._clock.next_of(batches)
