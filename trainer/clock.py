@@ -42,3 +42,8 @@ class Clock:
     @property
     def data_wait(self) -> float:
         return self._waited / max(time.perf_counter() - self._start, 1e-9)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Both, by the names of their records."""
+        return {"images_per_second": self.images_per_second, "data_wait": self.data_wait}

@@ -137,7 +137,7 @@ class Trainer:
             if stopping:
                 self.stop()
         trained = Metrics.of(ranks.sum_over_ranks(totals))
-        self._rates = {"images_per_second": self._clock.images_per_second, "data_wait": self._clock.data_wait}
+        self._rates = self._clock.rates
         self.check_finite(trained.loss, epoch)
         position.epoch, position.step, position.totals = epoch + 1, 0, [0.0] * 4
         return trained
@@ -176,7 +176,7 @@ class Trainer:
         so_far = Metrics.of(ranks.sum_over_ranks(totals.clone()))
         self.check_finite(so_far.loss, epoch)
         if self.monitor:
-            rates = {"images_per_second": self._clock.images_per_second, "data_wait": self._clock.data_wait}
+            rates = self._clock.rates
             phase, sparsity = self.acdc.phase.kind, self.sparsity().overall
             self.monitor.screen.status(epoch, phase, sparsity, so_far.loss, rates["images_per_second"])
             record = {"epoch": epoch, "step": self.acdc.step, "phase": phase, "lr": self.lr(epoch)}
@@ -248,9 +248,8 @@ class Trainer:
         state = self.capture()
         if ranks.is_main():
             folder = self.run_dir.checkpoints
-            checkpoint.save(
-                checkpoint.step_folder(folder, self.acdc.step), {checkpoint.STATE: state}, self.info()
-            )
+            point = checkpoint.step_folder(folder, self.acdc.step)
+            checkpoint.save(point, {checkpoint.STATE: state}, self.info())
             checkpoint.remove_old(folder, self.config.save.keep)
 
     def capture(self) -> dict[str, Any]:
@@ -314,9 +313,8 @@ class Trainer:
         now = time.monotonic()
         pace = (now - self._asked_at) / self._ask_steps
         answers = ranks.sum_over_ranks(torch.tensor([float(asked), pace], device=self.device)).tolist()
-        self._ask_steps = self._until_asked = max(
-            1, int(ASK_SECONDS * ranks.world_size() / max(answers[1], 1e-6))
-        )
+        steps = ASK_SECONDS * ranks.world_size() / max(answers[1], 1e-6)
+        self._ask_steps = self._until_asked = max(1, int(steps))
         self._asked_at = now
         return answers[0] > 0
 
@@ -338,8 +336,7 @@ class Trainer:
             cure = f"Find and exclude all such files with acdc verify-data {root} --exclude, or let"
             raise UserError(
                 f"{failure}\na checkpoint is saved at step {self.acdc.step}. {'Let' if packed else cure} "
-                "others stand in for such images with data.on_error=skip; then go on with "
-                f"resume={folder}"
+                f"others stand in for such images with data.on_error=skip; then go on with resume={folder}"
             )
         raise Stopped(
             f"stopped at step {self.acdc.step}; a checkpoint is saved. Go on with resume={folder}",
