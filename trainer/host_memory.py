@@ -2,7 +2,7 @@
 
 The C library gives every large block back to the system as soon as it is freed, and the next step's tensor of
 the same size is made of new pages that the system has to clear and map: measured on 2 cores, a third of a
-MobileNetV1 step, a tenth of a ResNet50 step (benchmarks/results/host_memory.json). GPU memory has torch's own
+MobileNetV1 step, a fifth of a ResNet50 step (benchmarks/results/host_memory.json). GPU memory has torch's own
 cache.
 """
 
