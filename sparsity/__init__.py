@@ -3,6 +3,7 @@
 from sparsity.acdc import ACDC
 from sparsity.flops import ModelFlops, count_flops
 from sparsity.gradual import CubicSparsity
+from sparsity.guard import MaskError, find_escaping
 from sparsity.layers import MaskedConv2d, MaskedLinear, Run24, mask_layers, to_plain
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
@@ -14,6 +15,7 @@ __all__ = [
     "NM",
     "CubicSparsity",
     "GlobalMagnitude",
+    "MaskError",
     "MaskedConv2d",
     "MaskedLinear",
     "ModelFlops",
@@ -25,6 +27,7 @@ __all__ = [
     "Transposable24",
     "UniformMagnitude",
     "count_flops",
+    "find_escaping",
     "mask_layers",
     "measure",
     "num_leaked",

@@ -9,16 +9,18 @@ The algorithm, in the words that the code uses:
                 weights  = weights * masks         (masters and compute weights)
                 momentum = momentum * masks
             at the first step of a dense phase but the very first, decompress:
+                second moments of dropped weights = the mean of their layer's kept ones     (Adam, RMSprop)
                 masks    = all ones                dropped weights restart from 0
                 momentum = 0                       of every parameter
         the user's own forward, backward and optimizer step; the layers compute with weight * mask, so a
         dropped weight has gradient 0, momentum 0 and value 0, and stays exactly 0
+        optimizers that would move it all the same (Muon, LBFGS): weights = weights * masks after their step
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.gradual import CubicSparsity
+from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
 from sparsity.layers import Run24, mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
 from sparsity.packed24 import fits_24
@@ -73,14 +76,34 @@ class ACDC:
         self.run24: dict[str, Run24] = {}  # layers that run 2:4 kernels in compressed phases
         self._previous: dict[str, Tensor] = {}  # masks of the last compression, while its phase is over
         self._masters: Masters | None = None
+        self._detach: Callable[[], None] | None = None
+        self._hold = False  # mask after every step, because the optimizer moves dropped weights
+        self._steps = StepWatch()
+        self._unchecked = False  # no look yet whether the masks of this phase hold
 
-    def attach(self, optimizer: Any) -> None:
-        """Say whose masters and momentum to act on: a torch optimizer or a DeepSpeed engine, over this model.
+    def attach(self, *optimizers: Any) -> None:
+        """Say whose masters and momentum to act on: torch optimizers, or one DeepSpeed engine, over this
+        model. Attach again when one is replaced.
 
-        Raises TypeError or ValueError for what is not supported, see sparsity.masters.masters_of. With a
-        DeepSpeed engine of several ranks, call it on every rank.
+        Raises TypeError or ValueError for what is not supported, see sparsity.masters.masters_of, and
+        ValueError for a masked weight that belongs to none of the optimizers, to two, or that is frozen. With
+        a DeepSpeed engine of several ranks, call it on every rank.
         """
-        self._masters = masters_of(optimizer)
+        masters = masters_of(*optimizers)
+        check_owners(self.model, self.layers, masters.parameters())
+        if self._detach is not None:
+            self._detach()
+        self._masters, self._hold, self._steps = masters, not masters.keep_zeros, StepWatch()
+        self._detach = masters.after_step(self._after_step)
+
+    def _after_step(self) -> None:
+        self._steps.stepped = True
+        if self._hold and self.layers and self.phase.kind == "sparse":
+            with torch.no_grad():
+                self._attached().mask_(self._keep())
+
+    def _keep(self) -> dict[nn.Parameter, Tensor]:
+        return {layer.weight: layer.mask for layer in self.layers.values()}
 
     @property
     def phase(self) -> Phase:
@@ -93,9 +116,13 @@ class ACDC:
 
     def before_step(self) -> None:
         """Call once per optimizer step, before its first forward pass: acts at phase switches, else returns
-        at once."""
+        at once. Raises sparsity.guard.MaskError once a phase's first step has shown that masks do not
+        hold."""
         if self._masters is None:
             raise RuntimeError("call acdc.attach(optimizer) before the first before_step()")
+        if self._steps.begin() and self._unchecked:
+            self.check_masks()
+            self._unchecked = False
         epoch, within = divmod(self.step, self.steps_per_epoch)
         self.step += 1
         if within == 0 and epoch in self.actions:
@@ -105,29 +132,42 @@ class ACDC:
             else:
                 self.compress(pattern)
 
+    def check_masks(self) -> None:
+        """Raise sparsity.guard.MaskError, naming the layers, where a dropped weight is not exactly 0: it is
+        used or written to past the mask. Reads the device."""
+        if self.layers:
+            check_zeros(self.weights(), self.masks())
+
     @torch.no_grad()
     def compress(self, pattern: Pattern) -> None:
         """Choose the masks from the master weights; zero the dropped weights and their momentum."""
         masters = self._attached()
         chosen = pattern({name: masters.weight(layer.weight) for name, layer in self.layers.items()})
-        _check_equal_on_all_ranks(chosen)
+        check_equal_on_all_ranks(chosen)
         before = self._previous or self.masks()
         first = not self._previous and bool(torch.stack([mask.all() for mask in before.values()]).all())
         self.mask_difference = None if first else relative_mask_difference(before, chosen)
         layers = self.layers.values()
         torch._foreach_copy_([layer.mask for layer in layers], [chosen[name] for name in self.layers])
-        masters.mask_({layer.weight: layer.mask for layer in layers})
+        masters.mask_(self._keep())
         self._previous = {}
+        self._unchecked = True
+        warn_of_empty(self.masks())
         self._run24(True)
 
     @torch.no_grad()
     def decompress(self) -> None:
         """Let every weight train again, dropped ones from 0, and zero all momentum (paper, section 3)."""
+        self.check_masks()
+        masters = self._attached()
+        if self.layers:
+            masters.refill_(self._keep())
         self._previous = {name: mask.clone() for name, mask in self.masks().items()}
         self._run24(False)
         for layer in self.layers.values():
             layer.mask.fill_(True)
-        self._attached().reset_momentum_()
+        masters.reset_momentum_()
+        self._unchecked = False
 
     def accelerate(self, run24: Mapping[str, Run24]) -> None:
         """Say how layers compute in compressed phases, from now on; those not named, with masked dense
@@ -168,7 +208,9 @@ class ACDC:
         return {name: layer.weight.detach() for name, layer in self.layers.items()}
 
     def export(self) -> nn.Module:
-        """A copy of the model with neither masks nor wrappers: plain layers, dropped weights 0."""
+        """A copy of the model with neither masks nor wrappers: plain layers, dropped weights 0. Raises what
+        check_masks raises: the copy would be another model than the one that was trained."""
+        self.check_masks()
         return to_plain(self.model)
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,18 +220,28 @@ class ACDC:
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
             "phase": self.phase.kind,
+            "num_dropped": self._num_dropped(),
             "mask_difference": self.mask_difference,
             "previous_masks": self._previous,
             "run24": {name: how.value for name, how in self.run24.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken, once the model's own state_dict is loaded too.
+        """Go on where state_dict() was taken, once the model's own state_dict is loaded: the masks are in
+        that.
 
-        Raises what check_state raises, before anything is changed.
+        Raises what check_state raises, and ValueError where the model's masks are not those that belong to
+        the state; nothing is changed then.
         """
         self.check_state(state)
+        dropped, saved = self._num_dropped(), state.get("num_dropped")
+        if saved is not None and dropped != saved:
+            raise ValueError(
+                f"the model's masks drop {dropped:,} weights, those of the saved run {saved:,}: load the "
+                "model's own state_dict first, which holds the masks"
+            )
         self.step = int(state["step"])
+        self._unchecked = self.phase.kind == "sparse"
         self.mask_difference = state["mask_difference"]
         layers = self.layers
         self._previous = {
@@ -225,6 +277,7 @@ class ACDC:
         if self._needs_masks(epoch):
             for name, layer in self.layers.items():
                 layer.mask.copy_(masks[name])
+            self._unchecked = True
         self.step = epoch * self.steps_per_epoch
 
     def check_start(self, epoch: int, masks: Mapping[str, Tensor]) -> None:
@@ -243,6 +296,10 @@ class ACDC:
 
     def _needs_masks(self, epoch: int) -> bool:
         return self.schedule.phase_at(epoch).kind == "sparse" and epoch not in self.actions
+
+    def _num_dropped(self) -> int:
+        dropped = [(~mask).sum() for mask in self.masks().values()]
+        return sum(torch.stack(dropped).tolist()) if dropped else 0
 
     def _attached(self) -> Masters:
         if self._masters is None:
@@ -267,27 +324,3 @@ def _actions(
             f'to the end, e.g. "dense 1, sparse 89"; the schedule is "{schedule}"'
         )
     return {epoch: replace(pattern, sparsity=gradual.at(epoch)) for epoch in gradual.epochs}
-
-
-def _check_equal_on_all_ranks(masks: dict[str, Tensor]) -> None:
-    """Raise RuntimeError naming the layers whose masks differ between ranks: their weights have diverged."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    if torch.distributed.get_world_size() == 1:
-        return
-    digests = torch.stack([_digest(mask) for mask in masks.values()])
-    low, high = digests.clone(), digests.clone()
-    torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
-    torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
-    differ = [name for name, bad in zip(masks, (low != high).any(dim=1).tolist(), strict=True) if bad]
-    if differ:
-        raise RuntimeError(
-            f"ranks chose different masks for {', '.join(differ)}: their weights have diverged"
-        )
-
-
-def _digest(mask: Tensor) -> Tensor:
-    """Three int64 that tell masks apart: number kept, sum of their positions, and a multiplicative hash of
-    them."""
-    kept = mask.flatten() * torch.arange(mask.numel(), device=mask.device)  # without waiting for the device
-    return torch.stack([mask.sum(), kept.sum(), (kept * kept * 0x9E3779B1).sum()])

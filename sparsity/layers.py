@@ -11,14 +11,19 @@ from __future__ import annotations
 import copy
 import difflib
 import enum
+import logging
+from collections import defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 
 from sparsity.semi_structured import conv24, linear24
+
+log = logging.getLogger(__name__)
 
 
 class Run24(enum.Enum):
@@ -70,28 +75,30 @@ def mask_layers(
     """Convert the chosen layers of `model` in place and return them by name, in the model's order.
 
     include, exclude: shell-style patterns over the names of the model's Conv2d and Linear layers ("layer1.*",
-    "*.downsample.0", "fc"); chosen is what any include pattern matches and no exclude pattern does. Raises
-    ValueError, and converts nothing, for a pattern that matches no layer, when no layer is left, for a
-    subclass of Conv2d or Linear (it may compute with its weight elsewhere, past the mask), for a layer that
-    is masked already, and for a weight that two layers share.
+    "*.downsample.0", "fc"); chosen is what any include pattern matches and no exclude pattern does, without
+    frozen layers (requires_grad False), which cannot regain what a mask drops: a warning names them. Raises
+    ValueError, and converts nothing, for a pattern that matches no layer, when no layer is left, and for a
+    chosen layer whose weight a mask in its forward pass would not hold: of a subclass of Conv2d or Linear,
+    masked already, computed from other parameters (weight_norm, spectral_norm, parametrizations), or shared
+    with anything else in the model.
     """
     layers = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
     }
     chosen = {name: layers[name] for name in choose(list(layers), include, exclude)}
-    owners: dict[int, str] = {}
-    for name, layer in layers.items():
-        first = owners.setdefault(id(layer.weight), name)
-        if first != name and (name in chosen or first in chosen):
-            raise ValueError(f"layers {first!r} and {name!r} share one weight; exclude both")
+    users = _users_of_tensors(model)
     for name, layer in chosen.items():
-        if isinstance(layer, MaskedLayer):
-            raise ValueError(f"layer {name!r} is masked already; one ACDC object owns a layer")
-        if type(layer) not in _MASKED:
+        if (reason := _reason_unmaskable(layer)) is not None:
+            raise ValueError(f"layer {name!r} {reason}")
+        if others := [user for user in users[_place(layer.weight)] if user != f"{name}.weight"]:
             raise ValueError(
-                f"layer {name!r} is a {type(layer).__name__}, a kind of its own that may use its weight past "
-                "the mask; masked are torch.nn.Conv2d and torch.nn.Linear: exclude it"
+                f"layer {name!r} shares its weight with {', '.join(others)}, past the mask; exclude it"
             )
+    if frozen := [name for name, layer in chosen.items() if not layer.weight.requires_grad]:
+        log.warning("frozen layers stay unmasked: %s", _shorten(frozen))
+        chosen = {name: layer for name, layer in chosen.items() if name not in frozen}
+        if not chosen:
+            raise ValueError("no layer is left to mask: all that are chosen are frozen (requires_grad False)")
     masked: dict[str, MaskedLayer] = {}
     for name, layer in chosen.items():
         layer.register_buffer("mask", torch.ones_like(layer.weight, dtype=torch.bool, requires_grad=False))
@@ -100,6 +107,37 @@ def mask_layers(
         layer.run24 = Run24.NOT  # from the beginning: compiled code looks at which attributes there are
         masked[name] = layer
     return masked
+
+
+def _reason_unmaskable(layer: nn.Conv2d | nn.Linear) -> str | None:
+    """What makes a mask in the layer's forward pass fail, after "layer NAME"; or None."""
+    if isinstance(layer, MaskedLayer):
+        return "is masked already; one ACDC object owns a layer"
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        return (
+            "computes its weight from other parameters (weight_norm, spectral_norm or another "
+            "parametrization), past the mask; remove that before, or exclude the layer"
+        )
+    if type(layer) not in _MASKED:
+        return (
+            f"is a {type(layer).__name__}, a kind of its own that may use its weight past the mask; masked "
+            "are torch.nn.Conv2d and torch.nn.Linear: exclude it"
+        )
+    return None
+
+
+def _users_of_tensors(model: nn.Module) -> dict[int, list[str]]:
+    """Place in memory -> names of the parameters and buffers that begin there."""
+    users: dict[int, list[str]] = defaultdict(list)
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module.named_parameters(prefix, False), *module.named_buffers(prefix, False)):
+            users[_place(tensor)].append(name)
+    return users
+
+
+def _place(tensor: Tensor) -> int:
+    has_memory = not is_lazy(tensor) and not tensor.is_meta and tensor.numel() > 0
+    return tensor.data_ptr() if has_memory else id(tensor)
 
 
 def choose(names: list[str], include: Iterable[str], exclude: Iterable[str]) -> list[str]:

@@ -10,30 +10,62 @@ imports it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-# First moments: what "momentum" means in torch's SGD and Adam family.
-MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
+# Per-weight state by its key, as torch's optimizers name it, and what a phase switch does to it:
+FIRST_MOMENTS = ("momentum_buffer", "exp_avg", "grad_avg", "prev")  # masked; all zeroed at decompression
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta")  # refilled there
+ACCUMULATED = ("sum", "step_size")  # of Adagrad and Rprop: no gradient, no change; left alone
+# Any other state is masked at compression: it may be a momentum under a name of its own.
+
+# Optimizers that leave a weight at 0 whose gradient and first moment are 0. A subclass may do otherwise.
+_KEEP_ZEROS = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.ASGD,
+)
 
 
 class Masters(Protocol):
-    """Master weights and per-weight optimizer state of the parameters of one optimizer."""
+    """Master weights and per-weight optimizer state, of one DeepSpeed engine or of torch optimizers."""
+
+    @property
+    def keep_zeros(self) -> bool:
+        """Whether a step leaves dropped weights at 0 by itself; else they have to be masked after each."""
+
+    def parameters(self) -> list[Parameter]:
+        """All that are optimized; one that two optimizers have comes twice."""
+
+    def after_step(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Call back after every optimizer step, when masters are new; returns what ends that."""
 
     def weight(self, parameter: Parameter) -> Tensor:
         """The whole master weight, of the parameter's shape. Under ZeRO-1/2 a collective: call it on every
         rank."""
 
     def mask_(self, keep: Mapping[Parameter, Tensor]) -> None:
-        """Zero the dropped weights of masters and parameters, and their optimizer state (momentum), by
-        keep-masks."""
+        """Zero the dropped weights of masters and parameters, and their momentum, by keep-masks."""
 
     def reset_momentum_(self) -> None:
         """Zero the momentum of every parameter, masked or not."""
+
+    def refill_(self, keep: Mapping[Parameter, Tensor]) -> None:
+        """Give dropped weights the mean second moment of their layer's kept weights: without gradients theirs
+        has decayed, and the first step after decompression would be many times the others'. Collective like
+        `weight`."""
 
     def state(self, parameter: Parameter) -> dict[str, Tensor]:
         """Whole per-weight optimizer state by key, of the parameter's shape. Collective like `weight`."""
@@ -42,19 +74,18 @@ class Masters(Protocol):
         """Put a whole master weight and per-weight optimizer state in their places."""
 
 
-def masters_of(optimizer: Any) -> Masters:
-    """The masters behind a torch optimizer or a DeepSpeed engine.
+def masters_of(*optimizers: Any) -> Masters:
+    """The masters behind torch optimizers or one DeepSpeed engine.
 
     Raises TypeError for anything else and ValueError for an engine whose masters are not reached: ZeRO stage
     3 (not proven yet) and the fp16/bf16 modes of stage 0 (use torch_autocast, which keeps fp32 weights).
     """
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return TorchMasters(optimizer)
-    if hasattr(optimizer, "zero_optimization_stage") and hasattr(optimizer, "module"):
-        return _engine_masters(optimizer)
-    raise TypeError(
-        f"attach() takes a torch optimizer or a DeepSpeed engine, not a {type(optimizer).__name__}"
-    )
+    if len(optimizers) == 1 and hasattr(optimizers[0], "zero_optimization_stage"):
+        return _engine_masters(optimizers[0])
+    if not optimizers or not all(isinstance(given, torch.optim.Optimizer) for given in optimizers):
+        given = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "nothing"
+        raise TypeError(f"attach() takes torch optimizers, or one DeepSpeed engine alone, not {given}")
+    return TorchMasters(*optimizers)
 
 
 def _engine_masters(engine: Any) -> Masters:
@@ -74,8 +105,19 @@ def _engine_masters(engine: Any) -> Masters:
 class TorchMasters:
     """The parameters themselves are the masters."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def keep_zeros(self) -> bool:
+        return all(type(optimizer) in _KEEP_ZEROS for optimizer in self.optimizers)
+
+    def parameters(self) -> list[Parameter]:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [parameter for group in groups for parameter in group["params"]]
+
+    def after_step(self, call: Callable[[], None]) -> Callable[[], None]:
+        return _after_steps(self.optimizers, call)
 
     def weight(self, parameter: Parameter) -> Tensor:
         return parameter.detach()
@@ -83,7 +125,8 @@ class TorchMasters:
     def mask_(self, keep: Mapping[Parameter, Tensor]) -> None:
         values, masks = [], []
         for parameter, mask in keep.items():
-            for value in (parameter.detach(), *self.state(parameter).values()):
+            state = self.state(parameter).items()
+            for value in (parameter.detach(), *(value for key, value in state if _is_masked(key))):
                 values.append(value)
                 masks.append(mask)
         torch._foreach_mul_(values, masks)
@@ -91,26 +134,39 @@ class TorchMasters:
     def reset_momentum_(self) -> None:
         momenta = [
             value
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
+            for parameter in self.parameters()
             for key, value in self.state(parameter).items()
-            if key in MOMENTUM_KEYS
+            if key in FIRST_MOMENTS
         ]
         if momenta:
             torch._foreach_zero_(momenta)
 
+    def refill_(self, keep: Mapping[Parameter, Tensor]) -> None:
+        for parameter, mask in keep.items():
+            for key, value in self.state(parameter).items():
+                if key in SECOND_MOMENTS:
+                    _fill_dropped(value, mask, _sum_kept(value, mask), mask.sum())
+
     def state(self, parameter: Parameter) -> dict[str, Tensor]:
-        state = self.optimizer.state.get(parameter, {})
-        return {key: v for key, v in state.items() if torch.is_tensor(v) and v.shape == parameter.shape}
+        for optimizer in self.optimizers:
+            if (state := optimizer.state.get(parameter)) is not None:
+                return {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == parameter.shape}
+        return {}
 
     def load_(self, parameter: Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
         parameter.detach().copy_(weight)
-        own = self.optimizer.state[parameter]
+        own = self._owner(parameter).state[parameter]
         for key in [key for key in self.state(parameter) if key not in state]:
             del own[key]
         for key, value in state.items():
             # zeros_like keeps the parameter's memory format, as the optimizer's own first step does
             own[key] = torch.zeros_like(parameter, dtype=value.dtype).copy_(value)
+
+    def _owner(self, parameter: Parameter) -> torch.optim.Optimizer:
+        for optimizer in self.optimizers[1:]:
+            if any(parameter is own for group in optimizer.param_groups for own in group["params"]):
+                return optimizer
+        return self.optimizers[0]
 
 
 class ZeroMasters:
@@ -122,6 +178,17 @@ class ZeroMasters:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 
+    @property
+    def keep_zeros(self) -> bool:
+        return type(self.engine.optimizer.optimizer) in _KEEP_ZEROS
+
+    def parameters(self) -> list[Parameter]:
+        return [parameter for group in self.engine.optimizer.bit16_groups for parameter in group]
+
+    def after_step(self, call: Callable[[], None]) -> Callable[[], None]:
+        # the optimizer inside steps the masters; DeepSpeed copies them to the parameters afterwards
+        return _after_steps([self.engine.optimizer.optimizer], call)
+
     def weight(self, parameter: Parameter) -> Tensor:
         # The compute weight is the gathered master unless it is of lower precision.
         return parameter.detach() if parameter.dtype == torch.float32 else self._gather(parameter, None)
@@ -131,9 +198,10 @@ class ZeroMasters:
         for parameter, mask in keep.items():
             values.append(parameter.detach())
             masks.append(mask)
-            for _, fragment, flat in self.fragments(parameter, mask):
-                values.append(fragment)
-                masks.append(flat)
+            for key, fragment, flat in self.fragments(parameter, mask):
+                if _is_masked(key):
+                    values.append(fragment)
+                    masks.append(flat)
         torch._foreach_mul_(values, masks)
 
     def reset_momentum_(self) -> None:
@@ -141,10 +209,25 @@ class ZeroMasters:
             fragment
             for parameter in self.engine.module.parameters()
             for key, fragment, _ in self.fragments(parameter, parameter.detach())
-            if key in MOMENTUM_KEYS
+            if key in FIRST_MOMENTS
         ]
         if momenta:
             torch._foreach_zero_(momenta)
+
+    def refill_(self, keep: Mapping[Parameter, Tensor]) -> None:
+        found = {
+            (row, SECOND_MOMENTS.index(key)): (fragment, flat)
+            for row, (parameter, mask) in enumerate(keep.items())
+            for key, fragment, flat in self.fragments(parameter, mask)
+            if key in SECOND_MOMENTS
+        }
+        masks = list(keep.values())
+        sums = torch.zeros(len(masks), len(SECOND_MOMENTS), dtype=torch.float64, device=masks[0].device)
+        for place, (fragment, flat) in found.items():
+            sums[place] = _sum_kept(fragment, flat)
+        torch.distributed.all_reduce(sums)
+        for (row, column), (fragment, flat) in found.items():
+            _fill_dropped(fragment, flat, sums[row, column], masks[row].sum())
 
     def state(self, parameter: Parameter) -> dict[str, Tensor]:
         # Keys of the flat partitions, which every rank has: one without a fragment takes part in the gathers.
@@ -189,3 +272,29 @@ class ZeroMasters:
     @staticmethod
     def _gather(parameter: Any, key: str | None) -> Tensor:
         return parameter.get_full_hp_param(optim_state_key=key)
+
+
+def _is_masked(key: str | None) -> bool:
+    """Of a key of optimizer state, or None for the weight itself."""
+    return key not in SECOND_MOMENTS and key not in ACCUMULATED
+
+
+def _sum_kept(values: Tensor, keep: Tensor) -> Tensor:
+    """float64: over fragments the sum must not depend on how many there are."""
+    return (values * keep).sum(dtype=torch.float64)
+
+
+def _fill_dropped(values: Tensor, keep: Tensor, total: Tensor, num_kept: Tensor) -> None:
+    """total: of the kept values, num_kept of them, of the whole layer. Where none is kept all stay."""
+    mean = (total / num_kept).to(values.dtype)
+    values.copy_(torch.where(keep | (num_kept == 0), values, mean))
+
+
+def _after_steps(optimizers: Iterable[torch.optim.Optimizer], call: Callable[[], None]) -> Callable[[], None]:
+    hooks = [optimizer.register_step_post_hook(lambda *_: call()) for optimizer in optimizers]
+
+    def end() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return end

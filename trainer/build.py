@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from data.loader import ImageInfo
-from sparsity import ACDC, NM, ModelFlops, Transposable24, count_flops
+from sparsity import ACDC, NM, ModelFlops, Transposable24, count_flops, find_escaping
 from trainer import checkpoint, ranks, run_dir
 from trainer.accelerate import why_not
 from trainer.classifier import Classifier
@@ -46,6 +48,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
     steps_per_epoch = loaders.train.batches_per_epoch // config.engine.accumulation_steps
     with as_user_error("sparsity"):
         acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
+        _check_masks_hold(acdc, loaders.info, config.sparsity.exclude)
     with as_user_error("model"):
         flops = _count_flops(model, loaders.info)
     why_not(config, device)  # what the recipe requires and the machine lacks is told now
@@ -100,6 +103,26 @@ def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) 
         if layers := pattern.straddling(acdc.weights()):
             log.warning("%s without hardware support in %s", pattern, ", ".join(layers))
     return acdc
+
+
+def _check_masks_hold(acdc: ACDC, images: ImageInfo, excluded: list[str]) -> None:
+    """Before the run, not at its first compressed step, possibly days later."""
+    example = torch.randn(1, *images.shape, generator=torch.Generator().manual_seed(0))
+    if acdc.layers and (names := find_escaping(acdc.model, acdc.layers, example)):
+        patterns = dict.fromkeys(_pattern(name, names, list(acdc.layers)) for name in names)
+        left_out = json.dumps([*excluded, *patterns])
+        raise ValueError(
+            f"the model uses the weights of {len(names)} layers past the layer's own forward pass, where no "
+            f"mask holds: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them dense with "
+            f"'sparsity.exclude={left_out}'"
+        )
+
+
+def _pattern(name: str, names: list[str], layers: list[str]) -> str:
+    """The shortest pattern for `name`, by its last parts, that matches none of `layers` but `names`."""
+    parts = name.split(".")
+    endings = ("*." + ".".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((end for end in endings if set(fnmatch.filter(layers, end)) <= set(names)), name)
 
 
 def _count_flops(model: nn.Module, images: ImageInfo) -> ModelFlops:

@@ -39,6 +39,8 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "steps_per_print": 2**62,
+        # On by default, it waits for the device inside the compiled region from the third step on
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.engine.deepspeed is not None:
         path = Path(config.engine.deepspeed).expanduser()

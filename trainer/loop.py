@@ -295,7 +295,9 @@ class Trainer:
         )
 
     def check_weights(self, epoch: int) -> None:
-        """A checkpoint with weights that are not finite would be no good one."""
+        """A checkpoint with NaN or infinite weights would be no good one, nor one with dropped weights that
+        are not 0."""
+        self.acdc.check_masks()
         floats = [value for value in self.acdc.model.state_dict().values() if value.is_floating_point()]
         finite = torch.stack([value.isfinite().all() for value in floats]).all()
         if ranks.any_rank(not bool(finite), self.device):

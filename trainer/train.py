@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import EnvironmentLacks, Failure, Finished
+from trainer.errors import EnvironmentLacks, Failure, Finished, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +91,7 @@ def finetune_dense(config: Config, run: RunDir, device: torch.device) -> None:
 
 def fit(config: Config, device: torch.device, path: Path | None = None) -> RunDir:
     """One run to its end, in its own folder or in `path`."""
+    from sparsity import MaskError
     from trainer.build import build_trainer
     from trainer.close import conclude, introduce
 
@@ -99,6 +100,8 @@ def fit(config: Config, device: torch.device, path: Path | None = None) -> RunDi
     try:
         trainer.fit()
         conclude(trainer)
+    except MaskError as error:
+        raise UserError(f"sparsity: {error}") from error
     except OSError as error:  # a full disk, a lost mount: what was saved before is whole
         folder = trainer.run_dir.resumed_by
         raise EnvironmentLacks(f"{error}; once that is mended, go on with resume={folder}") from error

@@ -181,7 +181,12 @@ def test_states_that_do_not_fit_are_refused():
     ):
         dense.load_state_dict(state)
     assert dense.step == 0
-    longer = ACDC(make_net(), GlobalMagnitude(0.9), PhaseSchedule.parse("dense 1, sparse 8"), STEPS)
+    net_again = make_net()
+    longer = ACDC(net_again, GlobalMagnitude(0.9), PhaseSchedule.parse("dense 1, sparse 8"), STEPS)
+    with pytest.raises(ValueError, match=r"drop 0 weights, .* load the model's own state_dict first"):
+        longer.load_state_dict(state)
+    assert longer.step == 0
+    net_again.load_state_dict(net.state_dict())
     longer.load_state_dict(state)  # differs only later
     assert longer.step == STEPS + 1
 
@@ -191,7 +196,7 @@ def test_misuse_is_told():
     acdc = ACDC(net, GlobalMagnitude(0.9), SCHEDULE, STEPS)
     with pytest.raises(RuntimeError, match="attach"):
         acdc.before_step()
-    with pytest.raises(TypeError, match="a torch optimizer or a DeepSpeed engine, not a str"):
+    with pytest.raises(TypeError, match="torch optimizers, or one DeepSpeed engine alone, not str"):
         acdc.attach("sgd")
     with pytest.raises(ValueError, match="steps_per_epoch 0"):
         ACDC(make_net(), GlobalMagnitude(0.9), SCHEDULE, 0)

@@ -1,0 +1,166 @@
+"""What holds the invariant that the masks stand for: dropped weights are exactly 0 after every step.
+
+Masks act inside the forward pass of the masked layers. A weight that is used elsewhere (a functional call on
+layer.weight, a penalty, a tied parameter) gets gradients past its mask, and only a look at weights or
+gradients can tell.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.layers import MaskedLayer
+
+IDLE_CALLS = 4  # of before_step without an optimizer step in between: no accident of a gradient scaler
+
+log = logging.getLogger(__name__)
+
+
+class MaskError(RuntimeError):
+    """Masks do not hold. layers: the names of those concerned."""
+
+    def __init__(self, message: str, layers: list[str]) -> None:
+        super().__init__(message)
+        self.layers = layers
+
+
+def check_zeros(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Raise MaskError where a dropped weight is not exactly 0. One device read for all layers."""
+    leaked = torch.stack([((weights[name] != 0) & ~mask).sum() for name, mask in masks.items()]).tolist()
+    layers = {name: count for name, count in zip(masks, leaked, strict=True) if count}
+    if layers:
+        raise MaskError(
+            f"{sum(leaked):,} dropped weights are no longer 0, in {_few(layers)}: the weight is used past "
+            "the layer's own forward pass (a functional call, a penalty, a tied parameter), or written to "
+            "from outside; exclude these layers from pruning",
+            list(layers),
+        )
+
+
+def find_escaping(model: nn.Module, layers: Mapping[str, MaskedLayer], example: Tensor) -> list[str]:
+    """The layers whose weight `model` uses past the mask, found before any training: gradients of a forward
+    pass over `example`, a batch of inputs, in evaluation mode, with half of the weights dropped.
+
+    Weights, masks, statistics and gradients of the model are as before afterwards. A model that returns no
+    single tensor is not looked into: check_zeros finds out later.
+    """
+    masks = {name: layer.mask.clone() for name, layer in layers.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        for layer in layers.values():
+            halves = torch.arange(layer.mask.numel(), device=layer.mask.device) % 2 == 0
+            layer.mask.copy_(halves.view(layer.mask.shape))
+        output = model(example)
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return []
+        # squares: the sum of a softmax or of normalised values has no gradient
+        gradients = torch.autograd.grad(
+            output.double().square().sum(), [layer.weight for layer in layers.values()], allow_unused=True
+        )
+        past = [
+            gradient is not None and bool((gradient.isfinite() & (gradient != 0) & ~layer.mask).any())
+            for gradient, layer in zip(gradients, layers.values(), strict=True)
+        ]
+        return [name for name, escapes in zip(layers, past, strict=True) if escapes]
+    finally:
+        for name, layer in layers.items():
+            layer.mask.copy_(masks[name])
+        model.train(was_training)
+
+
+def check_owners(
+    model: nn.Module, layers: Mapping[str, MaskedLayer], optimized: Iterable[nn.Parameter]
+) -> None:
+    """Raise ValueError for a masked weight that is not once among those optimized, or that is frozen. Other
+    trained parameters that are not: a warning."""
+    count = Counter(map(id, optimized))
+    for name, layer in layers.items():
+        if count[id(layer.weight)] != 1:
+            whose = "two of the optimizers" if count[id(layer.weight)] else "none of the attached optimizers"
+            raise ValueError(
+                f"the weight of layer {name!r} belongs to {whose}; attach all optimizers that train the "
+                "model, made over its present parameters, each parameter in one of them"
+            )
+        if not layer.weight.requires_grad:
+            raise ValueError(f"layer {name!r} is masked and frozen; freeze it before ACDC masks the layers")
+    others = [name for name, p in model.named_parameters() if p.requires_grad and not count[id(p)]]
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        log.warning(
+            "trained parameters that belong to none of the attached optimizers keep their momentum at phase "
+            "switches: %s%s",
+            ", ".join(others[:5]),
+            more,
+        )
+
+
+def warn_of_empty(masks: Mapping[str, Tensor]) -> None:
+    """Of layers that keep no weight. One device read for all."""
+    any_kept = torch.stack([mask.any() for mask in masks.values()]).tolist()
+    for (name, mask), kept in zip(masks.items(), any_kept, strict=True):
+        if not kept:
+            log.warning(
+                "layer %s keeps none of its %d weights: nothing of its input reaches its output; exclude it "
+                "from pruning, or choose a lower sparsity",
+                name,
+                mask.numel(),
+            )
+
+
+class StepWatch:
+    """Compares calls of before_step with optimizer steps: phases are counted in calls, so more of them than
+    steps would shorten all phases. stepped: an attached optimizer has, since the last call."""
+
+    def __init__(self) -> None:
+        self.stepped = False
+        self._calls = self._idle = 0
+
+    def begin(self) -> bool:
+        """A call of before_step. Returns whether a step came since the one before; warns once where steps are
+        missing again and again."""
+        stepped, self.stepped = self.stepped, False
+        self._idle += self._calls > 0 and not stepped
+        self._calls += 1
+        if self._idle == IDLE_CALLS and self._calls <= 4 * IDLE_CALLS and not stepped:
+            log.warning(
+                "%d of the first %d calls of before_step() came without a step of the attached optimizer "
+                "since the call before: call it once per optimizer step, not per micro-batch, and attach() "
+                "an optimizer that replaces another",
+                self._idle,
+                self._calls,
+            )
+        return stepped
+
+
+def check_equal_on_all_ranks(masks: Mapping[str, Tensor]) -> None:
+    """Raise MaskError naming the layers whose masks differ between ranks: their weights have diverged."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_world_size() == 1:
+        return
+    digests = torch.stack([_digest(mask) for mask in masks.values()])
+    low, high = digests.clone(), digests.clone()
+    torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
+    differ = [name for name, bad in zip(masks, (low != high).any(dim=1).tolist(), strict=True) if bad]
+    if differ:
+        message = f"ranks chose different masks for {', '.join(differ)}: their weights have diverged"
+        raise MaskError(message, differ)
+
+
+def _digest(mask: Tensor) -> Tensor:
+    """Three int64 that tell masks apart: number kept, sum of their positions, and a multiplicative hash of
+    them."""
+    kept = mask.flatten() * torch.arange(mask.numel(), device=mask.device)  # without waiting for the device
+    return torch.stack([mask.sum(), kept.sum(), (kept * kept * 0x9E3779B1).sum()])
+
+
+def _few(layers: Mapping[str, int], most: int = 5) -> str:
+    shown = ", ".join(f"{name} ({count:,})" for name, count in list(layers.items())[:most])
+    return shown + (f" and {len(layers) - most} further layers" if len(layers) > most else "")
