@@ -24,6 +24,8 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from data.pixels import to_rgb
+
 FORMATS = {
     "JPEG": (".jpeg", ".jpg"),
     "PNG": (".png",),
@@ -100,7 +102,7 @@ def _decode(content: bytes, name: str) -> Finding | None:
                 if _PNG_END not in content:
                     raise _Damage("truncated", f"{_extent(content)}, without its last chunk")
         with Image.open(io.BytesIO(content), formats=formats) as image:
-            image.load()
+            to_rgb(image)
             mode = image.mode
     suffix = PurePosixPath(name).suffix
     if suffix.lower() not in FORMATS[found]:

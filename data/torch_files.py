@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,6 +22,7 @@ from data.ahead import AheadLoader
 from data.crops import CropDraw, central, window
 from data.image_files import ImageFiles
 from data.loader import PADDING_LABEL, Batch
+from data.pixels import to_rgb
 from data.stream import Draw, Stream
 from data.torchvision_import import import_transforms
 
@@ -159,8 +159,9 @@ class _Images(Dataset[_Decoded]):
         if index in self.files.excluded:
             return None
         try:
-            with Image.open(self.files.root / self.files.files[index]) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            # not by its path: Pillow would map the file, with the sides of a turned TIFF exchanged
+            with self.files.path(index).open("rb") as file, Image.open(file) as image:
+                return torch.from_numpy(to_rgb(image)).permute(2, 0, 1)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             bad.append((index, str(error)))
             return None
