@@ -1,13 +1,17 @@
 """Folders of image files: which files a split holds, and the class of each.
 
     ROOT/train/<class>/*.JPEG                 classes numbered from 0 in sorted order of their names
-    ROOT/val/<class>/*.JPEG                   or all files flat in ROOT/val, with a label file
+    ROOT/val/<class>/*.JPEG                   or all files in ROOT/val without classes, with a label file
 
-A label file for a flat `val` is looked for in ROOT, ROOT/val, and where the distributed archives have it:
+Files may lie in further folders within these, ROOT/train/<class>/<folder>/*.JPEG: which files are found, and
+their order, are those of torchvision's ImageFolder. A label file for a `val` without class folders is looked
+for in ROOT, ROOT/val, and where the distributed archives have it:
 
     val.txt, val_labels.txt, ...              lines "FILE CLASS", the class by name or by number
     LOC_val_solution.csv                      "ImageId,PredictionString" lines, as Kaggle distributes them
     ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt with meta.mat beside it (needs scipy)
+
+FILE is a path in ROOT/val, or just a file's name where only one file has it; suffixes do not matter.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,9 +40,9 @@ EXCLUSIONS = "excluded.txt"  # in ROOT; `acdc verify-data` writes it, loading ho
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """files: paths relative to `root`, with forward slashes, in sorted order. labels: int64, (N,), numbers of
-    `classes`. num_excluded: how many files an exclusion list left out, or names among those that stayed.
-    excluded: the numbers of the latter."""
+    """files: paths relative to `root`, with forward slashes, as `load_image_files` sorts them. labels: int64,
+    (N,), numbers of `classes`. num_excluded: how many files an exclusion list left out, or names among those
+    that stayed. excluded: the numbers of the latter."""
 
     root: Path
     files: tuple[str, ...]
@@ -69,32 +74,34 @@ def load_image_files(
 ) -> ImageFiles:
     """The files of one split of `root`, without those that ROOT/excluded.txt names.
 
-    label_file: for a flat `val`; else it is looked for, see above. keep_excluded: leave those files in and
-    say which they are: excluding one then moves no other in a shuffled order. Raises FileNotFoundError where
-    a folder or the label file is missing, ValueError for labels that do not fit the files or the training
-    classes."""
+    Sorted by class, by folder within it, by name within that. label_file: for a `val` without class folders;
+    else it is looked for, see above. keep_excluded: leave those files in and say which they are: excluding
+    one then moves no other in a shuffled order. Raises FileNotFoundError where a folder or the label file is
+    missing, ValueError for labels that do not fit the files or the training classes."""
     folder = root / FOLDERS[split]
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: expected are {root}/train/CLASS/*.JPEG and {root}/val")
-    classes = _classes(root / FOLDERS["train"])
-    named = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if named:
-        numbers = {name: number for number, name in enumerate(classes or named)}
+    classes, named = _folders(root / FOLDERS["train"]), _folders(folder)
+    if split == "train" and not named:
+        raise FileNotFoundError(f"{folder} holds no class folders: expected are {folder}/CLASS/*.JPEG")
+    found = find_images(root, folder.name)
+    if set(named) & set(classes) or (named and not classes and label_file is None):
+        classes = classes or named
+        numbers = {name: number for number, name in enumerate(classes)}
         if unknown := [name for name in named if name not in numbers]:
             raise ValueError(f"{folder} has classes that training has not: {_few(unknown)}")
-        pairs = [
-            (f"{folder.name}/{name}/{file}", numbers[name])
-            for name in named
-            for file in _images(folder / name)
-        ]
+        by_class = sorted((here.split("/")[1], here, files) for here, files in found if "/" in here)
+        pairs = [(f"{here}/{file}", numbers[name]) for name, here, files in by_class for file in files]
     else:
-        if split == "train":
-            raise FileNotFoundError(f"{folder} holds no class folders: expected are {folder}/CLASS/*.JPEG")
-        found = _read_labels(root, label_file, classes)
-        files = _images(folder)
-        if missing := [file for file in files if Path(file).stem not in found]:
-            raise ValueError(f"{folder}: {len(missing)} of {len(files)} files have no label: {_few(missing)}")
-        pairs = [(f"{folder.name}/{file}", found[Path(file).stem]) for file in files]
+        label_file = label_file or _find_label_file(root)
+        if label_file is None and named:
+            raise ValueError(
+                f"{folder} has classes that training has not: {_few(named)}; if these are no classes, give "
+                "data.val_labels=FILE"
+            )
+        inside = [f"{here}/{file}".partition("/")[2] for here, files in found for file in files]
+        labels = _labels_of(inside, _read_labels(root, label_file, classes), folder)
+        pairs = [(f"{folder.name}/{file}", label) for file, label in zip(inside, labels, strict=True)]
     excluded = read_exclusions(root / EXCLUSIONS)
     kept = [(file, label) for file, label in pairs if file not in excluded]
     if not kept:
@@ -103,9 +110,41 @@ def load_image_files(
     if keep_excluded:
         kept = pairs
         numbers_of_excluded = frozenset(i for i, (file, _) in enumerate(pairs) if file in excluded)
-    names, labels = zip(*kept, strict=True)
-    all_labels = np.asarray(labels, np.int64)
-    return ImageFiles(root, names, all_labels, tuple(classes or named), num_excluded, numbers_of_excluded)
+    names, kept_labels = zip(*kept, strict=True)
+    all_labels = np.asarray(kept_labels, np.int64)
+    return ImageFiles(root, names, all_labels, tuple(classes), num_excluded, numbers_of_excluded)
+
+
+def find_images(
+    root: Path, folder: str, on_error: Callable[[OSError], None] | None = None
+) -> list[tuple[str, list[str]]]:
+    """`folder` and all folders in it, relative to `root`, each with the names of the image files directly in
+    it: both sorted.
+
+    Links to folders are followed, but none back to a folder that it lies in, which would never end. on_error:
+    called for a folder that cannot be listed; without it the error is raised."""
+    found = []
+    waiting = [(folder, [os.path.realpath(root / folder)])]  # with the real paths from the first folder on
+    while waiting:
+        here, above = waiting.pop()
+        try:
+            entries = list(os.scandir(root / here))
+        except OSError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        images = []
+        for entry in entries:  # no call to the system for each: the listing tells files from folders
+            if _is_folder(entry):
+                linked = entry.is_symlink()
+                real = os.path.realpath(entry.path) if linked else f"{above[-1]}/{entry.name}"
+                if not linked or not any(os.path.commonpath((real, path)) == real for path in above):
+                    waiting.append((f"{here}/{entry.name}", [*above, real]))
+            elif entry.name.lower().endswith(EXTENSIONS):
+                images.append(entry.name)
+        found.append((here, sorted(images)))
+    return sorted(found)
 
 
 def read_exclusions(path: Path) -> frozenset[str]:
@@ -118,20 +157,47 @@ def read_exclusions(path: Path) -> frozenset[str]:
     return frozenset(line.partition("\t")[0] for line in lines if line and not line.startswith("#"))
 
 
-def _classes(train: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(train) if entry.is_dir()) if train.is_dir() else []
+def _folders(parent: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(parent) if _is_folder(entry)) if parent.is_dir() else []
 
 
-def _images(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS))
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _find_label_file(root: Path) -> Path | None:
+    candidates = [folder / name for folder in (root, root / "val") for name in LABEL_FILES]
+    return next((path for path in [*candidates, root / DEVKIT / GROUND_TRUTH] if path.is_file()), None)
+
+
+def _labels_of(files: list[str], labels: dict[str, int], folder: Path) -> list[int]:
+    """The label of each file, a path in `folder`: the one that `labels` has for this path, else for the name
+    alone. Raises ValueError for files that have none, or for whose name there are several."""
+    keys = {file: os.path.splitext(file)[0] for file in files}
+    by_name: dict[str, set[int]] = {}  # labels of what is no file's path
+    for key in labels.keys() - keys.values():
+        by_name.setdefault(_name(key), set()).add(labels[key])
+    rest = {file: _name(key) for file, key in keys.items() if key not in labels}
+    if missing := [file for file, name in rest.items() if name not in by_name]:
+        raise ValueError(f"{folder}: {len(missing)} of {len(files)} files have no label: {_few(missing)}")
+    num_alike = Counter(_name(key) for key in {keys[file] for file in rest})
+    if unclear := [file for file, name in rest.items() if num_alike[name] > 1 or len(by_name[name]) > 1]:
+        raise ValueError(
+            f"{folder}: the label file does not tell apart {_few(unclear)}, whose names are not unique: "
+            f"it has to name them by their paths in {folder}"
+        )
+    return [min(by_name[rest[file]]) if file in rest else labels[keys[file]] for file in files]
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[2]
 
 
 def _read_labels(root: Path, label_file: Path | None, classes: list[str]) -> dict[str, int]:
-    """File name without suffix -> class number."""
-    if label_file is None:
-        candidates = [folder / name for folder in (root, root / "val") for name in LABEL_FILES]
-        candidates += [root / DEVKIT / GROUND_TRUTH]
-        label_file = next((path for path in candidates if path.is_file()), None)
+    """Path in `val`, or file name alone, without suffix -> class number."""
     if label_file is None:
         raise FileNotFoundError(
             f"{root / 'val'} has no class folders, and no label file is beside it: give "
@@ -147,14 +213,16 @@ def _read_labels(root: Path, label_file: Path | None, classes: list[str]) -> dic
     else:
         rows = _plain_rows(label_file)
     numbers = {name: number for number, name in enumerate(classes)}
-    labels = {}
+    labels: dict[str, int] = {}
     for file, label in rows:
         number = numbers.get(label, int(label) if label.isdecimal() else -1)
         if number < 0 or (classes and number >= len(classes)):
             raise ValueError(
                 f"{label_file}: {file} has class {label!r}, which is none of the training classes"
             )
-        labels[Path(file).stem] = number
+        key = os.path.splitext(file.removeprefix("./").lstrip("/").removeprefix("val/"))[0]
+        if labels.setdefault(key, number) != number:
+            raise ValueError(f"{label_file}: {file} is named twice, with two classes")
     return labels
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import ImageFile
 
 from data.damage import diagnose
-from data.image_files import EXTENSIONS, FOLDERS
+from data.image_files import EXTENSIONS, FOLDERS, find_images
 from data.processes import Died, apply
 
 BAD = ("empty", "truncated", "garbage", "changed", "unreadable")
@@ -159,22 +159,14 @@ def write_exclusions(path: Path, problems: Iterable[Problem]) -> None:
 
 def _find(root: Path) -> tuple[list[str], list[Problem]]:
     """Image files below the splits' folders, sorted, and the folders that cannot be listed."""
-    folders = [root / name for name in FOLDERS.values() if (root / name).is_dir()]
+    folders = [name for name in FOLDERS.values() if (root / name).is_dir()]
     if not folders:
         raise FileNotFoundError(
             f"{root} holds neither train nor val: expected are {root}/train/CLASS/*.JPEG and {root}/val"
         )
     failures: list[OSError] = []
-    files = []
-    for top in folders:
-        for folder, inside, names in os.walk(top, onerror=failures.append, followlinks=True):
-            here = Path(folder)
-            links = [name for name in inside if (here / name).is_symlink()]
-            for name in links:  # a link to a folder above would be followed for ever
-                if here.resolve().is_relative_to((here / name).resolve()):
-                    inside.remove(name)
-            prefix = here.relative_to(root).as_posix()
-            files += [f"{prefix}/{name}" for name in names if name.lower().endswith(EXTENSIONS)]
+    found = [here for folder in folders for here in find_images(root, folder, failures.append)]
+    files = [f"{here}/{name}" for here, names in found for name in names]
     if not files and not failures:
         raise FileNotFoundError(f"no images ({', '.join(EXTENSIONS)}) below {root}/train or {root}/val")
     return sorted(files), [

@@ -61,9 +61,18 @@ def make_tree(root: Path, num_images: int) -> Path:
     return root
 
 
-def write(root: Path, destination: Path, *, seed=7, shard_bytes=SHARD_BYTES, workers=1, on_progress=None):
+def write(
+    root: Path,
+    destination: Path,
+    *,
+    seed=7,
+    shard_bytes=SHARD_BYTES,
+    workers=1,
+    on_progress=None,
+    files=None,
+):
     return write_shards(
-        load_image_files(root, "train"),
+        files or load_image_files(root, "train"),
         destination,
         shard_bytes=shard_bytes,
         seed=seed,
@@ -144,6 +153,18 @@ def test_what_the_tars_hold(tree, written):
     assert keys == [f"{number:09d}" for number in range(61)]
     runs = [len(list(run)) for _, run in itertools.groupby(labels[source] for source in seen)]
     assert max(runs) < 10  # classes are mixed: the tree holds them in runs of 17 and more
+
+
+def test_nested_folders_are_packed(tmp_path):
+    random = np.random.default_rng(2)
+    names = ["a/x.JPEG", "a/deep/x.JPEG", "a/deep/er/y.png", "b/only nested/x.JPEG", "b/only nested/bad.JPEG"]
+    for name in names:
+        add_image(tmp_path / "images" / "train" / name, random)
+    (tmp_path / "images" / "excluded.txt").write_text(f"train/{names.pop()}\tempty\n")
+    shards = write(tmp_path / "images", tmp_path / "shards", shard_bytes=10**6)
+    _, *lines = shards.tars[0].with_suffix(".tsv").read_text().splitlines()
+    sources = {line.split("\t")[4]: line.split("\t")[1] for line in lines}
+    assert sources == {f"train/{name}": "01"[name.startswith("b")] for name in names}
 
 
 def test_the_seed_decides_the_order(tree, written, tmp_path):
@@ -386,10 +407,11 @@ def test_a_file_that_fails_while_it_is_read_leaves_the_finished_shards(tree, wri
     *earlier, last = sorted(written.glob("*.tsv"))
     name = last.read_text().splitlines()[-1].split("\t")[-1]
     other = Path(shutil.copytree(tree, tmp_path / "other"))
+    files = load_image_files(other, "train")
     (other / name).unlink()
     (other / name / "a folder where an image should be").mkdir(parents=True)
     with pytest.raises(ValueError, match=rf"{name} cannot be read: Is a directory. Finished shards are kept"):
-        write(other, tmp_path / "shards")
+        write(other, tmp_path / "shards", files=files)
     assert [path.name for path in sorted((tmp_path / "shards").glob("*.tsv"))] == [
         path.name for path in earlier
     ]

@@ -307,6 +307,22 @@ def test_nested_and_linked_folders_are_looked_at(tree):
     (tree / "train/n02").symlink_to(tree / "elsewhere")
     (tree / "train/n00/loop").symlink_to(tree / "train")
     assert [p.file for p in run(tree)] == ["train/n00/deeper/bad.JPEG", "train/n02/bad.jpg"]
+    loaded = [*load_image_files(tree, "train").files, *(f"val/{i}.JPEG" for i in range(3))]
+    assert list(make_manifest(tree, 1, quiet)) == sorted(loaded)
+    write_exclusions(tree / "excluded.txt", run(tree))
+    assert load_image_files(tree, "train").num_excluded == 2
+    assert len(load_image_files(tree, "train")) == 6
+
+
+def test_links_that_lead_to_each_other_end(tree):
+    """Two folders of 25 links to each other are 25 ^ 40 folders until the system refuses."""
+    for i in range(25):
+        (tree / f"train/n00/{i}").symlink_to(tree / "train/n01")
+        (tree / f"train/n01/{i}").symlink_to(tree / "train/n00")
+    (tree / "train/n01/2.JPEG").write_bytes(b"x")
+    assert [p.file for p in run(tree)] == sorted(
+        ["train/n01/2.JPEG", *(f"train/n00/{i}/2.JPEG" for i in range(25))]
+    )
 
 
 def test_progress_counts_every_file(tree):
