@@ -65,12 +65,13 @@ class CropStream(TrainStream):
 
 
 def window(draw: CropDraw, i: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the draw's i-th crop, within an image of that height and width."""
+    """(top, left, height, width) of the draw's i-th crop, within an image of that height and width: no side
+    is less than a pixel, however small the image."""
     h, w = np.float32(height), np.float32(width)
     half, pixels = np.float32(0.5), h * w * draw.area[i]
     widths = np.floor(np.sqrt(pixels * draw.ratio[i]) + half)
     heights = np.floor(np.sqrt(pixels / draw.ratio[i]) + half)
-    fits = np.flatnonzero((widths <= w) & (heights <= h))
+    fits = np.flatnonzero((widths >= 1) & (widths <= w) & (heights >= 1) & (heights <= h))
     if len(fits):
         ch, cw = heights[fits[0]], widths[fits[0]]
         top, left = np.floor(draw.place[i] * np.array([h - ch + 1, w - cw + 1]))

@@ -123,7 +123,7 @@ def _window(dali: Any, encoded: Any, area: Any, ratio: Any, place: Any) -> tuple
     pixels = h * w * area
     widths = math.floor(math.sqrt(pixels * ratio) + 0.5)
     heights = math.floor(math.sqrt(pixels / ratio) + 0.5)
-    fits = (widths <= w) & (heights <= h)
+    fits = (widths >= 1) & (widths <= w) & (heights >= 1) & (heights <= h)
     # the first attempt that fits has the highest rank
     ranks = number(fits) * types.Constant(list(range(ATTEMPTS, 0, -1)), dtype=types.FLOAT)
     best = fn.reductions.max(ranks)

@@ -74,6 +74,17 @@ def test_evaluation_sees_every_image_exactly_once(num_images, batch_size, world_
     assert sorted(indices) == list(range(num_images))
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_every_step_of_an_evaluation(world_size):
+    ranks = [EvalStream(50, 4, rank, world_size) for rank in range(world_size)]
+    alone = EvalStream(50, 4 * world_size)
+    assert {rank.batches_per_epoch for rank in ranks} == {alone.batches_per_epoch}
+    for index in range(alone.batches_per_epoch):
+        parts = zip(*(rank.draw(0, index) for rank in ranks), strict=True)
+        for together, whole in zip(parts, alone.draw(0, index), strict=True):
+            assert np.array_equal(np.concatenate(together), whole)
+
+
 def test_batches_that_do_not_divide_and_sets_that_are_too_small_are_refused():
     with pytest.raises(ValueError, match="12 does not divide by 5 devices x 1 accumulation steps"):
         make(world_size=5)
