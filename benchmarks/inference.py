@@ -62,13 +62,17 @@ def measure(
     shape = tuple(described["input_shape"])
     dense: Any = model.eval().to(device=device, dtype=dtype)
     dense.to(memory_format=torch.channels_last)
-    positions = {layer.name: layer.positions for layer in count_flops(model.float(), shape).layers}
+    calls = {layer.name: layer.calls for layer in count_flops(model.float(), shape).layers}
     dense.to(dtype)
-    names = [name for name in packable(dense) if name in positions and positions[name] * batch % ROWS == 0]
+    names = [
+        name
+        for name in packable(dense)
+        if calls.get(name) and not any(rows * batch % ROWS for rows in calls[name])
+    ]
     if not names:
         raise UserError("no layer of this model is 2:4; train with sparsity.pattern=2:4 sparsity.target=null")
     layers = dict(dense.named_modules())
-    kernels = {name: _layer(layers[name].weight.flatten(1), positions[name] * batch) for name in names}
+    kernels = {name: _layer(layers[name].weight.flatten(1), max(calls[name]) * batch) for name in names}
     chosen = [name for name, kernel in kernels.items() if kernel["right"] and (options.all or kernel["wins"])]
     sparse = copy.deepcopy(dense)
     pack_layers(sparse, chosen, dtype)

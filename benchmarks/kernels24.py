@@ -75,7 +75,7 @@ def _network(name: str, batch: int | None) -> list[tuple[str, str, Shape24]]:
         module = layers[layer.name]
         assert isinstance(module, nn.Conv2d | nn.Linear)
         outputs, inputs = module.weight.shape[0], module.weight[0].numel()
-        shape = Shape24(layer.positions * (batch or usual), inputs, outputs)
+        shape = Shape24(max(layer.calls) * (batch or usual), inputs, outputs)
         if not (inputs % TILE or outputs % TILE or shape.rows % ROWS):
             kernel = "x".join(map(str, getattr(module, "kernel_size", ())))
             found.setdefault(shape, f"{layer.name} {kernel}".strip())

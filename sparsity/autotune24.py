@@ -83,8 +83,8 @@ def candidates(
 ) -> tuple[dict[str, Shape24], dict[str, str]]:
     """(layer -> the shape to measure, layer -> why it runs dense), over masked layers.
 
-    positions: output positions of one image, by layer, for every image size that is trained on; a layer must
-    fit at all of them and is measured at the greatest. images: of a step on one device.
+    positions: output positions of one image, by layer, for every call at every image size that is trained
+    on; a layer must fit at all of them and is measured at the greatest. images: of a step on one device.
     """
     shapes, reasons = {}, {}
     for name, layer in layers.items():

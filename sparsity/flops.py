@@ -1,43 +1,53 @@
 """FLOPs of a model for one image, dense and with masks, counted as the paper does.
 
-A multiply-add is 2 FLOPs. Convolution and linear layers: 2 * (kept weights) * (output positions), and one per
-output for a bias. Besides: 2 per element for BatchNorm, 1 for a ReLU that is a module, k * k per output for
-pooling. Training one image costs three forward passes, at the sparsity in force (Peste et al., NeurIPS 2021,
-section 4).
+A multiply-add is 2 FLOPs. Counted are the matrix products and convolutions that a forward pass runs, whether
+by modules or by functions: of Conv2d and Linear layers one by one, so that density scales them; of the others
+(attention's two products, MultiheadAttention's input projection) together, dense. Of modules besides: one per
+output for a layer's bias, 2 per element for BatchNorm, 1 for a ReLU, k * k per output for pooling. What else
+works element by element is not counted: masks, LayerNorm, GELU, softmax, sums. Training one image costs three
+forward passes, at the sparsity in force (Peste et al., NeurIPS 2021, section 4).
 """
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 TRAINING_FACTOR = 3  # forward, gradient of the input, gradient of the weight
 
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """A convolution or linear layer. positions: outputs per kernel, so 2 * num_weights * positions FLOPs of
-    GEMM."""
+    """A convolution or linear layer.
+
+    products: of its weight, dense. bias: of all calls. calls: outputs per kernel (output positions) of each
+    call; a weight that is used past its layer's forward pass has products that belong to no call.
+    """
 
     name: str
-    num_weights: int
-    positions: int
-    bias_flops: int
+    products: int
+    bias: int
+    calls: tuple[int, ...]
 
     def flops(self, density: float = 1.0) -> float:
-        return 2 * self.num_weights * self.positions * density + self.bias_flops
+        return self.products * density + self.bias
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """One image's forward pass."""
+    """One image's forward pass. products: of no layer's weight, dense whatever the masks."""
 
     layers: tuple[LayerFlops, ...]
+    products: int
     norm: int
     relu: int
     pooling: int
@@ -46,8 +56,8 @@ class ModelFlops:
         """FLOPs with the kept share of weights by layer name; layers not named, and all when None, are
         dense."""
         density = density or {}
-        gemm = sum(layer.flops(density.get(layer.name, 1.0)) for layer in self.layers)
-        return gemm + self.norm + self.relu + self.pooling
+        layers = sum(layer.flops(density.get(layer.name, 1.0)) for layer in self.layers)
+        return layers + self.products + self.norm + self.relu + self.pooling
 
     def training(self, density: Mapping[str, float] | None = None) -> float:
         return TRAINING_FACTOR * self.forward(density)
@@ -56,32 +66,94 @@ class ModelFlops:
 def count_flops(model: nn.Module, input_shape: Sequence[int]) -> ModelFlops:
     """Count for one input of `input_shape` (channels, height, width). Nothing is computed: a copy on the meta
     device runs once, in evaluation mode."""
-    probe = copy.deepcopy(model).to("meta").eval()
-    layers: list[LayerFlops] = []
-    other = {"norm": 0, "relu": 0, "pooling": 0}
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                outputs = output.numel()
-                channels = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-                bias = outputs if module.bias is not None else 0
-                layers.append(LayerFlops(name, module.weight.numel(), outputs // channels, bias))
-            elif isinstance(module, nn.BatchNorm2d):
-                other["norm"] += 2 * output.numel()
-            elif isinstance(module, nn.ReLU):
-                other["relu"] += output.numel()
-            elif isinstance(module, nn.AvgPool2d | nn.MaxPool2d):
-                size = module.kernel_size
-                height, width = (size, size) if isinstance(size, int) else size
-                other["pooling"] += height * width * output.numel()
-            elif isinstance(module, nn.AdaptiveAvgPool2d):
-                other["pooling"] += inputs[0].numel()
-
-        return hook
-
-    for name, module in probe.named_modules():
-        module.register_forward_hook(record(name))
-    with torch.no_grad():
+    probe = _on_meta(model).eval()
+    counter = _Counter(probe)
+    with torch.no_grad(), counter:
         probe(torch.empty(1, *input_shape, device="meta"))
-    return ModelFlops(tuple(layers), **other)
+    return counter.counted()
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts a forward pass of `model` within its context: products by operator, the rest by module.
+
+    A product within a layer's call is that layer's: its weight may come as another tensor, times its mask.
+    Any other product is the layer's whose weight, or a view of it, is an operand.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._products: dict[str | None, int] = defaultdict(int)  # None: of no layer
+        self._bias: dict[str, int] = defaultdict(int)
+        self._calls: dict[str, list[int]] = defaultdict(list)
+        self._other = {"norm": 0, "relu": 0, "pooling": 0}
+        self._running: list[str] = []
+        self._owners: dict[int, str] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_pre_hook(partial(self._begin, name))
+                for key, parameter in module.named_parameters(recurse=False):
+                    if key == "weight":  # none if it is computed from others
+                        self._owners[_storage(parameter)] = name
+            module.register_forward_hook(partial(self._end, name))
+
+    def counted(self) -> ModelFlops:
+        layers = [
+            LayerFlops(name, products, self._bias[name], tuple(self._calls[name]))
+            for name, products in self._products.items()
+            if name is not None
+        ]
+        return ModelFlops(tuple(layers), self._products[None], **self._other)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is None:
+            with self:  # what an operator that is made of others runs
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        output = func(*args, **kwargs)
+        if formula is not None:
+            self._products[self._layer(args)] += formula(*args, **kwargs, out_val=output)
+        return output
+
+    def _layer(self, operands: Sequence[Any]) -> str | None:
+        if self._running:
+            return self._running[-1]
+        storages = [_storage(operand) for operand in operands if isinstance(operand, Tensor)]
+        return next((self._owners[storage] for storage in storages if storage in self._owners), None)
+
+    def _begin(self, name: str, module: nn.Module, inputs: Any) -> None:
+        self._running.append(name)
+
+    def _end(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            self._running.pop()
+            channels = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
+            self._calls[name].append(output.numel() // channels)
+            self._bias[name] += output.numel() if module.bias is not None else 0
+        elif isinstance(module, nn.BatchNorm2d):
+            self._other["norm"] += 2 * output.numel()
+        elif isinstance(module, nn.ReLU):
+            self._other["relu"] += output.numel()
+        elif isinstance(module, nn.AvgPool2d | nn.MaxPool2d):
+            size = module.kernel_size
+            height, width = (size, size) if isinstance(size, int) else size
+            self._other["pooling"] += height * width * output.numel()
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            self._other["pooling"] += inputs[0].numel()
+
+
+def _storage(tensor: Tensor) -> int:
+    """Of a tensor and its views the same. On the meta device every address is 0."""
+    return tensor.untyped_storage()._cdata
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without values. A parameter that modules share is shared there, too, as it is not after
+    `.to("meta")`."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)

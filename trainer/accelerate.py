@@ -75,7 +75,7 @@ class ImageShape:
         found: dict[str, list[int]] = {}
         for shape in [(self.shape[0], side, side) for side in self.sides] or [self.shape]:
             for layer in count_flops(model, shape).layers:
-                found.setdefault(layer.name, []).append(layer.positions)
+                found.setdefault(layer.name, []).extend(layer.calls)
         return found
 
 
