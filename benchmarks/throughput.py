@@ -26,7 +26,6 @@ from benchmarks.models import NETWORKS, Network, short_run
 from benchmarks.record import RESULTS, console, write_record
 from data.loader import Batch
 from sparsity import Run24
-from sparsity.flops import TRAINING_FACTOR
 from trainer import ranks
 from trainer.build import build_trainer
 from trainer.engine import precision
@@ -127,7 +126,7 @@ def _train(trainer: Trainer, label: str, options: argparse.Namespace) -> dict[st
                 waits.append(waited)
             on_progress(number + 1, options.warmup + options.steps)
     rate = trainer.config.data.batch_size * len(seconds) / sum(seconds)
-    flops = TRAINING_FACTOR * trainer.flops.forward()
+    flops = trainer.flops.at(0).training()
     peak = _peak_flops(trainer)
     quantiles = statistics.quantiles(seconds, n=20)
     return {
@@ -150,7 +149,7 @@ def _endless(trainer: Trainer) -> Iterator[Batch]:
 
 def _skipped(trainer: Trainer) -> float:
     """FLOPs of an image that 2:4 kernels leave out: half of a forward pass, and of an input gradient."""
-    layers = {layer.name: layer.flops() for layer in trainer.flops.layers}
+    layers = {layer.name: layer.flops() for layer in trainer.flops.at(0).layers}
     halves = {Run24.FORWARD: 1, Run24.TRANSPOSED: 2}
     return sum(layers[name] / 2 * halves[how] for name, how in trainer.acdc.run24.items())
 

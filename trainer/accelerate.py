@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from data.places import data_home
-from sparsity import ACDC, Transposable24, count_flops
+from sparsity import ACDC, Transposable24
 from sparsity.autotune24 import Shape24, Tuned, candidates, measure24
 from sparsity.layers import Run24
 from sparsity.semi_structured import DTYPES, lacking
@@ -21,7 +21,6 @@ from sparsity.transposable import is_24
 from trainer import ranks
 from trainer.checkpoint import write_text
 from trainer.config import Config
-from trainer.data_config import ImageNetData
 from trainer.engine import precision
 from trainer.errors import EnvironmentLacks
 
@@ -55,37 +54,13 @@ def why_not(config: Config, device: torch.device) -> str | None:
     return missing
 
 
-@dataclass(frozen=True)
-class ImageShape:
-    """What a step sees. sides: of the square images that are trained on; empty: as `shape` says. batch:
-    images of a step on one device."""
-
-    shape: tuple[int, int, int]
-    sides: tuple[int, ...]
-    batch: int
-
-    @classmethod
-    def of(cls, config: Config, shape: tuple[int, int, int]) -> ImageShape:
-        data = config.data
-        sides = tuple(side for _, side in data.sizes) if isinstance(data, ImageNetData) else ()
-        return cls(shape, sides, data.batch_size // (ranks.world_size() * config.engine.accumulation_steps))
-
-    def positions(self, model: torch.nn.Module) -> dict[str, list[int]]:
-        """Layer -> its output positions for one image, of every size."""
-        found: dict[str, list[int]] = {}
-        for shape in [(self.shape[0], side, side) for side in self.sides] or [self.shape]:
-            for layer in count_flops(model, shape).layers:
-                found.setdefault(layer.name, []).extend(layer.calls)
-        return found
-
-
 def accelerate(
-    config: Config, acdc: ACDC, device: torch.device, shape: tuple[int, int, int]
+    config: Config, acdc: ACDC, device: torch.device, positions: Mapping[str, list[int]]
 ) -> list[LayerChoice]:
     """Tune on rank 0, tell the layers on every rank; what was chosen and why. Call it in a sparse phase.
 
-    shape: of the images, unless the recipe names their sides. A resumed run keeps the kernels it had, and
-    nothing is chosen; where there are no kernels all layers run masked dense."""
+    positions: as candidates takes them. A resumed run keeps the kernels it had, and nothing is chosen; where
+    there are no kernels all layers run masked dense."""
     if (reason := why_not(config, device)) is not None:
         if acdc.run24:
             log.warning("2:4 kernels that ran before cannot run here: they need %s", reason)
@@ -93,16 +68,17 @@ def accelerate(
         return []
     if acdc.run24:
         return []
-    dtype, images = precision(config, device), ImageShape.of(config, shape)
-    choices = ranks.on_main(lambda: _choose(config, acdc, device, dtype, images))
+    dtype = precision(config, device)
+    choices = ranks.on_main(lambda: _choose(config, acdc, device, dtype, positions))
     acdc.accelerate({choice.layer: choice.run24 for choice in choices})
     return choices
 
 
 def _choose(
-    config: Config, acdc: ACDC, device: torch.device, dtype: torch.dtype, images: ImageShape
+    config: Config, acdc: ACDC, device: torch.device, dtype: torch.dtype, positions: Mapping[str, list[int]]
 ) -> list[LayerChoice]:
-    shapes, reasons = candidates(acdc.layers, images.positions(acdc.model), images.batch)
+    images = config.data.batch_size // (ranks.world_size() * config.engine.accumulation_steps)
+    shapes, reasons = candidates(acdc.layers, positions, images)
     transposable = isinstance(acdc.pattern, Transposable24)
     cache = TuningCache(data_home() / "kernels24.json", device, dtype, transposable)
     required = config.sparsity.accelerate == "require"

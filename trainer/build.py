@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from data.loader import ImageInfo
-from sparsity import ACDC, NM, ModelFlops, Transposable24, count_flops, find_escaping
+from sparsity import ACDC, NM, Transposable24, find_escaping
 from trainer import checkpoint, ranks, run_dir
 from trainer.accelerate import why_not
 from trainer.classifier import Classifier
@@ -20,6 +20,7 @@ from trainer.config import Config, SparsityConfig
 from trainer.engine import build_engine, deepspeed_config
 from trainer.errors import Finished, UserError, as_user_error
 from trainer.export import build_model, describe_model
+from trainer.flops import RunFlops
 from trainer.loaders import build_loaders
 from trainer.loop import Trainer
 from trainer.monitor import Monitor
@@ -48,9 +49,10 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
     steps_per_epoch = loaders.train.batches_per_epoch // config.engine.accumulation_steps
     with as_user_error("sparsity"):
         acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
-        _check_masks_hold(acdc, loaders.info, config.sparsity.exclude)
     with as_user_error("model"):
-        flops = _count_flops(model, loaders.info)
+        flops = RunFlops.count(model, config.data, loaders.info.shape)
+    with as_user_error("sparsity"):
+        _check_masks_hold(acdc, loaders.info, config.sparsity.exclude)
     why_not(config, device)  # what the recipe requires and the machine lacks is told now
     settings = deepspeed_config(config, device)
     branch = None
@@ -72,6 +74,9 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
             with as_user_error(f"resume {resumed[1]}"):
                 state = checkpoint.read(resumed[1], checkpoint.STATE)
                 position = restore(state, engine, acdc, loaders.train)
+        if position.training_flops and not position.dense_training_flops:
+            places = steps_per_epoch * config.data.batch_size
+            flops.recount(position, min(places, loaders.train.num_images))
         ranks.on_main(lambda: _check_unfinished(folder, position, config))
         if position.epoch < acdc.schedule.num_epochs:
             ranks.on_main(lambda: _check_dense_twin(folder, position, config))
@@ -123,13 +128,6 @@ def _pattern(name: str, names: list[str], layers: list[str]) -> str:
     parts = name.split(".")
     endings = ("*." + ".".join(parts[-count:]) for count in range(1, len(parts)))
     return next((end for end in endings if set(fnmatch.filter(layers, end)) <= set(names)), name)
-
-
-def _count_flops(model: nn.Module, images: ImageInfo) -> ModelFlops:
-    try:
-        return count_flops(model, images.shape)
-    except RuntimeError as error:
-        raise ValueError(f"it does not take images of shape {images.shape}: {error}") from error
 
 
 def _open_folder(config: Config, resumed: tuple[RunDir, Path] | None, path: Path | None) -> RunDir:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sparsity.flops import TRAINING_FACTOR
 from trainer import ranks
 from trainer.engine import num_graphs, precision
 from trainer.loop import Trainer
@@ -68,13 +67,10 @@ def conclude_both(run: RunDir) -> None:
 
 
 def build_result(trainer: Trainer) -> dict[str, Any]:
-    """Accuracies in percent, sparsity as a share, FLOPs of one image (inference) and of the whole run
-    (training)."""
+    """Accuracies in percent, sparsity as a share, FLOPs of one image (inference, at evaluation's size) and of
+    the whole run (training, at the sizes trained on)."""
     position, pair = trainer.position, trainer.position.pair
-    dense = trainer.flops.forward()
-    places = trainer.steps_per_epoch * trainer.config.data.batch_size
-    images = min(places, trainer.loaders.train.num_images) * position.epoch
-    training_dense = TRAINING_FACTOR * dense * images
+    dense = trainer.flops.inference.forward()
     sparse = pair.get(SPARSE)
     return {
         "name": trainer.config.name,
@@ -85,9 +81,9 @@ def build_result(trainer: Trainer) -> dict[str, Any]:
             "inference_dense": dense,
             "inference_sparse": sparse["inference_flops"] if sparse else None,
             "inference_ratio": sparse["inference_flops"] / dense if sparse else None,
-            "training_dense": training_dense,
+            "training_dense": position.dense_training_flops,
             "training": position.training_flops,
-            "training_ratio": position.training_flops / training_dense,
+            "training_ratio": position.training_flops / position.dense_training_flops,
         },
         "compile": {
             "graphs": num_graphs() - trainer.graphs_before,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from data.loader import Batch
-from sparsity import ACDC, ModelFlops, Sparsity, measure
+from sparsity import ACDC, Sparsity, measure
 from trainer import checkpoint, ranks
 from trainer.accelerate import accelerate, as_records, choice_table
 from trainer.batch_norm import recompute_batch_norm
@@ -29,6 +29,7 @@ from trainer.engine import num_graphs, precision
 from trainer.errors import Diverged, Stopped, UserError
 from trainer.evaluate import Metrics, evaluate
 from trainer.export import save_model
+from trainer.flops import RunFlops
 from trainer.loaders import Loaders
 from trainer.mask_history import save_masks
 from trainer.monitor import Monitor
@@ -57,7 +58,7 @@ class Trainer:
         run_dir: RunDir,
         monitor: Monitor | None,
         model_info: dict[str, Any],
-        flops: ModelFlops,
+        flops: RunFlops,
         position: Position,
     ) -> None:
         self.config, self.acdc, self.engine, self.device = config, acdc, engine, device
@@ -156,7 +157,7 @@ class Trainer:
     def accelerate(self) -> None:
         """Choose the kernels of compressed phases, once a process."""
         self._tuned = True
-        choices = accelerate(self.config, self.acdc, self.device, self.loaders.info.shape)
+        choices = accelerate(self.config, self.acdc, self.device, self.flops.calls())
         if choices and self.monitor:
             self.run_dir.write_kernels(as_records(choices))
             self.monitor.screen.console.print(choice_table(choices))
@@ -187,7 +188,9 @@ class Trainer:
     ) -> None:
         sparsity = self.sparsity()
         density = {name: 1 - share for name, share in sparsity.by_layer.items()}
-        self.position.training_flops += self.flops.training(density) * trained.num_images
+        flops = self.flops.at(epoch)
+        self.position.training_flops += flops.training(density) * trained.num_images
+        self.position.dense_training_flops += flops.training() * trained.num_images
         self.position.seconds = time.monotonic() - self._began
         if self.graphs_at_first is None:
             self.graphs_at_first = num_graphs()
@@ -234,7 +237,7 @@ class Trainer:
                 "sparsity_of_all_parameters": sparsity.of_all_parameters,
                 "num_weights": sparsity.num_weights,
                 "num_kept": sparsity.num_kept,
-                "inference_flops": self.flops.forward(density),
+                "inference_flops": self.flops.inference.forward(density),
             }
             # the dense twin carries the whole state: a branch goes on from there, see trainer.dense_branch
             branches = kind == "dense" and epoch + 1 < self.config.epochs

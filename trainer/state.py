@@ -27,14 +27,16 @@ class Position:
     """How far a run is.
 
     epoch, step: the next epoch, and optimizer steps done in it. totals: this rank's counts in it, see
-    trainer.classifier. training_flops: so far. seconds: wall-clock time of the run so far, resumed parts
-    added up. pair: what is known of the dense twin and the sparse model once they are saved.
+    trainer.classifier. training_flops: so far. dense_training_flops: of the same images without masks; 0 in
+    checkpoints from before it was counted, see RunFlops.recount. seconds: wall-clock time of the run so far,
+    resumed parts added up. pair: what is known of the dense twin and the sparse model once they are saved.
     """
 
     epoch: int = 0
     step: int = 0
     totals: list[float] = field(default_factory=lambda: [0.0] * 4)
     training_flops: float = 0.0
+    dense_training_flops: float = 0.0
     seconds: float = 0.0
     pair: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -120,8 +122,12 @@ def branch_off(state: Mapping[str, Any], engine: Any, acdc: ACDC) -> Position:
     masters = masters_of(engine)
     for name, parameter in model.named_parameters():
         masters.load_(parameter, weights[name].to(parameter.device), state["optimizer"][name])
-    position = state["position"]
-    return Position(epoch=position["epoch"], training_flops=position["training_flops"])
+    position = Position(**state["position"])
+    return Position(
+        epoch=position.epoch,
+        training_flops=position.training_flops,
+        dense_training_flops=position.dense_training_flops,
+    )
 
 
 def _masks_in_force(state: Mapping[str, Any]) -> dict[str, Tensor]:

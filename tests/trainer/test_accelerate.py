@@ -102,13 +102,6 @@ def test_a_damaged_cache_is_measured_anew(tmp_path):
         assert not cache().known
 
 
-def test_progressive_sizes_are_all_looked_at():
-    images = accelerate.ImageShape((3, 64, 64), (32, 48), 4)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1, 2), torch.nn.Conv2d(16, 32, 1))
-    assert images.positions(net) == {"0": [256, 576], "1": [256, 576]}
-    assert accelerate.ImageShape((3, 64, 64), (), 4).positions(net) == {"0": [1024], "1": [1024]}
-
-
 def test_the_gain_counts_what_was_chosen():
     tuned = Tuned(Timing(3.0, 1.0, 0.0), Timing(5.0, 2.0, 0.0))
     choices = [
