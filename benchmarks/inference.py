@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.record import RESULTS, console, show_spread, spread, write_record
+from benchmarks.record import console, parse, show_spread, spread, write_record
 from benchmarks.turns import ratios, take_turns
 from sparsity import count_flops
 from sparsity.autotune24 import MARGIN, TOLERANCE, median_seconds
@@ -38,8 +38,7 @@ def main() -> int:
     add("--turns", default=9, help="of each; default: 9")
     add("--steps", default=5, help="batches in a turn; default: 5")
     parser.add_argument("--all", action="store_true", help="2:4 in every layer that can, faster or not")
-    parser.add_argument("--out", type=Path, default=RESULTS / "inference.json", metavar="FILE")
-    options = parser.parse_args()
+    options = parse(parser, "inference")
     device = ranks.start()
     try:
         with as_user_error("infer"):

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
 
-from benchmarks.record import RESULTS, console, write_record
+from benchmarks.record import console, parse, write_record
 from sparsity import count_flops
 from sparsity.autotune24 import Shape24, measure24
 from sparsity.semi_structured import DTYPES, ROWS, TILE, lacking
@@ -36,8 +35,7 @@ def main() -> int:
     add = partial(parser.add_argument, metavar="N", type=int)
     add("--batch", help="images; default: 256, ViT 128")
     add("--most", default=0, help="shapes of each network at most; default: all")
-    parser.add_argument("--out", type=Path, default=RESULTS / "kernels24.json", metavar="FILE")
-    options = parser.parse_args()
+    options = parse(parser, "kernels24")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     missing = lacking(device)
     if missing is not None:

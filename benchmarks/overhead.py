@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.models import NETWORKS, Ours, Stock, one_batch, short_run
-from benchmarks.record import RESULTS, console, show_spread, spread, write_record
+from benchmarks.record import console, parse, show_spread, spread, write_record
 from benchmarks.turns import ratios, take_turns
 from trainer import ranks
 from trainer.build import build_trainer
@@ -32,8 +32,7 @@ def main() -> int:
     add("--turns", default=9, help="of each contender; default: 9")
     add("--steps", default=3, help="in a turn; default: 3")
     add("--batch", help="images in a step; default: by network and device")
-    parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json", metavar="FILE")
-    options = parser.parse_args()
+    options = parse(parser, "overhead")
     device = ranks.start()
     results = {}
     for name in options.networks or DEFAULT:

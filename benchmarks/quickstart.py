@@ -16,34 +16,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from trainer.environment import environment
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.record import console, parse, write_record
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "quickstart.json", help="where the record goes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for both runs, e.g. seed=2")
-    options = parser.parse_args()
+    options = parse(parser, "quickstart")
     with tempfile.TemporaryDirectory() as folder:
         cold, seconds = run_cold(Path(folder), options.overrides)
         watched = run_watched(Path(folder), options.overrides)
     rows = judge(cold, seconds, watched)
     show(rows)
-    record = {
-        "environment": environment(),
-        "overrides": options.overrides,
-        "result": cold,
-        "two_ranks": watched,
-    }
+    record: dict[str, Any] = {"overrides": options.overrides, "result": cold, "two_ranks": watched}
     record["claims"] = [dict(zip(("promise", "bar", "measured", "holds"), row, strict=True)) for row in rows]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"record: {options.out}")
+    write_record(options.out, record)
     return 0 if all(holds for *_, holds in rows) else 1
 
 
@@ -104,9 +93,7 @@ def show(rows: list[tuple[str, str, str, bool]]) -> None:
         table.add_column(column)
     for *texts, holds in rows:
         table.add_row(*texts, "yes" if holds else "NO")
-    console = Console()
-    console.width = max(console.width, 110)
-    console.print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

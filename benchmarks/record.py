@@ -1,7 +1,12 @@
-"""What all benchmarks share: spread of measurements, and records with provenance."""
+"""What all benchmarks share: spread of measurements, and records with provenance.
+
+A record to publish comes from a commit. One made from a tree with uncommitted changes is said to be so, on
+the screen and in its revision, and takes no published record's place.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Sequence
@@ -10,14 +15,20 @@ from typing import Any
 
 from rich.console import Console
 
-from trainer.environment import environment
+from trainer.environment import CHANGES, RECORDS, ROOT, environment, revision
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = ROOT / RECORDS
+REVISION = revision()  # as the benchmark begins: the tree may change while it runs
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and greatest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Of two or more values, by linear interpolation between them: never beyond the greatest."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def show_spread(values: dict[str, float], digits: int = 1) -> str:
@@ -29,11 +40,44 @@ def show_spread(values: dict[str, float], digits: int = 1) -> str:
 def console() -> Console:
     """As wide as the terminal, and wide enough for tables elsewhere."""
     screen = Console(highlight=False)
-    return screen if screen.is_terminal else Console(highlight=False, width=140)
+    return screen if screen.is_terminal else Console(highlight=False, width=170)
+
+
+def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """The command line, with --out for the record's place, by default the published NAME.json. A tree with
+    changes is mentioned at once, before the work."""
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / f"{name}.json", metavar="FILE", help="where the record goes"
+    )
+    options = parser.parse_args()
+    if (fault := lacking_commit(REVISION)) is not None:
+        notice = f"{fault}: what this run measures is not a record to publish"
+        Console(stderr=True).print(notice, style="red", soft_wrap=True)
+    return options
+
+
+def lacking_commit(revision: str | None) -> str | None:
+    """Why code of this revision (see trainer.environment) makes no record to publish, or None."""
+    if revision is None:
+        return "the code is not in a git checkout"
+    return "the tree has uncommitted changes (git status)" if revision.endswith(CHANGES) else None
+
+
+def place_of(path: Path, revision: str | None) -> Path:
+    """Where a record goes: `path`, but NAME.dirty.json, which git ignores, for a published NAME.json that
+    the code of this revision must not replace."""
+    published = path.resolve().is_relative_to(RESULTS)
+    return path.with_suffix(".dirty.json") if published and lacking_commit(revision) else path
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
     """A JSON record, with what machine, versions, revision and command it comes from."""
+    found = environment()
+    if found["revision"] != REVISION and REVISION is not None:
+        found["revision"] = REVISION.removesuffix(CHANGES) + CHANGES  # changed while it ran
+    path, fault = place_of(path, found["revision"]), lacking_commit(found["revision"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"environment": found, **content}, indent=1) + "\n", encoding="utf-8")
     print(f"record: {path}")
+    if fault is not None:
+        console().print(f"NOT A RECORD TO PUBLISH: {fault}", style="bold red", soft_wrap=True)

@@ -10,6 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = "benchmarks/results"
+CHANGES = "+changes"  # behind a revision that the tree differs from
 PACKAGES = (
     "torch",
     "torchvision",
@@ -43,7 +46,7 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "cpu": _cpu(),
         "cpu_cores": len(os.sched_getaffinity(0)),
-        "revision": _revision(),
+        "revision": revision(),
     }
 
 
@@ -64,17 +67,20 @@ def _cpu() -> str:
     )
 
 
-def _revision() -> str | None:
-    """The git revision of the code, with "+changes" where the tree differs from it; None outside a
-    checkout."""
-    here = Path(__file__).resolve().parent.parent
+def revision(root: Path = ROOT) -> str | None:
+    """The git revision of the code, with CHANGES where the tree differs from it; None outside a checkout.
+
+    Records of benchmarks (RECORDS) are no code: writing one changes nothing that the next one measures."""
+    if not (root / ".git").exists():  # else git would name the repository around an installed package
+        return None
     try:
-        revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        changes = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
+        head, changes = (
+            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout
+            for command in (
+                ("rev-parse", "HEAD"),
+                ("status", "--porcelain", "--", ".", f":(exclude){RECORDS}"),
+            )
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return revision.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    return head.strip() + (CHANGES if changes.strip() else "")
