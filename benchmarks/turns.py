@@ -1,14 +1,36 @@
-"""Contenders that take turns in one process, so that whatever else the machine does meets all of them."""
+"""Contenders that take turns, so that whatever else the machine does meets all of them.
+
+Loaders read ahead, and decode in the background, whosever turn it is. A turn over real data is therefore
+counted from a full read-ahead to a full one (until_quiet): N steps pay for N batches, and take no cores from
+the next turn. The last of these batches, at most as many as are read ahead, are made while the model rests,
+which a run would do beside it: turns of several times the read-ahead keep that small.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import psutil
 import torch
 
+from benchmarks.machine import wait_for
 from benchmarks.record import spread
+
+TURN = 3  # steps of a turn over real data, in read-aheads
+QUIET = 0.3  # seconds
+PAUSE = 0.02  # seconds between looks
+LITTLE = 0.015  # processor seconds: more than one of the system's ticks, less than any batch
+LONGEST = 60.0  # seconds
+
+
+def order(contenders: Sequence[str], turn: int) -> list[str]:
+    """Who comes first, second, ... in a turn counted from 0. Over as many turns as there are contenders each
+    has every place once; over twice as many each follows every other equally often."""
+    rounds, first = divmod(turn, len(contenders))
+    rotated = [*contenders[first:], *contenders[:first]]
+    return rotated[::-1] if rounds % 2 else rotated
 
 
 def take_turns(
@@ -18,28 +40,56 @@ def take_turns(
     device: torch.device,
     on_turn: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, list[float]]:
-    """Seconds of a step of each contender, one figure a turn of `steps` steps. Every contender first warms up
-    with a turn that does not count, and compiles there. on_turn: told how many are over."""
+    """Seconds of a step of each contender, one figure a turn of `steps` steps, for steps that read no data.
+    Every contender first warms up with a turn that does not count, and compiles there. on_turn: told how many
+    are over."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(turns + 1):
-        # the order alternates, so that none always follows the same other
-        for name in sorted(contenders, reverse=turn % 2 == 0):
-            _wait_for(device)
+        for name in order(list(contenders), turn):
+            wait_for(device)
             begin = time.perf_counter()
             for _ in range(steps):
                 contenders[name]()
-            _wait_for(device)
+            wait_for(device)
             if turn:
                 seconds[name].append((time.perf_counter() - begin) / steps)
         on_turn(turn)
     return seconds
 
 
-def ratios(over: list[float], under: list[float]) -> dict[str, float]:
+def ratios(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
     """Spread of the quotients, turn by turn."""
     return spread([a / b for a, b in zip(over, under, strict=True)])
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def family(process: psutil.Process | None = None) -> list[psutil.Process]:
+    """A process, by default this one, and all that it started."""
+    head = process or psutil.Process()
+    return [head, *head.children(recursive=True)]
+
+
+def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
+    """Processor time so far. It grows by the system's ticks, of 0.01 s mostly."""
+    times = [process.cpu_times() for process in processes if process.is_running()]
+    return sum(t.user + t.system for t in times)
+
+
+def until_quiet(process: psutil.Process | None = None) -> float:
+    """Wait until a process, by default this one, and all that it started compute nothing more: their
+    read-ahead is full. The time.perf_counter() since when, late by a few hundredths of a second at most.
+
+    Raises SystemExit where that does not come about: threads that wait busily cannot be told from work."""
+    processes = family(process)
+    begin = since = time.perf_counter()
+    before = cpu_seconds(processes)
+    while time.perf_counter() - since < QUIET:
+        if since - begin > LONGEST:
+            raise SystemExit(
+                f"the read-ahead is not full after {LONGEST:.0f} s, or threads wait busily: unset "
+                "OMP_WAIT_POLICY, GOMP_SPINCOUNT and KMP_BLOCKTIME"
+            )
+        time.sleep(PAUSE)
+        spent = cpu_seconds(processes)
+        if spent - before > LITTLE:
+            since, before = time.perf_counter(), spent
+    return since
