@@ -32,6 +32,7 @@ LOW = (
     "ms_per",
     "step",
     "wait",
+    "cost",
     "memory",
     "ratio",
     "compress",

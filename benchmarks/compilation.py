@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.models import NETWORKS
-from benchmarks.record import RESULTS, console, write_record
+from benchmarks.record import console, parse, show_spread, spread, write_record
+from benchmarks.turns import order
 from data.loader import Batch
 
 WAYS = ("uncompiled", "blocks", "whole")
@@ -37,29 +37,39 @@ def main() -> int:
         "networks", nargs="*", default=["resnet50"], metavar="NETWORK", help=", ".join(NETWORKS)
     )
     add = partial(parser.add_argument, metavar="N", type=int)
+    add("--repeats", default=3, help="of each way, in turns; default: 3")
     add("--steps", default=5, help="timed, behind the first; default: 5")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # in a process of its own
-    parser.add_argument("--out", type=Path, default=RESULTS / "compilation.json", metavar="FILE")
-    options = parser.parse_args()
+    options = parse(parser, "compilation")
     if options.way:
         print(json.dumps(measure(options.networks[0], options.way, options.steps)))
         return 0
-    table = Table(title="compiling")
-    for column in ("network", "way", "first step, s", "with a cache, s", "step, s", "graphs"):
-        table.add_column(column, justify="left" if column in ("network", "way") else "right")
-    results: dict[str, dict[str, Any]] = {}
-    for network in options.networks:
-        for way in WAYS:
-            cold, warm = _in_processes(network, way, options.steps)
-            results.setdefault(network, {})[way] = {"cold": cold, "warm": warm}
-            figures = (cold["first"], warm["first"], cold["step"])
-            table.add_row(network, way, *(f"{seconds:.2f}" for seconds in figures), str(cold["graphs"]))
-            print(
-                f"{network}, {way}: first step {cold['first']:.1f} s, later {cold['step']:.2f} s", flush=True
-            )
-    console().print(table)
+    results = {network: _in_turns(network, options) for network in options.networks}
+    show(results)
     write_record(options.out, {"compilation": results})
     return 0
+
+
+def _in_turns(network: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Of each way, with an empty cache (cold) and with what that left (warm)."""
+    runs: dict[str, list[list[dict[str, Any]]]] = {way: [] for way in WAYS}
+    for repeat in range(options.repeats):
+        for way in order(WAYS, repeat):
+            runs[way].append(_in_processes(network, way, options.steps))
+            print(f"{network}, {way}: {repeat + 1} of {options.repeats}", flush=True)
+    return {
+        way: dict(zip(("cold", "warm"), map(summary, zip(*those, strict=True)), strict=True))
+        for way, those in runs.items()
+    }
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of what `measure` gave: spread of first and of later steps, number of graphs."""
+    return {
+        "first": spread([run["first"] for run in runs]),
+        "step": spread([seconds for run in runs for seconds in run["steps"]]),
+        "graphs": max(run["graphs"] for run in runs),
+    }
 
 
 def _in_processes(network: str, way: str, steps: int) -> list[dict[str, Any]]:
@@ -84,7 +94,7 @@ def _in_processes(network: str, way: str, steps: int) -> list[dict[str, Any]]:
 
 
 def measure(name: str, way: str, steps: int) -> dict[str, Any]:
-    """Seconds of the first step and of later ones (median), and the number of graphs."""
+    """Seconds of the first step and of later ones, and the number of graphs."""
     from sparsity import mask_layers
     from trainer import ranks
     from trainer.classifier import Classifier
@@ -118,7 +128,7 @@ def measure(name: str, way: str, steps: int) -> dict[str, Any]:
         loss.item()  # wait for the device
         seconds.append(time.perf_counter() - begin)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return {"first": seconds[0], "step": statistics.median(seconds[1:]), "graphs": int(graphs)}
+    return {"first": seconds[0], "steps": seconds[1:], "graphs": int(graphs)}
 
 
 def _compile(classifier: nn.Module, way: str) -> None:
@@ -137,6 +147,18 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return [
         part for stack in stacks if id(stack) not in inner for part in stack if len(list(part.children()))
     ]
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    table = Table(title="compiling")
+    for column in ("network", "way", "first step, s", "with a cache, s", "step, s", "graphs"):
+        table.add_column(column, justify="left" if column in ("network", "way") else "right")
+    for network, ways in results.items():
+        for way, of in ways.items():
+            figures = (of["cold"]["first"], of["warm"]["first"], of["cold"]["step"])
+            seconds = (show_spread(figure, 2) for figure in figures)
+            table.add_row(network, way, *seconds, str(of["cold"]["graphs"]))
+    console().print(table)
 
 
 if __name__ == "__main__":

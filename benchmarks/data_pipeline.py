@@ -1,8 +1,8 @@
 """How fast image files become batches: DALI against the torch backend, on the same files in the same run.
 
 Both decode, crop, resize and flip the same windows of the same JPEGs into uint8 batches; nothing else runs.
-The backends take turns, so that whatever else the machine does meets both. With --train it also trains a
-network on those files and reads which share of the time it waited for data.
+The backends take turns, so that whatever else the machine does meets both. What data cost a training step
+tells benchmarks.throughput.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from rich.table import Table
 
-from benchmarks.record import RESULTS, console, show_spread, spread, write_record
+from benchmarks.record import console, parse, show_spread, spread, write_record
+from benchmarks.turns import cpu_seconds, family, order, ratios, until_quiet
 from data import fashion_mnist
 from data.crops import CropStream
+from data.dali import PREFETCH
 from data.dali_files import DaliFileLoader
 from data.image_files import ImageFiles, load_image_files
+from data.imagenet import NUM_CLASSES
 from data.loader import Batch, Loader
 from data.torch_files import TorchFileLoader
 
@@ -40,14 +42,11 @@ def main() -> int:
     add("--root", type=Path, metavar="ROOT", help="train/CLASS/*.JPEG and val; default: JPEGs made here")
     add("--images", default=1024, help="how many images to make; default: 1024")
     add("--batch", default=64, help="images in a batch; default: 64")
-    add("--batches", default=16, help="batches in a measurement; default: 16")
+    add("--batches", help="batches in a measurement; default: 16, or 8 a thread where that is more")
     add("--repeats", default=7, help="measurements of each backend; default: 7")
     add("--threads", default=len(os.sched_getaffinity(0)), help="or processes; default: one a core")
-    add("--train", nargs="*", default=[], metavar="RECIPE", type=str, help="train these a little, too")
-    add("--steps", default=12, help="of that training, in each of two epochs; default: 12")
-    add("--train-batch", default=32, help="of that training; default: 32")
-    add("--out", type=Path, default=RESULTS / "data.json", metavar="FILE", help="where the record goes")
-    options = parser.parse_args()
+    options = parse(parser, "data")
+    options.batches = options.batches or max(16, 8 * options.threads)
     with tempfile.TemporaryDirectory() as folder:
         root = options.root or make_tree(Path(folder), options.images)
         files = load_image_files(root, "train")
@@ -55,23 +54,23 @@ def main() -> int:
         mean_kb = sum(sizes) / len(sizes) / 1000
         print(f"{len(files):,} files of {mean_kb:.0f} kB, {options.threads} threads or processes")
         measured = compare(files, options)
-        trained = {name: train(name, root, options) for name in options.train}
-    show(measured, trained)
+    show(measured)
     settings = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    write_record(
-        options.out, {"options": settings, "mean_kb": mean_kb, "loader": measured, "training": trained}
-    )
+    write_record(options.out, {"options": settings, "mean_kb": mean_kb, "loader": measured})
     return 0
 
 
 def make_tree(root: Path, num_images: int) -> Path:
     """JPEGs of pictures with detail at all scales, about as large as ImageNet's (110 kB on average):
-    Fashion-MNIST's images, three at a time in three colours, enlarged over texture."""
+    Fashion-MNIST's images, three at a time in three colours, enlarged over texture. As many class folders as
+    ImageNet's, so that models have its last layer; the last ones are empty where images are fewer."""
     from PIL import Image
 
     arrays = fashion_mnist.load(None, "train")
     random = np.random.default_rng(0)
     width, height = SIZE
+    for label in range(NUM_CLASSES):
+        (root / "train" / f"n{label:08}").mkdir(parents=True, exist_ok=True)
     for i in range(num_images):
         planes = arrays.images[random.integers(0, len(arrays), 3), :, :, 0]
         picture = Image.fromarray(planes.transpose(1, 2, 0)).resize(SIZE, Image.Resampling.BICUBIC)
@@ -79,7 +78,7 @@ def make_tree(root: Path, num_images: int) -> Path:
         pixels = np.asarray(picture, np.float64).copy()
         pixels[: texture.shape[0], : texture.shape[1]] += texture
         for split in ("train", "val")[: 1 + (i < 64)]:
-            folder = root / split / f"n{i % 8:08}"
+            folder = root / split / f"n{i % NUM_CLASSES:08}"
             folder.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             image.save(folder / f"{i:06}.JPEG", quality=QUALITY)
@@ -98,18 +97,17 @@ def compare(files: ImageFiles, options: argparse.Namespace) -> dict[str, Any]:
     endless = {name: _endless(loader) for name, loader in loaders.items()}
     rates: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in loaders}
     for repeat in range(options.repeats + 1):  # the first warms up
-        for name, batches in endless.items():
-            wall, cpu_seconds = _measure(batches, options.batches)
+        for name in order(list(endless), repeat):
+            wall, busy = measure_loader(endless[name], options.batches, max(PREFETCH + 1, 2 * threads))
             if repeat:
                 images = options.batches * options.batch
                 rates[name]["wall"].append(images / wall)
-                rates[name]["cpu"].append(images / cpu_seconds)
-    ratios = [a / b for a, b in zip(rates["dali"]["cpu"], rates["torch"]["cpu"], strict=True)]
+                rates[name]["cpu"].append(images / busy)
     table = {
         name: {"images_per_second": spread(rate["wall"]), "images_per_cpu_second": spread(rate["cpu"])}
         for name, rate in rates.items()
     }
-    return {**table, "dali_over_torch_per_cpu_second": spread(ratios)}
+    return {**table, "dali_over_torch_per_cpu_second": ratios(rates["dali"]["cpu"], rates["torch"]["cpu"])}
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:
@@ -117,53 +115,27 @@ def _endless(loader: Loader) -> Iterator[Batch]:
         yield from loader.epoch(epoch)
 
 
-def _measure(batches: Iterator[Batch], count: int) -> tuple[float, float]:
-    """Seconds of wall clock and of all processors that `count` batches take, beyond those that were ready.
-
-    Both backends read ahead. What is ready at the beginning is used up first, and what is ready at the end
-    was made within; a pause before would count work of the other backend's turn."""
-    for _ in range(8):  # more than either prepares ahead
+def measure_loader(
+    batches: Iterator[Batch], count: int, read_ahead: int = PREFETCH + 1
+) -> tuple[float, float]:
+    """Seconds of wall clock and of all processors that `count` batches take. read_ahead: batches that the
+    loader prepares. What is ready at the beginning is used up first, and what is ready at the end was made
+    within."""
+    until_quiet()  # no other loader reads ahead meanwhile
+    for _ in range(2 * read_ahead):
         next(batches)
-    begin, cpu = time.perf_counter(), _cpu_seconds()
+    processes = family()
+    begin, cpu = time.perf_counter(), cpu_seconds(processes)
     for _ in range(count):
         next(batches)
-    return time.perf_counter() - begin, _cpu_seconds() - cpu
-
-
-def _cpu_seconds() -> float:
-    """Of this process and of those it started."""
-    own = psutil.Process()
-    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
-    return sum(t.user + t.system for t in times)
+    return time.perf_counter() - begin, cpu_seconds(processes) - cpu
 
 
 def _refuse(file: str, reason: str) -> None:
     raise SystemExit(f"{file} cannot be decoded: {reason}; acdc verify-data finds all such files")
 
 
-def train(recipe: str, root: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train for a few steps; the share of time waiting for data, of the epoch after the first."""
-    from trainer import ranks
-    from trainer.load import load_config
-    from trainer.train import fit
-
-    with tempfile.TemporaryDirectory() as folder:
-        overrides = [
-            f"data.root={root}",
-            f"run_root={folder}",
-            "epochs=2",
-            "sparsity.schedule=dense 2",
-            "lr={kind: constant}",
-            f"steps_per_epoch={options.steps}",
-            f"data.batch_size={options.train_batch}",
-            f"data.eval_batch_size={options.train_batch}",
-        ]
-        run = fit(load_config(recipe, overrides), ranks.start())
-        last = [record for record in run.read_metrics() if record["kind"] == "epoch"][-1]
-    return {key: last[key] for key in ("data_wait", "images_per_second")}
-
-
-def show(measured: dict[str, Any], trained: dict[str, Any]) -> None:
+def show(measured: dict[str, Any]) -> None:
     table = Table()
     for column in ("backend", "images/s", "images per CPU-second"):
         table.add_column(column, justify="left" if column == "backend" else "right")
@@ -174,9 +146,6 @@ def show(measured: dict[str, Any], trained: dict[str, Any]) -> None:
     screen.print(table)
     ratio = show_spread(measured["dali_over_torch_per_cpu_second"], 2)
     screen.print(f"DALI over torch, per CPU-second: {ratio}; median (least to greatest) of the repeats")
-    for name, figures in trained.items():
-        wait, rate = 100 * figures["data_wait"], figures["images_per_second"]
-        screen.print(f"training {name}: waits for data {wait:.2f} % of the time, {rate:.1f} images/s")
 
 
 if __name__ == "__main__":

@@ -31,10 +31,16 @@ class Network:
     gpu_batch: int
     overrides: tuple[str, ...] = ()
 
+    @property
+    def of_files(self) -> bool:
+        """Trains on image files; else on small images in memory."""
+        return self.recipe.startswith("imagenet")
+
     def batch(self, device: torch.device) -> int:
         return self.gpu_batch if device.type == "cuda" else self.cpu_batch
 
 
+IN_EPOCH = 16  # batches that small images make, where they are read again and again
 NETWORKS = {
     "resnet50": Network("imagenet/resnet50_90", 32, 256),
     "mobilenetv1": Network("imagenet/mobilenetv1_90", 32, 512),
@@ -53,13 +59,14 @@ def short_run(
         f"epochs={PhaseSchedule.parse(schedule).num_epochs}",
         f"sparsity.schedule={schedule}",
         "lr={kind: constant}",
+        "optimizer.lr=0.001",  # noise teaches nothing, and must not make weights infinite
         f"steps_per_epoch={steps}",
         f"data.batch_size={batch}",
         f"data.eval_batch_size={batch}",
         "save.every=1000ep",
         "log.every=1000ep",
     ]
-    if network.recipe.startswith("imagenet"):
+    if network.of_files:
         options += ["data.backend=synthetic"]
     else:
         options += [f"data.root={_noise_of(network, folder, steps * batch)}"]

@@ -2,13 +2,29 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, inference, kernels24, overhead, phase_switch, throughput
+from benchmarks import (
+    compare,
+    compilation,
+    gpu_check,
+    inference,
+    kernels24,
+    machine,
+    overhead,
+    peers,
+    phase_switch,
+    throughput,
+    throughput_turns,
+    turns,
+)
+from benchmarks.models import NETWORKS, short_run
 from tests.trainer.runs import run_here
 from trainer.cli import main as acdc_command
+from trainer.loaders import build_loaders
 from trainer.sparse24_file import read_sparse24
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -40,17 +56,84 @@ def test_overhead(monkeypatch, tmp_path, capsys):
 
 
 def test_throughput(monkeypatch, tmp_path, capsys):
-    small = ["resnet20", "--batch", "8", "--steps", "3", "--warmup", "1", "--images", "0"]
-    results = run(throughput, monkeypatch, tmp_path, *small)["throughput"]
-    assert [(result["phase"], result["data"]) for result in results] == [
+    monkeypatch.setattr(turns, "QUIET", 0.05)
+    small = ["resnet20", "--batch", "8", "--turns", "2", "--steps", "3", "--warmup", "1"]
+    record = run(throughput, monkeypatch, tmp_path, *small)
+    rows = record["throughput"]
+    assert [(row["phase"], row["data"]) for row in rows] == [
         ("dense", "noise"),
+        ("dense", "arrays"),
         ("compressed", "noise"),
+        ("compressed", "arrays"),
     ]
-    for result in results:
-        assert result["executed_flops"] == result["dense_equivalent_flops"] > 0
-        assert 0 < result["step_p50"] <= result["step_p95"]
-        assert 0 <= result["data_wait"] < 1
-    assert "of peak" in capsys.readouterr().out
+    for row in rows:
+        assert row["executed_flops"] == row["dense_equivalent_flops"] > 0
+        assert 0 < row["step_p50"] <= row["step_p95"]
+        assert 0 <= row["data_wait"]["min"] <= row["data_wait"]["max"] < 1
+        assert ("cost_of_data" in row) == (row["data"] == "arrays")
+    assert record["networks"]["resnet20"]["peak_memory_gb"] > 0.1
+    assert record["networks"]["resnet20"]["loader_alone"]["min"] > 0
+    printed = capsys.readouterr().out
+    assert "cost of data" in printed
+    assert "loader alone" in printed
+    compared = {name for name, *_ in compare.compare(record, record, 0.05)}
+    assert "throughput/resnet20 dense arrays/cost_of_data" in compared
+    assert "networks/resnet20/peak_memory_gb" in compared
+
+
+@pytest.mark.parametrize("network", ["mobilenetv1", "resnet20"])
+def test_noise_is_shaped_as_the_data_beside_it(tmp_path, network):
+    config = short_run(NETWORKS[network], tmp_path, "sparse 2", 4, 2)
+    loaders = build_loaders(config, torch.device("cpu"))
+    trainer = SimpleNamespace(config=config, loaders=loaders, device=torch.device("cpu"))
+    sources = throughput_turns.sources_of(trainer, real=True)
+    assert list(sources) == ["noise", "files" if network == "mobilenetv1" else "arrays"]
+    noise, real = (next(batches) for batches in sources.values())
+    for found, expected in zip(noise, real, strict=True):
+        assert (found.shape, found.stride(), found.dtype) == (
+            expected.shape,
+            expected.stride(),
+            expected.dtype,
+        )
+    assert list(throughput_turns.sources_of(trainer, real=False)) == ["noise"]
+
+
+def test_what_data_cost_is_turn_by_turn():
+    def turn(*steps, refill=0.0):
+        return throughput_turns.Turn(list(steps), 0.0, refill)
+
+    noise = [turn(1.0, 1.0), turn(2.0, 2.0)]
+    real = [turn(1.0, 1.0, refill=0.5), turn(2.0, 2.4)]
+    cost = throughput_turns.cost_of_data(real, noise)
+    assert cost == pytest.approx({"median": 0.175, "min": 0.1, "max": 0.25})
+
+
+def test_compilation_counts_first_and_later_steps_apart():
+    runs = [
+        {"first": 9.0, "steps": [1.0, 2.0], "graphs": 1},
+        {"first": 7.0, "steps": [3.0, 2.0], "graphs": 1},
+    ]
+    assert compilation.summary(runs) == {
+        "first": {"median": 8.0, "min": 7.0, "max": 9.0},
+        "step": {"median": 2.0, "min": 1.0, "max": 3.0},
+        "graphs": 1,
+    }
+
+
+def test_fewer_images_than_a_batch_are_an_error(monkeypatch, tmp_path):
+    for benchmark, arguments in ((throughput, ["--images", "8"]), (peers, ["--images", "8"])):
+        with pytest.raises(SystemExit, match="--images 8: a batch has 32"):
+            run(benchmark, monkeypatch, tmp_path, "mobilenetv1", *arguments)
+
+
+def test_the_peak_of_memory_is_of_what_came_last():
+    cpu = torch.device("cpu")
+    large = torch.ones(100_000_000)
+    machine.forget_peak(cpu)
+    with_it = machine.peak_gb(cpu)
+    del large
+    machine.forget_peak(cpu, free=True)
+    assert machine.peak_gb(cpu) < with_it - 0.3
 
 
 def test_phase_switch(monkeypatch, tmp_path):
