@@ -1,90 +1,135 @@
-"""Ours against what a user would write instead: a plain PyTorch loop, torch.nn.utils.prune, a DataLoader.
+"""Ours against what a user would write instead: a tuned PyTorch loop, and a plain one.
 
-The peer: the same network uncompiled, masks of prune.global_unstructured (90 %), torch.optim.SGD,
-torchvision's usual transforms in worker processes. Ours: the trainer as it is, DALI included. Each runs in a
-process of its own, with data of its own, and they take turns: one waits while the other steps.
+See benchmarks.peers_loops for both. Ours: the trainer as it is, DALI included, in a compressed phase. Each
+runs in a process of its own, with data of its own, and they take turns in an order that rotates: the others
+wait while one trains. A turn begins and ends with the contender's read-ahead full (see benchmarks.turns), so
+its N steps pay for exactly N batches, and no data work falls outside. At most READ_AHEAD of the N are made
+behind the last step, while the model rests; the record says which share of the time that took ("refill").
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
+import psutil
 import torch
 from rich.table import Table
 
-from benchmarks.record import RESULTS, console, show_spread, spread, write_record
+from benchmarks.peers_loops import AHEAD, WORKERS
+from benchmarks.record import console, parse, show_spread, spread, write_record
+from benchmarks.turns import TURN, order, ratios, until_quiet
+from data.dali import PREFETCH
 from trainer.progress import progress
 
-BARS = {"resnet50": 1.15, "mobilenetv1": 1.3, "wrn-28-10": 1.2, "resnet20": 1.2}
-CONTENDERS = ("ours", "peer")
+BARS = {"resnet50": 1.15, "mobilenetv1": 1.3, "wrn-28-10": 1.2, "resnet20": 1.2}  # ours over plain
+CONTENDERS = {"ours": "ours", "tuned": "tuned PyTorch", "plain": "plain PyTorch"}
+READ_AHEAD = max(PREFETCH + 1, WORKERS * AHEAD)  # batches: ours has a thread behind DALI's own queue
+WARMUP = 4  # steps: the first compiles, or measures kernels; the second compiles with these
+# What trainer.host_memory does for ours, by a user's means. MALLOC_MMAP_THRESHOLD_ would not do: glibc takes
+# no more than 32 MB there, and activations are larger.
+KEPT_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="acdc bench peers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(BARS)}; default: all")
     add = partial(parser.add_argument, metavar="N", type=int)
-    add("--turns", default=7, help="of each contender; default: 7")
-    add("--steps", default=4, help="in a turn; default: 4")
+    add("--turns", default=6, help="of each contender; default: 6, every order once")
+    usual = TURN * READ_AHEAD
+    add("--steps", default=usual, help=f"in a turn; default: {usual}, {TURN} times what is read ahead")
     add("--images", default=512, help="JPEG files to train on; default: 512")
-    parser.add_argument("--out", type=Path, default=RESULTS / "peers.json", metavar="FILE")
-    options = parser.parse_args()
+    options = parse(parser, "peers")
     results = {name: measure(name, options) for name in options.networks or BARS}
     show(results)
-    write_record(options.out, {"options": {"steps": options.steps, "turns": options.turns}, "peers": results})
+    settings = {"steps": options.steps, "turns": options.turns, "workers": WORKERS, "read_ahead": READ_AHEAD}
+    write_record(options.out, {"options": settings, "peers": results})
     return 0
 
 
+class Turn(NamedTuple):
+    """seconds: from a full read-ahead to a full one; refill: of these, behind the last step."""
+
+    seconds: float
+    refill: float
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of both, and the ratio turn by turn."""
+    """Images per second of all, and ratios turn by turn."""
     from benchmarks.data_pipeline import make_tree
     from benchmarks.models import NETWORKS
 
     network = NETWORKS[name]
+    batch = network.batch(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        if network.recipe.startswith("imagenet"):
+        if network.of_files:
+            if options.images < batch:
+                raise SystemExit(f"--images {options.images}: a batch has {batch}")
             make_tree(folder / "images", options.images)
-        steps = options.steps * (options.turns + 1)
-        batch = network.batch(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        if network.recipe.startswith("imagenet") and options.images < batch:
-            raise SystemExit(f"--images {options.images}: a batch has {batch}")
-        workers = [_Worker(who, name, folder, steps) for who in CONTENDERS]
-        seconds: dict[str, list[float]] = {who: [] for who in CONTENDERS}
+        steps = WARMUP + options.steps * options.turns
+        contenders = {who: _Contender(who, name, folder, steps) for who in CONTENDERS}
+        for contender in contenders.values():
+            contender.turn(WARMUP)
+        turns: dict[str, list[Turn]] = {who: [] for who in CONTENDERS}
         with progress(f"{name}, turns") as on_progress:
-            for turn in range(options.turns + 1):  # the first warms up, and compiles
-                for worker in workers if turn % 2 else reversed(workers):
-                    elapsed = worker.run(options.steps)
-                    if turn:
-                        seconds[worker.who].append(elapsed / options.steps)
-                on_progress(turn, options.turns)
-        for worker in workers:
-            worker.end()
-    rates = {who: spread([batch / value for value in values]) for who, values in seconds.items()}
-    ratio = spread([b / a for a, b in zip(seconds["ours"], seconds["peer"], strict=True)])
-    return {"batch": batch, "images_per_second": rates, "ours_over_peer": ratio, "bar": BARS[name]}
+            for turn in range(options.turns):
+                for who in order(list(CONTENDERS), turn):
+                    turns[who].append(contenders[who].turn(options.steps))
+                on_progress(turn + 1, options.turns)
+        for contender in contenders.values():
+            contender.end()
+    return {"batch": batch, "bar": BARS[name], **summary(turns, batch * options.steps)}
 
 
-class _Worker:
-    """A contender in a process of its own, which steps when told to."""
+def summary(turns: Mapping[str, list[Turn]], images: int) -> dict[str, Any]:
+    """images: of a turn."""
+    seconds = {who: [turn.seconds for turn in those] for who, those in turns.items()}
+    return {
+        "images_per_second": {who: spread([images / s for s in values]) for who, values in seconds.items()},
+        "ours_over_tuned": ratios(seconds["tuned"], seconds["ours"]),
+        "ours_over_plain": ratios(seconds["plain"], seconds["ours"]),
+        "refill": {who: spread([t.refill / t.seconds for t in those]) for who, those in turns.items()},
+    }
+
+
+def variables(who: str, given: Mapping[str, str]) -> dict[str, str]:
+    """Environment of a contender: on a CPU the tuned one keeps freed memory. The others find the C library's
+    default, which ours changes by itself."""
+    own = {name: value for name, value in given.items() if not name.startswith("MALLOC_")}
+    return own | KEPT_MEMORY if who == "tuned" and not torch.cuda.is_available() else own
+
+
+class _Contender:
+    """In a process of its own, which steps when told to."""
 
     def __init__(self, who: str, network: str, folder: Path, steps: int) -> None:
         self.who = who
         command = [sys.executable, "-m", "benchmarks.peers_worker", who, network, str(folder), str(steps)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables(who, os.environ)
+        )
 
-    def run(self, steps: int) -> float:
-        """Seconds of so many steps."""
+    def turn(self, steps: int) -> Turn:
+        begin = time.perf_counter()
         print(steps, file=self._pipe(self._process.stdin), flush=True)
-        answer = self._pipe(self._process.stdout).readline()
-        if not answer:
+        if not self._pipe(self._process.stdout).readline():
             raise SystemExit(f"{self.who} ended with exit code {self._process.wait()}: see above")
-        return float(answer.removeprefix("seconds "))
+        stepped = time.perf_counter()
+        full = until_quiet(psutil.Process(self._process.pid))
+        return Turn(full - begin, full - stepped)
 
     def end(self) -> None:
         self._pipe(self._process.stdin).close()
@@ -97,12 +142,12 @@ class _Worker:
 
 def show(results: dict[str, Any]) -> None:
     table = Table(title="training, images per second")
-    for column in ("network", "batch", "ours", "plain PyTorch", "ours / plain", "bar"):
+    for column in ("network", "batch", *CONTENDERS.values(), "ours / tuned", "ours / plain", "bar, plain"):
         table.add_column(column, justify="left" if column == "network" else "right")
     for name, result in results.items():
         rates = (show_spread(result["images_per_second"][who]) for who in CONTENDERS)
-        ratio = show_spread(result["ours_over_peer"], 2)
-        table.add_row(name, str(result["batch"]), *rates, ratio, str(result["bar"]))
+        over = (show_spread(result[f"ours_over_{who}"], 2) for who in ("tuned", "plain"))
+        table.add_row(name, str(result["batch"]), *rates, *over, str(result["bar"]))
     console().print(table)
 
 
