@@ -46,8 +46,14 @@ PARTS = (
     ),
     Part("overhead", ("benchmarks.overhead", "resnet50", "mobilenetv1"), TRAINER, 60, 120),
     Part("overhead_wrn", ("benchmarks.overhead", "wrn-28-10"), (*TRAINER, "nvidia.dali"), 40, 90),
-    Part("compilation", ("benchmarks.compilation", "resnet50"), TRAINER, 60, 120),
-    Part("peers", ("benchmarks.peers", "resnet50"), (*TRAINER, "nvidia.dali"), 40, 120),
+    Part("compilation", ("benchmarks.compilation", "resnet50", "--repeats", "1"), TRAINER, 60, 120),
+    Part(
+        "peers",
+        ("benchmarks.peers", "resnet50", "--turns", "3", "--steps", "24"),
+        (*TRAINER, "nvidia.dali"),
+        60,
+        150,
+    ),
 )
 
 

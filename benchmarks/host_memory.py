@@ -20,7 +20,8 @@ import torch
 from rich.table import Table
 
 from benchmarks.models import NETWORKS, Ours, one_batch, short_run
-from benchmarks.record import RESULTS, console, show_spread, spread, write_record
+from benchmarks.record import console, parse, show_spread, spread, write_record
+from benchmarks.turns import order
 
 WAYS = ("given back", "kept")
 
@@ -36,8 +37,7 @@ def main() -> int:
     add("--repeats", default=3, help="processes of each way, in turns; default: 3")
     add("--steps", default=6, help="in a process; default: 6")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # in a process of its own
-    parser.add_argument("--out", type=Path, default=RESULTS / "host_memory.json", metavar="FILE")
-    options = parser.parse_args()
+    options = parse(parser, "host_memory")
     if options.way:
         print(json.dumps(measure(options.networks[0], options.way, options.steps)))
         return 0
@@ -57,7 +57,7 @@ def main() -> int:
 def _in_turns(name: str, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for repeat in range(options.repeats):
-        for way in WAYS:
+        for way in order(WAYS, repeat):
             command = [sys.executable, "-m", "benchmarks.host_memory", name, "--way", way]
             command += ["--steps", str(options.steps)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.models import NETWORKS, Ours, one_batch, short_run
-from benchmarks.record import RESULTS, console, show_spread, spread, write_record
+from benchmarks.record import console, parse, show_spread, spread, write_record
 from sparsity import Run24
 from sparsity.semi_structured import unfit
 from trainer import ranks
@@ -46,8 +46,7 @@ def main() -> int:
     add = partial(parser.add_argument, metavar="N", type=int)
     add("--repeats", default=9, help="of each action; default: 9")
     parser.add_argument("--no-graphs", action="store_true", help="leave the counting of graphs out")
-    parser.add_argument("--out", type=Path, default=RESULTS / "phase_switch.json", metavar="FILE")
-    options = parser.parse_args()
+    options = parse(parser, "phase_switch")
     device = ranks.start()
     times = {name: measure(options.network, name, options.repeats, device) for name in PATTERNS}
     graphs = {} if options.no_graphs else count_graphs(device)
@@ -65,22 +64,26 @@ def measure(network: str, pattern: str, repeats: int, device: torch.device) -> d
         config = short_run(NETWORKS[network], Path(folder), "dense 1, sparse 1", 8, 2, *overrides)
         trainer = build_trainer(config, device)
         try:
-            acdc, masters = trainer.acdc, trainer.acdc.weights()
+            acdc = trainer.acdc
             Ours(trainer).step(one_batch(trainer))  # momentum exists from now on
+            weights = list(acdc.weights().values())
+            trained = [weight.clone() for weight in weights]
             actions: dict[str, Callable[[], Any]] = {
                 "compress": lambda: acdc.compress(acdc.pattern),
                 "decompress": acdc.decompress,
-                "copy": lambda: [weight.clone() for weight in masters.values()],
+                "copy": lambda: [weight.clone() for weight in weights],
             }
             seconds: dict[str, list[float]] = {name: [] for name in actions}
             for repeat in range(repeats + 1):  # the first warms up
+                # as a dense phase leaves them: of the last compression's zeros none is left
+                torch._foreach_copy_(weights, trained)
                 for name, action in actions.items():
                     elapsed = _seconds(action, device)
                     if repeat:
                         seconds[name].append(elapsed)
         finally:
             trainer.close()
-    num_weights = sum(weight.numel() for weight in masters.values())
+    num_weights = sum(weight.numel() for weight in weights)
     return {"num_weights": num_weights, **{name: spread(values) for name, values in seconds.items()}}
 
 
