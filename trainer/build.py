@@ -73,7 +73,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
         elif resumed is not None:
             with as_user_error(f"resume {resumed[1]}"):
                 state = checkpoint.read(resumed[1], checkpoint.STATE)
-                position = restore(state, engine, acdc, loaders.train)
+                position = restore(state, engine, acdc, loaders.train, config.seed)
         if position.training_flops and not position.dense_training_flops:
             places = steps_per_epoch * config.data.batch_size
             flops.recount(position, min(places, loaders.train.num_images))

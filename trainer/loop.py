@@ -10,11 +10,11 @@ for each epoch:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -36,7 +36,7 @@ from trainer.monitor import Monitor
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.run_dir import DENSE_TWIN, SPARSE, RunDir
 from trainer.signals import StopRequest
-from trainer.state import Position, capture
+from trainer.state import Position, capture, seed_generators
 
 ASK_SECONDS = 3.0  # between ranks' questions whether one of them was told to stop
 
@@ -109,7 +109,7 @@ class Trainer:
         position = self.position
         set_learning_rate(self.engine.optimizer, self.lr(epoch))
         if position.step == 0:
-            torch.manual_seed(_epoch_seed(self.config.seed, epoch, ranks.rank()))
+            seed_generators(self.config.seed, epoch)
         totals = torch.tensor(position.totals, dtype=torch.float64, device=self.device)
         batches = self.loaders.train.epoch(epoch, position.step * self.micro_batches)
         self._clock.restart()
@@ -287,7 +287,7 @@ class Trainer:
         return {name: values.flatten().cpu() for name, values in kept.items() if values.numel()}
 
     def check_finite(self, loss: float, epoch: int) -> None:
-        if np.isfinite(loss):
+        if math.isfinite(loss):
             return
         last = checkpoint.newest_whole(self.run_dir.checkpoints)
         raise Diverged(
@@ -347,9 +347,3 @@ class Trainer:
             f"stopped at step {self.acdc.step}; a checkpoint is saved. Go on with resume={folder}",
             self._stop_request.number or 15,
         )
-
-
-def _epoch_seed(seed: int, epoch: int, rank: int) -> int:
-    """Of torch's generators (dropout), so that an epoch draws the same whether resumed at its start or
-    not."""
-    return int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint64)[0])

@@ -3,7 +3,7 @@
 The state does not depend on the ZeRO stage: master weights and momentum are stored whole, by parameter name.
 It hardly depends on the number of ranks: only what is a rank's own (random generators, its BatchNorm
 statistics within an epoch, its share of the epoch's counts) is stored per rank. When their number changes,
-statistics are averaged, counts added up, and random generators begin afresh.
+statistics are averaged, counts added up, and every rank's random generators seeded anew.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,9 +64,9 @@ def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict
     }
 
 
-def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader) -> Position:
-    """Put a captured state back. Raises ValueError, before anything is changed, where the model, the schedule
-    or the stream of data is another one, naming the difference."""
+def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader, seed: int) -> Position:
+    """Put a captured state back. seed: of the run, see seed_generators. Raises ValueError, before anything is
+    changed, where the model, the schedule or the stream of data is another one, naming the difference."""
     model = acdc.model
     _check_parts(state)
     _check_same_model(model.state_dict(), state["model"])
@@ -91,6 +92,7 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader) -
         }
         model.load_state_dict(statistics, strict=False)
         acdc.accelerate({})  # chosen for another share of the batch
+        seed_generators(seed, position.epoch, position.step)
         if ranks.is_main():
             position.totals = [
                 sum(column) for column in zip(*(part["totals"] for part in parts), strict=True)
@@ -176,6 +178,13 @@ def _check_same_data(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
     """BatchNorm's running statistics: what differs between ranks within an epoch."""
     return {name: b.detach().cpu().clone() for name, b in model.named_buffers() if b.is_floating_point()}
+
+
+def seed_generators(seed: int, epoch: int, step: int = 0) -> None:
+    """Seed torch's generators (dropout) by the place in the run: each rank draws its own numbers, and an
+    epoch draws the same whether resumed at its start or not."""
+    place = np.random.SeedSequence((seed, epoch, ranks.rank(), step))
+    torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
 
 
 def _random_states() -> dict[str, Tensor]:
