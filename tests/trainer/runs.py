@@ -70,8 +70,21 @@ def newest_run(run_root: Path) -> Path:
     return max((run_root / "quickstart").iterdir(), key=lambda path: path.stat().st_mtime)
 
 
-def final_state(run: Path) -> dict[str, Any]:
-    return checkpoint.read(checkpoint.step_folder(run / "checkpoints", NUM_STEPS), checkpoint.STATE)
+class StopAfter:
+    """Stands in for a signal that arrives during step `step`."""
+
+    def __init__(self, trainer: Any, step: int) -> None:
+        self.before_step = trainer.acdc.before_step
+        self.trainer, self.step = trainer, step
+
+    def __call__(self) -> None:
+        self.before_step()
+        if self.trainer.acdc.step == self.step:
+            self.trainer._stop_request.number = 15
+
+
+def final_state(run: Path, step: int = NUM_STEPS) -> dict[str, Any]:
+    return checkpoint.read(checkpoint.step_folder(run / "checkpoints", step), checkpoint.STATE)
 
 
 def assert_equal_states(a: Any, b: Any, at: str = "") -> None:

@@ -10,7 +10,7 @@ from tests.trainer.runs import starts
 from trainer.errors import UserError
 from trainer.load import load_config
 from trainer.models import get_model
-from trainer.optim import learning_rate
+from trainer.optim import build_optimizer, learning_rate
 from trainer.recipes import recipe_names
 
 RN50 = "iht_imagenet_resnet50_insta_cosinelr"
@@ -78,6 +78,9 @@ def test_recipe_is_the_papers(recipe, recorded):
     assert (ours.optimizer.name.upper(), ours.optimizer.lr) == (optimizer["class"], optimizer["lr"])
     for key in ("momentum", "weight_decay", "nesterov"):
         assert getattr(ours.optimizer, key) == optimizer[key], key
+    (group,) = build_optimizer(ours.optimizer, torch.nn.Linear(1, 1)).param_groups
+    for key in ("lr", "momentum", "weight_decay", "nesterov"):
+        assert group[key] == optimizer[key], key
     rates = [learning_rate(ours.lr, ours.optimizer.lr, epoch, ours.epochs) for epoch in range(ours.epochs)]
     assert rates == pytest.approx(theirs["lr_per_epoch"][: ours.epochs], rel=1e-9, abs=1e-15)
     assert theirs["reset_momentum_after_decompress"] in (True, None)  # ours always does

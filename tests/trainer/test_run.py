@@ -12,7 +12,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.cifar import CIFAR10
 from sparsity.layers import MaskedConv2d
 from tests.data.test_cifar import write_python
-from tests.trainer.runs import NUM_STEPS, assert_equal_states, final_state, newest_run, run_here, tiny
+from tests.trainer.runs import (
+    NUM_STEPS,
+    StopAfter,
+    assert_equal_states,
+    final_state,
+    newest_run,
+    run_here,
+    tiny,
+)
 from trainer import checkpoint
 from trainer.build import build_trainer
 from trainer.cli import main as acdc_command
@@ -114,19 +122,6 @@ def test_eval_finds_the_accuracies_again(finished, capsys):
     last = checkpoint.step_folder(finished / "checkpoints", NUM_STEPS)
     assert acdc_command(["eval", str(last)]) == 0
     assert f"{result['sparse']['top1']:.2f}" in capsys.readouterr().out
-
-
-class StopAfter:
-    """Stands in for a signal that arrives during step `step`."""
-
-    def __init__(self, trainer, step):
-        self.before_step = trainer.acdc.before_step
-        self.trainer, self.step = trainer, step
-
-    def __call__(self):
-        self.before_step()
-        if self.trainer.acdc.step == self.step:
-            self.trainer._stop_request.number = 15
 
 
 @pytest.mark.parametrize("stop_at", [7, 10, 13, 20, 44, 50])

@@ -1,0 +1,64 @@
+"""Under the launcher, on every rank: runs of SmallNet one after the other, each observed on this rank.
+
+deepspeed --num_gpus 2 --module tests.trainer.rank_results RUNS OUT
+
+RUNS: a JSON file, {name: [key=value, ...]}. OUT/<name>-rank<N>.pt is what rank N saw of a run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.invariants import launcher_arguments
+from tests.trainer.small_net import SmallNet, buffers
+from trainer import ranks
+from trainer.build import build_trainer
+from trainer.load import load_config
+from trainer.loop import Trainer
+from trainer.models import MODELS
+
+
+def observe(trainer: Trainer) -> dict[str, Any]:
+    """Train to the end. Returns, of this rank: "drawn", of each step the elements of the first image that
+    dropout dropped; "own", of each epoch the BatchNorm statistics at its last step; "last", those at the end
+    of the run; "weights", at the end of the run."""
+    drawn: list[torch.Tensor] = []
+    own: list[dict[str, torch.Tensor]] = []
+    train_epoch, model = trainer.train_epoch, trainer.acdc.model
+
+    def record_dropped(layer: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if layer.training:
+            with torch.random.fork_rng(devices=[]):  # the same numbers as the pass itself is about to draw
+                drawn.append(layer.forward(torch.ones_like(inputs[0]))[0] == 0)
+
+    def epoch_and_statistics(epoch: int) -> Any:
+        trained = train_epoch(epoch)
+        own.append(statistics(model))
+        return trained
+
+    model.dropout.register_forward_pre_hook(record_dropped)
+    trainer.train_epoch = epoch_and_statistics  # type: ignore[method-assign]
+    trainer.fit()
+    trainer.close()
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    return {"drawn": drawn, "own": own, "last": statistics(model), "weights": weights}
+
+
+def statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer for name, buffer in buffers(model).items() if "running" in name}
+
+
+def main(runs: Path, out: Path) -> None:
+    MODELS["small"] = SmallNet
+    device = ranks.start()
+    for name, overrides in json.loads(runs.read_text()).items():
+        seen = observe(build_trainer(load_config("quickstart", overrides), device))
+        torch.save(seen, out / f"{name}-rank{ranks.rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(*map(Path, launcher_arguments()))

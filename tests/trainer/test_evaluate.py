@@ -1,0 +1,91 @@
+"""Evaluation: dropout off, BatchNorm by its statistics, nothing changed, and figures as found by hand."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from tests.trainer.small_net import WHOLE, buffers, evaluated_by_hand, small
+from trainer.build import build_trainer
+from trainer.classifier import Classifier
+from trainer.evaluate import evaluate
+from trainer.load import load_config
+from trainer.loaders import build_test_loader
+from trainer.ranks import start
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+
+class Passes(list[tuple[set[bool], bool]]):
+    """Every forward pass of a model from now on: which training modes its modules were in, and whether it
+    changed a buffer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        model.register_forward_pre_hook(self._before)
+        model.register_forward_hook(self._after)
+
+    def _before(self, *_):
+        self.modes = {module.training for module in self.model.modules()}
+        self.buffers = buffers(self.model)
+
+    def _after(self, *_):
+        changed = any(not torch.equal(self.buffers[name], b) for name, b in self.model.named_buffers())
+        self.append((self.modes, changed))
+
+
+@pytest.fixture(scope="module")
+def run(small_net, tiny_data, tmp_path_factory):
+    """A finished run with dropout and BatchNorm, statistics taken anew over two batches, and its passes."""
+    recompute = "sparsity.recompute_batch_norm=2st"
+    overrides = small(tiny_data, tmp_path_factory.mktemp("runs"), WHOLE, recompute)
+    trainer = build_trainer(load_config("quickstart", overrides), start())
+    passes = Passes(trainer.acdc.model)
+    trainer.fit()
+    seen = list(passes)
+    yield trainer, seen
+    trainer.close()
+
+
+def test_modules_train_in_training_and_only_there(run):
+    """After an evaluation and after statistics were taken anew, training mode is back."""
+    training, evaluating = [({True}, True)], [({False}, False)]
+    assert run[1] == 3 * training + 4 * evaluating + (2 + 3) * training + 4 * evaluating
+
+
+@pytest.mark.parametrize("kind", ["dense_twin", "sparse"])
+def test_a_runs_figures_are_those_of_its_saved_models(run, kind, tiny_data):
+    trainer, _ = run
+    expected = evaluated_by_hand(trainer.run_dir.path / "checkpoints" / kind, tiny_data)
+    found = trainer.position.pair[kind]
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    records = map(json.loads, (trainer.run_dir.path / "metrics.jsonl").read_text().splitlines())
+    recorded = [record for record in records if record["kind"] == "epoch"][kind == "sparse"]
+    assert {key: recorded[f"val_{key}"] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_engine_is_as_before(run):
+    """Buffers, modes of all modules, and torch's generator; twice the same figures."""
+    trainer, _ = run
+    module = trainer.engine.module
+    before, generator = buffers(module), torch.get_rng_state()
+    first, second = (evaluate(trainer.engine, trainer.loaders.test, trainer.device) for _ in range(2))
+    assert first == second
+    assert {part.training for part in module.modules()} == {True}
+    assert all(torch.equal(before[name], buffer) for name, buffer in module.named_buffers())
+    assert torch.equal(generator, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_plain_model_is_evaluated_alike_and_its_mode_put_back(run, training):
+    """As acdc eval does it with a model just loaded, which is in training mode."""
+    trainer, _ = run
+    info, device = trainer.loaders.info, trainer.device
+    module = Classifier(trainer.acdc.export(), info.mean, info.std).train(training)
+    found = evaluate(module, build_test_loader(trainer.config.data, device), device)
+    expected = trainer.position.pair["sparse"]
+    assert found.as_dict() == pytest.approx({key: expected[key] for key in found.as_dict()}, rel=1e-5)
+    assert {part.training for part in module.modules()} == {training}
