@@ -17,7 +17,7 @@ from trainer import checkpoint, ranks, run_dir
 from trainer.accelerate import why_not
 from trainer.classifier import Classifier
 from trainer.config import Config, SparsityConfig
-from trainer.engine import build_engine, deepspeed_config
+from trainer.engine import build_engine, check_convolutions, deepspeed_config
 from trainer.errors import Finished, UserError, as_user_error
 from trainer.export import build_model, describe_model
 from trainer.flops import RunFlops
@@ -50,6 +50,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
     with as_user_error("sparsity"):
         acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
     with as_user_error("model"):
+        check_convolutions(model, device)
         flops = RunFlops.count(model, config.data, loaders.info.shape)
     with as_user_error("sparsity"):
         _check_masks_hold(acdc, loaders.info, config.sparsity.exclude)

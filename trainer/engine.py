@@ -80,6 +80,26 @@ def precision(config: Config | EvalConfig, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.precision]
 
 
+def check_convolutions(model: nn.Module, device: torch.device) -> None:
+    """Raise ValueError for layers that a CPU cannot train: in torch 2.13 the weight gradient of a 1 x 1
+    convolution of stride 2 with fewer than 8 input channels, in channels_last, is wrong, overwrites memory,
+    or never ends (oneDNN issue 6035)."""
+    if device.type != "cpu":
+        return
+    wrong = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d)
+        and (layer.kernel_size, layer.stride, layer.groups) == ((1, 1), (2, 2), 1)
+        and layer.in_channels < 8
+    ]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong[:3])}: on a CPU, torch computes wrong gradients of 1 x 1 convolutions of "
+            "stride 2 with fewer than 8 input channels, and overwrites memory; make the model wider"
+        )
+
+
 def build_engine(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -229,7 +229,7 @@ def test_phase_switches_do_not_recompile():
     """Four compressions and three decompressions: one graph for training, one for evaluation."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    net = get_model("resnet_cifar", num_classes=10, depth=8, width=4, in_channels=1)
+    net = get_model("resnet_cifar", num_classes=10, depth=8, width=8, in_channels=1)
     optimizer = sgd(net)
     schedule = PhaseSchedule.parse("(dense 1, sparse 1) x4")
     acdc = ACDC(net, GlobalMagnitude(0.9), schedule, STEPS)

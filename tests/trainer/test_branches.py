@@ -39,7 +39,7 @@ def test_the_dense_branch_is_the_run_without_the_last_compression(both, tiny_dat
     assert row == json.loads((branch / "result.json").read_text())["dense_twin"]
     assert row["loss"] == alone["dense_twin"]["loss"]
     assert (row["epoch"], result["dense_twin"]["epoch"], result["sparse"]["epoch"]) == (5, 4, 5)
-    assert result["sparse"]["num_kept"] < result["sparse"]["num_weights"] == 4964
+    assert result["sparse"]["num_kept"] < result["sparse"]["num_weights"] == 19464
 
 
 def test_a_dense_branch_is_a_recipe_of_its_own_too(both, tiny_data, tmp_path):
@@ -176,8 +176,8 @@ def test_a_branch_within_a_sparse_phase_takes_the_masks_along(tiny_data, tmp_pat
         ("checkpoints/step-000000060", [], "it has 6 epochs behind it, and the schedule has 6"),
         (
             "checkpoints/dense_twin",
-            ["model.arguments.width=8"],
-            "another model: conv1.weight is (4,",
+            ["model.arguments.width=16"],
+            "another model: conv1.weight is (8,",
         ),
         (
             "checkpoints/dense_twin",
@@ -232,7 +232,7 @@ def test_weights_alone(both, tiny_data, tmp_path, form):
         if "running" not in name and "num_batches" not in name:
             assert torch.allclose(ended[name], value, atol=1e-8), name
     zeros = sum(int((value == 0).sum()) for name, value in state.items() if value.dim() > 1)
-    assert zeros == 4964 - 496
+    assert zeros == 19464 - 1946
 
 
 @pytest.mark.parametrize(

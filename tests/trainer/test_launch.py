@@ -72,7 +72,7 @@ def test_two_ranks(stage, tiny_data, tmp_path):
         assert seen["leaks"] == seen["master_leaks"] == 0
         assert seen["looks"] == NUM_STEPS + 3 + 1
         assert seen["momentum_after_decompression"] == [0, 0]
-        assert seen["num_kept"] == 496
+        assert seen["num_kept"] == 1946
 
 
 def test_acdc_train_with_two_devices(tiny_data, tmp_path, monkeypatch):

@@ -228,7 +228,7 @@ def test_a_run_in_progress_is_not_resumed_by_a_second_process(tiny_data, tmp_pat
         (["sparsity.exclude=[layer9.*]"], "sparsity: exclude pattern 'layer9.*' matches no convolution"),
         (
             ["sparsity.pattern=2:3", "sparsity.target=null"],
-            "2:3 sparsity: layer 'layer2.0.downsample.0' has 32 weights",
+            "2:3 sparsity: layer 'layer2.0.downsample.0' has 128 weights",
         ),
         (["model.name=resnet21"], "model: unknown model 'resnet21'; did you mean"),
         (["model.arguments.depth=9"], "model: depth 9: these ResNets have 6 n + 2 layers"),
@@ -238,6 +238,7 @@ def test_a_run_in_progress_is_not_resumed_by_a_second_process(tiny_data, tmp_pat
             "model.arguments: in_channels follows from the rest of the recipe",
         ),
         (["model.arguments.width=0"], "model: width 0"),
+        (["model.arguments.width=4"], "layer2.0.downsample.0: on a CPU, torch computes wrong gradients"),
         (["sparsity.gradual.end=40"], "sparsity: gradual pruning from epoch 1 needs one sparse phase"),
         (
             ["model.name=torchvision:resnet18", "model.arguments={}"],
@@ -263,12 +264,12 @@ def test_mistakes_end_with_code_2_and_one_message(overrides, expected, tiny_data
         (["data.batch_size=16"], "another stream of training data: global_batch was 32, is 16"),
         (["seed=9"], "another stream of training data: seed was 1, is 9"),
         (
-            ["model.arguments.width=8"],
-            "another model: conv1.weight is (4, 1, 3, 3) in the checkpoint, (8, 1, 3, 3)",
+            ["model.arguments.width=16"],
+            "another model: conv1.weight is (8, 1, 3, 3) in the checkpoint, (16, 1, 3, 3)",
         ),
         (
             ["sparsity.exclude=[fc]"],
-            "another model: fc.mask is (10, 16) in the checkpoint, missing in the recipe",
+            "another model: fc.mask is (10, 32) in the checkpoint, missing in the recipe",
         ),
         (["sparsity.schedule=sparse 1, dense 5"], "saved in a sparse phase at step 60"),
     ],
