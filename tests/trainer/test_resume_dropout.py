@@ -41,7 +41,7 @@ def uninterrupted(tiny_data, tmp_path_factory):
     return train(wide(tiny_data, tmp_path_factory.mktemp("uninterrupted")))
 
 
-@pytest.mark.parametrize("stop_at", [2, 3, 5])
+@pytest.mark.parametrize("stop_at", [3, 5])
 def test_stopped_in_an_epoch_or_at_its_end_and_resumed_it_equals_the_uninterrupted(
     uninterrupted, stop_at, tiny_data, tmp_path
 ):
@@ -60,11 +60,10 @@ def test_stopped_in_an_epoch_or_at_its_end_and_resumed_it_equals_the_uninterrupt
     assert losses[0] == losses[1]
 
 
-def test_dropout_is_in_the_run(uninterrupted, tiny_data, tmp_path):
+def test_dropout_has_drawn_from_the_generator(uninterrupted):
     """Else the test above would compare nothing."""
-    without = train([*wide(tiny_data, tmp_path), "model.arguments={depth: 10, width: 1, dropout: 0.0}"])
-    states = [final_state(run, 6)["model"]["conv1.weight"] for run in (uninterrupted, without)]
-    assert not torch.equal(*states)
+    seed_generators(1, 1)  # as the last epoch began
+    assert not torch.equal(final_state(uninterrupted, 6)["ranks"][0]["rng"]["cpu"], torch.get_rng_state())
 
 
 def generator_after_restore(state, overrides):
