@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.rank_results import observe
+from tests.trainer.rank_results import observe, optimizer_of
 from tests.trainer.runs import execute, final_state, launcher
 from tests.trainer.small_net import WHOLE, evaluated_by_hand, small
 from trainer import checkpoint
@@ -25,12 +25,14 @@ RUNS = {  # without BatchNorm and dropout, which depend on who computes what; an
     "plain1": ["engine.zero_stage=1", "data.batch_size=144"],  # of 320 images, so the third is incomplete
     "accumulated": ["engine.accumulation_steps=2"],
     "whole": [f"model.arguments={WHOLE}"],
+    "adamw1": ["engine.zero_stage=1", "sparsity.schedule=sparse 1, dense 1"],
 }
 
 
 def alone(root: Path, name: str, data: Path, *overrides: str):
     arguments = small(data, root / name, "{}", *RUNS[name], f"save.every={STEP}st", *overrides)
-    trainer = build_trainer(load_config("quickstart", arguments), start())
+    with optimizer_of(name):
+        trainer = build_trainer(load_config("quickstart", arguments), start())
     return trainer.run_dir.path, observe(trainer)
 
 
@@ -87,6 +89,14 @@ def test_two_ranks_train_what_one_trains(one, two, name):
         assert [record["step"] for record in mine] == [record["step"] for record in expected]
         for key in keys:
             assert [record[key] for record in mine] == pytest.approx([r[key] for r in expected], rel=1e-4)
+
+
+def test_two_ranks_refill_the_second_moments_of_dropped_weights_as_one_does(one, two):
+    """AdamW, at ZeRO-1: the kept weights of a layer lie on both ranks."""
+    ours, theirs = (final_state(runs["adamw1"][0], 6)["optimizer"] for runs in (two, one))
+    for name, state in ours.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.allclose(state[key], theirs[name][key], rtol=1e-3, atol=1e-8), (name, key)
 
 
 def test_the_weights_move(one):
