@@ -36,6 +36,8 @@ from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import relative_mask_difference
 
+LOOKS = 4  # whether masks hold, at the most in a phase: one after a step that is seen is enough
+
 log = logging.getLogger(__name__)
 
 
@@ -79,7 +81,7 @@ class ACDC:
         self._detach: Callable[[], None] | None = None
         self._hold = False  # mask after every step, because the optimizer moves dropped weights
         self._steps = StepWatch()
-        self._unchecked = False  # no look yet whether the masks of this phase hold
+        self._looks = 0  # still to be taken in this phase, whether masks hold
 
     def attach(self, *optimizers: Any) -> None:
         """Say whose masters and momentum to act on: torch optimizers, or one DeepSpeed engine, over this
@@ -91,10 +93,14 @@ class ACDC:
         """
         masters = masters_of(*optimizers)
         check_owners(self.model, self.layers, masters.parameters())
-        if self._detach is not None:
-            self._detach()
+        before, self._detach = self._detach, masters.after_step(self._after_step)
+        if before is not None:
+            before()
         self._masters, self._hold, self._steps = masters, not masters.keep_zeros, StepWatch()
-        self._detach = masters.after_step(self._after_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which have no optimizer attached: optimizers do not copy the hooks in them."""
+        return {**vars(self), "_masters": None, "_detach": None}
 
     def _after_step(self) -> None:
         self._steps.stepped = True
@@ -120,9 +126,10 @@ class ACDC:
         hold."""
         if self._masters is None:
             raise RuntimeError("call acdc.attach(optimizer) before the first before_step()")
-        if self._steps.begin() and self._unchecked:
+        stepped = self._steps.begin()
+        if self._looks:
             self.check_masks()
-            self._unchecked = False
+            self._looks = 0 if stepped else self._looks - 1
         epoch, within = divmod(self.step, self.steps_per_epoch)
         self.step += 1
         if within == 0 and epoch in self.actions:
@@ -151,7 +158,7 @@ class ACDC:
         torch._foreach_copy_([layer.mask for layer in layers], [chosen[name] for name in self.layers])
         masters.mask_(self._keep())
         self._previous = {}
-        self._unchecked = True
+        self._looks = LOOKS
         warn_of_empty(self.masks())
         self._run24(True)
 
@@ -167,7 +174,7 @@ class ACDC:
         for layer in self.layers.values():
             layer.mask.fill_(True)
         masters.reset_momentum_()
-        self._unchecked = False
+        self._looks = 0
 
     def accelerate(self, run24: Mapping[str, Run24]) -> None:
         """Say how layers compute in compressed phases, from now on; those not named, with masked dense
@@ -241,7 +248,7 @@ class ACDC:
                 "model's own state_dict first, which holds the masks"
             )
         self.step = int(state["step"])
-        self._unchecked = self.phase.kind == "sparse"
+        self._looks = LOOKS if self.phase.kind == "sparse" else 0
         self.mask_difference = state["mask_difference"]
         layers = self.layers
         self._previous = {
@@ -277,7 +284,7 @@ class ACDC:
         if self._needs_masks(epoch):
             for name, layer in self.layers.items():
                 layer.mask.copy_(masks[name])
-            self._unchecked = True
+            self._looks = LOOKS
         self.step = epoch * self.steps_per_epoch
 
     def check_start(self, epoch: int, masks: Mapping[str, Tensor]) -> None:

@@ -30,14 +30,16 @@ class MaskError(RuntimeError):
 
 
 def check_zeros(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Raise MaskError where a dropped weight is not exactly 0. One device read for all layers."""
-    leaked = torch.stack([((weights[name] != 0) & ~mask).sum() for name, mask in masks.items()]).tolist()
+    """Raise MaskError where a dropped weight is not exactly 0. NaN and infinite ones tell of divergence,
+    not of a leak. One device read for all layers."""
+    leaks = [((weights[name] != 0) & weights[name].isfinite() & ~mask).sum() for name, mask in masks.items()]
+    leaked = torch.stack(leaks).tolist()
     layers = {name: count for name, count in zip(masks, leaked, strict=True) if count}
     if layers:
         raise MaskError(
             f"{sum(leaked):,} dropped weights are no longer 0, in {_few(layers)}: the weight is used past "
-            "the layer's own forward pass (a functional call, a penalty, a tied parameter), or written to "
-            "from outside; exclude these layers from pruning",
+            "the layer's own forward pass (a functional call, a penalty, a tied parameter), or it or its "
+            "gradient is written to from outside; exclude these layers from pruning",
             list(layers),
         )
 
@@ -46,32 +48,40 @@ def find_escaping(model: nn.Module, layers: Mapping[str, MaskedLayer], example: 
     """The layers whose weight `model` uses past the mask, found before any training: gradients of a forward
     pass over `example`, a batch of inputs, in evaluation mode, with half of the weights dropped.
 
-    Weights, masks, statistics and gradients of the model are as before afterwards. A model that returns no
-    single tensor is not looked into: check_zeros finds out later.
+    Parameters, buffers, gradients and training modes of the model are as before afterwards. A model that
+    returns no single tensor, or cannot be differentiated so (reentrant checkpoints), is not looked into:
+    check_zeros finds out later.
     """
-    masks = {name: layer.mask.clone() for name, layer in layers.items()}
-    was_training = model.training
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for layer in layers.values():
             halves = torch.arange(layer.mask.numel(), device=layer.mask.device) % 2 == 0
             layer.mask.copy_(halves.view(layer.mask.shape))
-        output = model(example)
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return []
-        # squares: the sum of a softmax or of normalised values has no gradient
-        gradients = torch.autograd.grad(
-            output.double().square().sum(), [layer.weight for layer in layers.values()], allow_unused=True
-        )
-        past = [
-            gradient is not None and bool((gradient.isfinite() & (gradient != 0) & ~layer.mask).any())
-            for gradient, layer in zip(gradients, layers.values(), strict=True)
+        with torch.random.fork_rng(), torch.enable_grad():
+            output = model(example)
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                return []
+            # squares: the sum of a softmax or of normalised values has no gradient
+            gradients = torch.autograd.grad(
+                output.double().square().sum(), [layer.weight for layer in layers.values()], allow_unused=True
+            )
+    except RuntimeError as error:
+        log.info("not known before training whether masks hold: %s", error)
+        return []
+    else:
+        return [
+            name
+            for (name, layer), gradient in zip(layers.items(), gradients, strict=True)
+            if gradient is not None and bool((gradient.isfinite() & (gradient != 0) & ~layer.mask).any())
         ]
-        return [name for name, escapes in zip(layers, past, strict=True) if escapes]
     finally:
-        for name, layer in layers.items():
-            layer.mask.copy_(masks[name])
-        model.train(was_training)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for module, training in modes:
+            module.training = training
 
 
 def check_owners(

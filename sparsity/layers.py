@@ -136,8 +136,9 @@ def _users_of_tensors(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _place(tensor: Tensor) -> int:
-    has_memory = not is_lazy(tensor) and not tensor.is_meta and tensor.numel() > 0
-    return tensor.data_ptr() if has_memory else id(tensor)
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+        return id(tensor)
+    return tensor.data_ptr() or id(tensor)
 
 
 def choose(names: list[str], include: Iterable[str], exclude: Iterable[str]) -> list[str]:

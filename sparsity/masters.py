@@ -85,6 +85,12 @@ def masters_of(*optimizers: Any) -> Masters:
     if not optimizers or not all(isinstance(given, torch.optim.Optimizer) for given in optimizers):
         given = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "nothing"
         raise TypeError(f"attach() takes torch optimizers, or one DeepSpeed engine alone, not {given}")
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            raise TypeError(f"{type(optimizer).__name__} does not call torch.optim.Optimizer.__init__()")
+        for name, inner in vars(optimizer).items():
+            if isinstance(inner, torch.optim.Optimizer):  # has the state, and steps past the outer's hooks
+                raise TypeError(f"{type(optimizer).__name__} wraps an optimizer: attach its .{name}")
     return TorchMasters(*optimizers)
 
 
@@ -97,8 +103,13 @@ def _engine_masters(engine: Any) -> Masters:
             f"DeepSpeed at ZeRO stage 0 with {type(engine.optimizer).__name__}: masters are hidden in it; "
             'use "torch_autocast" in place of "fp16" or "bf16"'
         )
-    if stage in (1, 2):
+    if stage in (1, 2) and hasattr(engine.optimizer, "bit16_groups"):
         return ZeroMasters(engine)
+    if stage in (1, 2):
+        raise ValueError(
+            f"DeepSpeed at ZeRO stage {stage} with {type(engine.optimizer).__name__}: its masters are not "
+            'reached; use "torch_autocast" in place of "bf16"'
+        )
     raise ValueError(f"ZeRO stage {stage} is not supported with masks; use stage 0, 1 or 2")
 
 
@@ -232,6 +243,7 @@ class ZeroMasters:
     def state(self, parameter: Parameter) -> dict[str, Tensor]:
         # Keys of the flat partitions, which every rank has: one without a fragment takes part in the gathers.
         keys = {key for flat in self._partitions() for key in self._flat_state(flat)}
+        self._link(parameter)
         return {key: self._gather(parameter, key) for key in sorted(keys)}
 
     def load_(self, parameter: Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
@@ -250,9 +262,9 @@ class ZeroMasters:
                 if key == source:
                     fragment.copy_(stretch)
 
-    @staticmethod
-    def fragments(parameter: Any, whole: Tensor) -> Iterator[tuple[str | None, Tensor, Tensor]]:
+    def fragments(self, parameter: Any, whole: Tensor) -> Iterator[tuple[str | None, Tensor, Tensor]]:
         """(state key or None for the master, this rank's fragment, the same stretch of `whole`)."""
+        self._link(parameter)
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
             return
@@ -260,6 +272,15 @@ class ZeroMasters:
         stretch = whole.reshape(-1).narrow(0, address.start, address.numel)
         for key, fragment in [(None, mapping.hp_fragment), *(mapping.optim_fragment or {}).items()]:
             yield key, fragment.detach(), stretch.to(fragment.device)
+
+    def _link(self, parameter: Any) -> None:
+        """DeepSpeed hangs state on the parameters once, after the first group's first step: not yet on those
+        of later groups."""
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is not None and not mapping.optim_fragment:
+            flat = self._partitions()[mapping.param_group_index]
+            if state := self.engine.optimizer.optimizer.state.get(flat):
+                mapping.set_optim_state_fragment(flat, state)
 
     def _partitions(self) -> list[Tensor]:
         """This rank's flat fp32 master of each parameter group."""

@@ -300,11 +300,11 @@ class Trainer:
     def check_weights(self, epoch: int) -> None:
         """A checkpoint with NaN or infinite weights would be no good one, nor one with dropped weights that
         are not 0."""
-        self.acdc.check_masks()
         floats = [value for value in self.acdc.model.state_dict().values() if value.is_floating_point()]
         finite = torch.stack([value.isfinite().all() for value in floats]).all()
         if ranks.any_rank(not bool(finite), self.device):
             self.check_finite(float("nan"), epoch)
+        self.acdc.check_masks()
 
     def should_stop(self, at_once: bool = False) -> bool:
         """Whether a signal came to any rank. Several ranks ask each other every few seconds, all after the

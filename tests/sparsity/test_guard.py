@@ -1,7 +1,9 @@
 """Weights that act or learn past their mask: refused when masking, found before training, or at the first
 compressed step."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -76,6 +78,38 @@ def test_what_leaks_is_named_after_the_first_compressed_step(functional_use, pen
         acdc.export()
 
 
+def test_divergence_is_no_leak():
+    net = Net()
+    acdc, optimizer = make(net)
+    train(net, acdc, optimizer, steps=STEPS + 1)
+    with torch.no_grad():
+        net.past.weight.fill_(float("nan"))
+    acdc.check_masks()
+
+
+def test_a_leak_is_found_where_no_step_is_seen():
+    """An optimizer that steps as another one than the attached, its hooks unheard."""
+    net = Net("in training")
+    acdc, _ = make(net)
+    with pytest.raises(MaskError):
+        train(net, acdc, torch.optim.SGD(net.parameters(), lr=0.1), steps=STEPS + 2)
+
+
+def test_a_copy_asks_for_its_own_optimizer():
+    net = Net()
+    acdc, _ = make(net)
+    for copied in (copy.deepcopy(acdc), pickle.loads(pickle.dumps(acdc))):
+        with pytest.raises(RuntimeError, match="attach"):
+            copied.before_step()
+        train(copied.model, copied, attached(copied), steps=2)
+
+
+def attached(acdc):
+    optimizer = torch.optim.SGD(acdc.model.parameters(), lr=0.1)
+    acdc.attach(optimizer)
+    return optimizer
+
+
 def test_a_leak_that_begins_later_is_found_as_the_phase_ends():
     net = Net()
     acdc, optimizer = make(net)
@@ -117,11 +151,18 @@ def test_nothing_is_read_from_the_device_between_switches(monkeypatch):
 )
 def test_functional_use_is_found_before_training(functional_use, names):
     net = Net(functional_use).train()
+    net.norm = nn.BatchNorm1d(3).eval()
+    net.register_buffer("passes", torch.zeros(()))
+    net.register_forward_hook(lambda *_: (net.passes.add_(1), torch.rand(1), None)[-1])
     layers = mask_layers(net)
     layers["first"].mask[0] = False
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    assert find_escaping(net, layers, torch.randn(2, 6)) == names
+    random = torch.get_rng_state()
+    with torch.no_grad():
+        assert find_escaping(net, layers, torch.randn(2, 6, generator=torch.Generator())) == names
+    assert torch.equal(torch.get_rng_state(), random)
     assert net.training
+    assert not net.norm.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
 
@@ -133,6 +174,14 @@ def test_models_that_are_no_plain_functions_of_one_tensor_are_left_to_the_first_
 
     net = Pair("always")
     assert find_escaping(net, mask_layers(net), torch.randn(2, 6)) == []
+
+    class Fails(Net):
+        def forward(self, x):
+            raise RuntimeError("incompatible with .grad()")
+
+    fails = Fails()
+    assert find_escaping(fails, mask_layers(fails), torch.randn(2, 6)) == []
+    assert fails.training
     broken = Net("never")
     broken.first.weight.data.fill_(float("nan"))
     assert find_escaping(broken, mask_layers(broken), torch.randn(2, 6)) == []
@@ -173,6 +222,8 @@ def test_weights_shared_with_anything_are_refused_by_name():
         with pytest.raises(ValueError, match=f"layer 'head' shares its weight with {other}"):
             mask_layers(Tied(share))
     assert list(mask_layers(Tied(lambda net: None))) == ["head"]
+    sparse = torch.eye(3).to_sparse()
+    assert list(mask_layers(Tied(lambda net: net.register_buffer("adjacency", sparse)))) == ["head"]
 
     twice = nn.ModuleDict({"a": nn.Linear(4, 4)})
     twice["b"] = twice["a"]  # one layer under two names: every use goes through its mask

@@ -46,6 +46,14 @@ class Blurring(torch.optim.SGD):
                 parameter.sub_(parameter.grad.roll(1, 0), alpha=group["lr"])
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As sharpness-aware minimisation is written."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self.base = base
+
+
 @pytest.mark.parametrize(
     "make_optimizer",
     [
@@ -181,6 +189,8 @@ def test_a_masked_weight_belongs_to_one_attached_optimizer(caplog):
     for nothing in ((), (sgd(*net.parameters()), "adam")):
         with pytest.raises(TypeError, match="torch optimizers, or one DeepSpeed engine alone"):
             acdc.attach(*nothing)
+    with pytest.raises(TypeError, match=r"Wrapper wraps an optimizer: attach its \.base"):
+        acdc.attach(Wrapper(sgd(*net.parameters())))
     acdc.attach(sgd(*net.parameters()))
     assert not caplog.records
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sparsity import ACDC, GlobalMagnitude, PhaseSchedule, num_leaked
+from sparsity.masters import masters_of
 from trainer.classifier import Classifier
 from trainer.engine import build_engine, deepspeed_config
 from trainer.load import load_config
@@ -86,6 +87,31 @@ def test_zero_masters_switch_as_plain_ones_do(stage, make_optimizer):
 
     plain, zero = train(0), train(stage)
     assert all(torch.allclose(plain[name], zero[name], rtol=1e-4, atol=1e-5) for name in plain)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_state_of_every_parameter_group_is_reached(stage):
+    """DeepSpeed links the state of the first group alone to its parameters."""
+
+    def train(stage):
+        def two_groups(parameters):
+            first, *others = parameters
+            return torch.optim.AdamW([{"params": [first]}, {"params": others, "weight_decay": 0.1}], lr=1e-2)
+
+        engine = make_engine(two_groups, f"engine.zero_stage={stage}")
+        schedule = PhaseSchedule.parse("dense 1, (sparse 1, dense 1) x2")
+        acdc = ACDC(engine.module.model, GlobalMagnitude(0.8), schedule, steps_per_epoch=5)
+        acdc.attach(engine)
+        for number in range(25):
+            acdc.before_step()
+            one_step(engine, number)
+        masters = masters_of(engine)
+        return acdc.weights(), [masters.state(p)["exp_avg"] for p in engine.module.parameters()]
+
+    (plain, plain_state), (zero, zero_state) = train(0), train(stage)
+    assert all(torch.allclose(plain[name], zero[name], rtol=1e-4, atol=1e-5) for name in plain)
+    for a, b in zip(plain_state, zero_state, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 class Noisy(torch.optim.SGD):
