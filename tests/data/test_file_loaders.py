@@ -270,10 +270,10 @@ def test_a_damaged_part_counts_only_where_it_is_needed(tmp_path):
     told = []
     make = lambda **shard: dali(tmp_path, on_bad=lambda file, _: told.append(file), **shard)  # noqa: E731
     through = make()
-    whole = [list(through.epoch(epoch)) for epoch in range(5)]
+    whole = [list(through.epoch(epoch)) for epoch in range(2)]
     assert {f"train/n0/{i:02}.JPEG" for i in range(6)} >= set(told)
-    assert len(told) == len(set(told)) >= 4
-    for epoch in (2, 4):
+    assert len(told) == len(set(told)) >= 3
+    for epoch in (0, 1):
         alone = make().epoch(epoch)
         halves = [make(rank=rank, world_size=2).epoch(epoch) for rank in range(2)]
         for batch, same, *parts in zip(whole[epoch], alone, *halves, strict=True):

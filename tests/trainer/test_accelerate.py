@@ -13,7 +13,8 @@ from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-MODEL = ["model.name=mobilenetv1", "model.arguments={width: 0.25}"]
+SHORT = ["model.name=mobilenetv1", "model.arguments={width: 0.25}", "steps_per_epoch=3"]
+LAST = 18  # step
 
 
 @pytest.fixture
@@ -33,13 +34,13 @@ def able(monkeypatch, tmp_path):
 
 
 def options(pattern="2:4", setting="auto"):
-    return [*MODEL, f"sparsity.pattern={pattern}", "sparsity.target=null", f"sparsity.accelerate={setting}"]
+    return [*SHORT, f"sparsity.pattern={pattern}", "sparsity.target=null", f"sparsity.accelerate={setting}"]
 
 
 def test_without_kernels_auto_is_off_and_require_is_an_error(tiny_data, tmp_path, capsys):
     auto = run_here(tiny_data, tmp_path / "auto", *options())
     off = run_here(tiny_data, tmp_path / "off", *options(setting="off"))
-    assert_equal_states(final_state(auto), final_state(off))
+    assert_equal_states(final_state(auto, LAST), final_state(off, LAST))
     assert not (auto / "kernels24.json").exists()
     assert main(tiny(tiny_data, tmp_path / "runs", *options(setting="require"))) == 3
     error = capsys.readouterr().err
@@ -66,7 +67,7 @@ def test_a_run_with_24_kernels(tiny_data, tmp_path, able, capsys, pattern):
     chosen = [record["layer"] for record in records if record["choice"] == expected.value]
     assert chosen
     assert len(able) == len(set(able)) == len({tuple(r["shape"].values()) for r in records if r["shape"]})
-    state = final_state(run)
+    state = final_state(run, LAST)
     assert state["acdc"]["run24"] == dict.fromkeys(chosen, expected.value)
     for name, mask in state["model"].items():
         if name.endswith(".mask"):
@@ -77,10 +78,10 @@ def test_a_run_with_24_kernels(tiny_data, tmp_path, able, capsys, pattern):
     able.clear()
     again = run_here(tiny_data, tmp_path / "again", *wanted)
     assert not able
-    assert_equal_states(state, final_state(again))
-    within = checkpoint.step_folder(run / "checkpoints", 15)  # in the first sparse phase
+    assert_equal_states(state, final_state(again, LAST))
+    within = checkpoint.step_folder(run / "checkpoints", 5)  # in the first sparse phase
     assert main(tiny(tiny_data, tmp_path / "runs", *wanted, f"resume={within}")) == 0
-    assert_equal_states(state, final_state(run))
+    assert_equal_states(state, final_state(run, LAST))
 
 
 def test_a_damaged_cache_is_measured_anew(tmp_path):
@@ -123,7 +124,7 @@ def test_require_is_an_error_where_a_kernel_fails(tiny_data, tmp_path, able, mon
     assert "no kernel image; with auto they run masked dense" in error
     auto = [*options(), "engine.precision=bf16"]
     run = run_here(tiny_data, tmp_path / "auto", *auto)
-    assert final_state(run)["acdc"]["run24"] == {}
+    assert final_state(run, LAST)["acdc"]["run24"] == {}
     assert "dense: no kernel image" in capsys.readouterr().out
 
 
@@ -133,7 +134,7 @@ def test_no_memory_to_measure_is_no_end(tiny_data, tmp_path, able, monkeypatch, 
 
     monkeypatch.setattr(accelerate, "measure24", full)
     run = run_here(tiny_data, tmp_path / "runs", *options(), "engine.precision=bf16")
-    assert final_state(run)["acdc"]["run24"] == {}
+    assert final_state(run, LAST)["acdc"]["run24"] == {}
     assert "no memory left to measure it" in (run / "kernels24.json").read_text()
     kept = json.loads((tmp_path / "home" / "kernels24.json").read_text())
     assert all(not entries for entries in kept.values())  # another run tries again
