@@ -127,3 +127,10 @@ def test_unknown_rule_and_impossible_nm_are_refused():
 def test_double_precision_decides_in_double_precision():
     close = torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
     assert UniformMagnitude(0.5)({"a": close})["a"].tolist() == [False, True]
+
+
+def test_the_original_rule_adds_its_small_number_before_it_compares():
+    """So weights far below 1e-4 are equal to it, and all of them are dropped with the threshold."""
+    weights = {"a": torch.tensor([1.0, 1e-12, 2e-12, 3e-12])}
+    kept = GlobalMagnitude(0.25, rule="original")(weights)["a"]
+    assert kept.tolist() == [True, False, False, False]
