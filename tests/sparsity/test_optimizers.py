@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sparsity import ACDC, GlobalMagnitude, PhaseSchedule, num_leaked
+from sparsity.masters import masters_of
 
 STEPS = 4  # per epoch
 BETAS = (0.9, 0.96)  # second moments decay to nothing within a long phase of 300 steps
@@ -171,6 +172,17 @@ def test_several_optimizers_are_all_reset():
     assert (first.state[net[0].weight]["momentum_buffer"] == 0).all()
     assert (second.state[net[2].weight]["exp_avg"] == 0).all()
     assert (second.state[net[2].weight]["exp_avg_sq"] > 0).all()
+
+
+def test_a_state_from_before_the_first_step_takes_the_momentum_away():
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    before = net[0].weight.detach().clone()
+    one_step(net, optimizer)
+    masters_of(optimizer).load_(net[0].weight, before, {})
+    assert torch.equal(net[0].weight, before)
+    assert not optimizer.state[net[0].weight]
+    assert "momentum_buffer" in optimizer.state[net[2].weight]
 
 
 def test_a_masked_weight_belongs_to_one_attached_optimizer(caplog):
