@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks.invariants import launcher_arguments
+from sparsity.guard import MaskError, check_equal_on_all_ranks
 from tests.trainer.small_net import SmallNet, buffers
 from trainer import build, ranks
 from trainer.load import load_config
@@ -70,6 +71,9 @@ def main(runs: Path, out: Path) -> None:
         with optimizer_of(name):
             seen = observe(build.build_trainer(load_config("quickstart", overrides), device))
         torch.save(seen, out / f"{name}-rank{ranks.rank()}.pt")
+    with pytest.raises(MaskError) as failure:
+        check_equal_on_all_ranks({"same": torch.ones(4) > 0, "other": torch.arange(4) == ranks.rank()})
+    (out / f"masks-rank{ranks.rank()}.json").write_text(json.dumps(failure.value.layers))
 
 
 if __name__ == "__main__":

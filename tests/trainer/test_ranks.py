@@ -60,6 +60,7 @@ def two(one, tiny_data, tmp_path_factory):
     arguments = [str(out / "runs.json"), str(out)]
     done = execute(launcher(*arguments, devices=2, module="tests.trainer.rank_results"))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads((out / f"masks-rank{rank}.json").read_text()) for rank in range(2)] == [["other"]] * 2
     found = {}
     for name in runs:
         (folder,) = (out / name / "quickstart").iterdir()
