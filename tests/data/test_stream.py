@@ -55,6 +55,14 @@ def test_epochs_differ():
     assert not np.array_equal(epochs[0], other_seed)
 
 
+def test_augmentation_differs_from_step_to_step_and_from_epoch_to_epoch():
+    stream = make()
+    draws = [stream.draw(epoch, step) for epoch in range(3) for step in range(3)]
+    together = {draw.shift.tobytes() + draw.flip.tobytes() for draw in draws}
+    assert len(together) == len(draws)
+    assert len({draw.flip.tobytes() for draw in draws}) > 3  # of the three steps' if epochs drew the same
+
+
 def test_augmentation_covers_its_range_and_is_off_by_default():
     draws = [make(num_images=1200).draw(0, index) for index in range(100)]
     shifts = np.concatenate([draw.shift for draw in draws])

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from trainer.cli import main
-from trainer.export import load_model, save_model
+from trainer.export import load_model, plain_state, save_model
 from trainer.models import get_model
 from trainer.weights import load_weights
 
@@ -50,3 +50,14 @@ def test_what_cannot_be_exported_is_said(tmp_path, capsys):
     assert main(["export", str(tmp_path), "--format", "torch", "--out", str(tmp_path / "x.pth")]) == 2
     assert "is not a checkpoint" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_masks_of_a_training_state_are_multiplied_into_its_weights():
+    weight, mask = torch.tensor([[1.0, 2.0]]), torch.tensor([[True, False]])
+    plain = plain_state({"fc.weight": weight, "fc.mask": mask, "fc.bias": torch.ones(1)})
+    assert {name: value.tolist() for name, value in plain.items()} == {
+        "fc.weight": [[1.0, 0.0]],
+        "fc.bias": [1.0],
+    }
+    with pytest.raises(ValueError, match=r"no weight that fits it, for fc\.weight"):
+        plain_state({"fc.mask": mask})
