@@ -410,8 +410,8 @@ def test_a_cifar_recipe_runs_from_distributed_files(tmp_path):
 
 
 def test_bf16_autocast_keeps_fp32_weights(tiny_data, tmp_path):
-    run = run_here(tiny_data, tmp_path, "engine.precision=bf16")
-    state = final_state(run)
+    run = run_here(tiny_data, tmp_path, "engine.precision=bf16", "steps_per_epoch=2")
+    state = final_state(run, 12)
     assert all(value.dtype == torch.float32 for value in state["model"].values() if value.is_floating_point())
     assert json.loads((run / "result.json").read_text())["sparse"]["sparsity"] == pytest.approx(0.9, abs=2e-4)
 
