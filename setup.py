@@ -9,8 +9,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["trainer*", "sparsity*", "data*", "configs*", "benchmarks*"]),
-    package_data={"configs": ["**/*.yaml"], "data.bundled": ["*.npz", "LICENSE*"]},
-    entry_points={"console_scripts": ["acdc=trainer.cli:main"]},
+    package_data={"configs": ["**/*.yaml"], "data.datasets.bundled": ["*.npz", "LICENSE*"]},
+    entry_points={"console_scripts": ["acdc=trainer.cli.main:main"]},
     install_requires=[
         "torch==2.13.0",
         "torchvision==0.28.0",

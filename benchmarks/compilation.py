@@ -96,10 +96,10 @@ def _in_processes(network: str, way: str, steps: int) -> list[dict[str, Any]]:
 def measure(name: str, way: str, steps: int) -> dict[str, Any]:
     """Seconds of the first step and of later ones, and the number of graphs."""
     from sparsity import mask_layers
-    from trainer import ranks
-    from trainer.classifier import Classifier
-    from trainer.load import load_config
+    from trainer.config.load import load_config
+    from trainer.distributed import ranks
     from trainer.models import get_model
+    from trainer.models.classifier import Classifier
 
     device = ranks.start()
     network = NETWORKS[name]

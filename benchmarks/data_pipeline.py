@@ -23,12 +23,12 @@ from rich.table import Table
 
 from benchmarks.record import console, parse, show_spread, spread, write_record
 from benchmarks.turns import cpu_seconds, family, order, ratios, until_quiet
-from data import fashion_mnist
 from data.crops import CropStream
-from data.dali import PREFETCH
-from data.dali_files import DaliFileLoader
-from data.image_files import ImageFiles, load_image_files
-from data.imagenet import NUM_CLASSES
+from data.dali.files import DaliFileLoader
+from data.dali.pipeline import PREFETCH
+from data.datasets import fashion_mnist
+from data.datasets.imagenet import NUM_CLASSES
+from data.images.files import ImageFiles, load_image_files
 from data.loader import Batch, Loader
 from data.torch_files import TorchFileLoader
 

@@ -1,6 +1,6 @@
 """What freed memory costs on a CPU: steps with it kept, as the trainer does, and given back, as glibc does.
 
-Each way runs in a process of its own, which counts its page faults; see trainer.host_memory.
+Each way runs in a process of its own, which counts its page faults; see trainer.distributed.host_memory.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _in_turns(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def measure(name: str, way: str, steps: int) -> dict[str, Any]:
     """Milliseconds of steps, page faults a step, greatest memory."""
-    from trainer import ranks
     from trainer.build import build_trainer
+    from trainer.distributed import ranks
 
     if way == "given back":
         vars(ranks)["keep_freed_memory"] = lambda: False

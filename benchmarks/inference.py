@@ -20,14 +20,14 @@ from torch.nn import functional
 from benchmarks.record import console, parse, show_spread, spread, write_record
 from benchmarks.turns import ratios, take_turns
 from sparsity import count_flops
-from sparsity.autotune24 import MARGIN, TOLERANCE, median_seconds
-from sparsity.inference24 import pack_layers, packable
-from sparsity.semi_structured import ROWS, compress24, lacking, matmul24
-from trainer import ranks
+from sparsity.kernels.autotune24 import MARGIN, TOLERANCE, median_seconds
+from sparsity.kernels.inference24 import pack_layers, packable
+from sparsity.kernels.semi_structured import ROWS, compress24, lacking, matmul24
+from trainer.checkpoints.saved_model import find_model, load_model
+from trainer.cli.progress import progress
+from trainer.distributed import ranks
 from trainer.errors import UserError, as_user_error
-from trainer.export import find_model, load_model
-from trainer.progress import progress
-from trainer.sparse24_file import packed_share
+from trainer.export.sparse24_file import packed_share
 
 
 def main() -> int:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sparsity import num_leaked
 from sparsity.masters import ZeroMasters, masters_of
-from trainer import ranks
 from trainer.build import build_trainer
+from trainer.config.load import load_config
+from trainer.distributed import ranks
 from trainer.engine import num_graphs
-from trainer.load import load_config
 from trainer.loop import Trainer
 
 

@@ -18,10 +18,10 @@ from torch import nn
 
 from benchmarks.record import console, parse, write_record
 from sparsity import count_flops
-from sparsity.autotune24 import Shape24, measure24
-from sparsity.semi_structured import DTYPES, ROWS, TILE, lacking
+from sparsity.kernels.autotune24 import Shape24, measure24
+from sparsity.kernels.semi_structured import DTYPES, ROWS, TILE, lacking
+from trainer.cli.progress import progress
 from trainer.models import get_model
-from trainer.progress import progress
 
 VIT = {"ViT-B": 768, "ViT-L": 1024}  # width; the MLP is four times as wide, 197 tokens an image
 NETWORKS = {
@@ -117,7 +117,7 @@ def _gain(timing: dict[str, Any]) -> str:
 
 
 def _choice(row: dict[str, Any]) -> str:
-    from sparsity.autotune24 import Tuned
+    from sparsity.kernels.autotune24 import Tuned
 
     return Tuned.of(row).choose().value
 

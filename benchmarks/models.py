@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.cifar import CIFAR10, CIFAR100, PIXELS
+from data.datasets.cifar import CIFAR10, CIFAR100, PIXELS
 from data.loader import Batch
 from sparsity import PhaseSchedule
-from trainer.classifier import Classifier
-from trainer.config import Config
+from trainer.checkpoints.saved_model import build_model, describe_model
+from trainer.config.load import load_config
+from trainer.config.schema import Config
 from trainer.engine import precision
-from trainer.export import build_model, describe_model
-from trainer.load import load_config
 from trainer.loop import Trainer
+from trainer.models.classifier import Classifier
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from rich.table import Table
 from benchmarks.models import NETWORKS, Ours, Stock, one_batch, short_run
 from benchmarks.record import console, parse, show_spread, spread, write_record
 from benchmarks.turns import ratios, take_turns
-from trainer import ranks
 from trainer.build import build_trainer
-from trainer.progress import progress
+from trainer.cli.progress import progress
+from trainer.distributed import ranks
 
 DEFAULT = ("resnet50", "mobilenetv1", "wrn-28-10")
 

@@ -27,15 +27,15 @@ from rich.table import Table
 from benchmarks.peers_loops import AHEAD, WORKERS
 from benchmarks.record import console, parse, show_spread, spread, write_record
 from benchmarks.turns import TURN, order, ratios, until_quiet
-from data.dali import PREFETCH
-from trainer.progress import progress
+from data.dali.pipeline import PREFETCH
+from trainer.cli.progress import progress
 
 BARS = {"resnet50": 1.15, "mobilenetv1": 1.3, "wrn-28-10": 1.2, "resnet20": 1.2}  # ours over plain
 CONTENDERS = {"ours": "ours", "tuned": "tuned PyTorch", "plain": "plain PyTorch"}
 READ_AHEAD = max(PREFETCH + 1, WORKERS * AHEAD)  # batches: ours has a thread behind DALI's own queue
 WARMUP = 4  # steps: the first compiles, or measures kernels; the second compiles with these
-# What trainer.host_memory does for ours, by a user's means. MALLOC_MMAP_THRESHOLD_ would not do: glibc takes
-# no more than 32 MB there, and activations are larger.
+# What trainer.distributed.host_memory does for ours, by a user's means. MALLOC_MMAP_THRESHOLD_ would not do:
+# glibc takes no more than 32 MB there, and activations are larger.
 KEPT_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),

@@ -21,10 +21,10 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.models import IN_EPOCH, Network
-from data.imagenet import MEAN, STD
+from data.datasets.imagenet import MEAN, STD
 from data.torchvision_import import import_torchvision, import_transforms
+from trainer.config.load import load_config
 from trainer.engine import missing_for_compilation
-from trainer.load import load_config
 from trainer.models import get_model
 
 Step = Callable[[Tensor, Tensor], Tensor]  # (images, labels) -> loss

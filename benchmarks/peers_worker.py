@@ -44,8 +44,8 @@ def make(who: str, network: Network, folder: Path, steps: int) -> Callable[[], A
 
 def ours(network: Network, folder: Path) -> Callable[[], Any]:
     """The trainer's step, in a compressed phase."""
-    from trainer import ranks
     from trainer.build import build_trainer
+    from trainer.distributed import ranks
 
     device = ranks.start()
     batch = network.batch(device)

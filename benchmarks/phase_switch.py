@@ -22,12 +22,12 @@ from rich.table import Table
 from benchmarks.models import NETWORKS, Ours, one_batch, short_run
 from benchmarks.record import console, parse, show_spread, spread, write_record
 from sparsity import Run24
-from sparsity.semi_structured import unfit
-from trainer import ranks
+from sparsity.kernels.semi_structured import unfit
 from trainer.build import build_trainer
+from trainer.cli.progress import progress
+from trainer.distributed import ranks
 from trainer.engine import num_graphs
 from trainer.evaluate import evaluate
-from trainer.progress import progress
 
 PATTERNS = {
     "global 90 %": [],

@@ -41,7 +41,9 @@ def run_cold(folder: Path, overrides: list[str]) -> tuple[dict[str, Any], float]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
     begin = time.monotonic()
     arguments = ["train", "quickstart", f"run_root={folder / 'cold'}", *overrides]
-    subprocess.run([sys.executable, "-m", "trainer.cli", *arguments], check=True, env={**os.environ, **cache})
+    subprocess.run(
+        [sys.executable, "-m", "trainer.cli.main", *arguments], check=True, env={**os.environ, **cache}
+    )
     seconds = time.monotonic() - begin
     (path,) = (folder / "cold").glob("*/*/result.json")
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -51,7 +53,7 @@ def run_cold(folder: Path, overrides: list[str]) -> tuple[dict[str, Any], float]
 
 def run_watched(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """benchmarks.invariants on two ranks of the CPU: what each of them saw."""
-    code = "import sys; from trainer.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
+    code = "import sys; from trainer.cli.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
     arguments = [str(folder), "quickstart", f"run_root={folder / 'watched'}", *overrides]
     command = [sys.executable, "-c", code, "benchmarks.invariants", *arguments]
     subprocess.run(

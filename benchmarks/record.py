@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trainer.environment import CHANGES, RECORDS, ROOT, environment, revision
+from trainer.checkpoints.environment import CHANGES, RECORDS, ROOT, environment, revision
 
 RESULTS = ROOT / RECORDS
 REVISION = revision()  # as the benchmark begins: the tree may change while it runs
@@ -57,7 +57,7 @@ def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
 
 
 def lacking_commit(revision: str | None) -> str | None:
-    """Why code of this revision (see trainer.environment) makes no record to publish, or None."""
+    """Why code of this revision (see trainer.checkpoints.environment) makes no record to publish, or None."""
     if revision is None:
         return "the code is not in a git checkout"
     return "the tree has uncommitted changes (git status)" if revision.endswith(CHANGES) else None

@@ -4,7 +4,8 @@ One trainer runs all, in turns: dense and compressed, each with real data and wi
 rotates. Real data are JPEG files, or small images in memory, through DALI. "Cost of data" is how much longer
 a turn with them takes than the turn with noise beside it. On a CPU it is more than the wait for data, because
 decoding takes cores from the model. A turn begins and ends with the read-ahead full (see benchmarks.turns):
-its N steps pay for exactly N batches, of which at most data.dali.PREFETCH + 1 are made behind the last step.
+its N steps pay for exactly N batches, of which at most data.dali.pipeline.PREFETCH + 1 are made behind the
+last step.
 
 FLOP/s are dense-equivalent (what the dense model would take) and executed (less what 2:4 kernels skip). The
 peak beside them is measured before and after, by large products and convolutions in the same precision.
@@ -28,14 +29,14 @@ from benchmarks.models import IN_EPOCH, NETWORKS, Network, short_run
 from benchmarks.record import console, parse, percentile, show_spread, spread, write_record
 from benchmarks.throughput_turns import NOISE, Turn, cost_of_data, sources_of, take_phases
 from benchmarks.turns import TURN
-from data.dali import PREFETCH, import_dali
+from data.dali.pipeline import PREFETCH, import_dali
 from sparsity import Run24
-from trainer import ranks
 from trainer.build import build_trainer
-from trainer.config import Config
+from trainer.cli.progress import progress
+from trainer.config.schema import Config
+from trainer.distributed import ranks
 from trainer.engine import precision
 from trainer.loop import Trainer
-from trainer.progress import progress
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from benchmarks.machine import forget_peak, wait_for
 from benchmarks.turns import order, ratios, until_quiet
 from data.loader import Batch, Loader
 from data.synthetic import SyntheticLoader
-from trainer.data_config import ImageNetData
+from trainer.config.data import ImageNetData
 from trainer.loop import Trainer
 
 PHASES = ("dense", "compressed")

@@ -1,7 +1,7 @@
 """Random crops of images of any size: draws that do not know the image yet, and the window they give.
 
 The law is torchvision's RandomResizedCrop (Szegedy et al. 2015): a share of the area, an aspect ratio, a
-place; ten attempts to fit the image, else the largest central window whose ratio is allowed. data.dali_decode
+place; ten attempts to fit the image, else the largest central window whose ratio is allowed. data.dali.decode
 writes the same law in DALI's terms, in the same float32 arithmetic.
 """
 

@@ -1,7 +1,7 @@
 """Image files through Pillow, torchvision's transforms and a DataLoader: where DALI does not run, and what it
 is measured against.
 
-The same draws as in data.dali_files give the same order, windows and flips; pixels differ by what two
+The same draws as in data.dali.files give the same order, windows and flips; pixels differ by what two
 decoders and two resampling filters differ.
 """
 
@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from data.ahead import AheadLoader
 from data.crops import CropDraw, central, window
-from data.image_files import ImageFiles
+from data.images.files import ImageFiles
+from data.images.pixels import to_rgb
 from data.loader import PADDING_LABEL, Batch
-from data.pixels import to_rgb
 from data.stream import Draw, Stream
 from data.torchvision_import import import_transforms
 
@@ -33,7 +33,7 @@ class TorchFileLoader(AheadLoader):
     """Batches of `files` as `stream` draws them, on `device`. See data.loader.Loader.
 
     num_workers: processes that decode; 0 decodes in this one. on_bad: called with the relative path of a file
-    that cannot be decoded and the reason, see data.dali_images. evaluation: (resize, size) of evaluation's
+    that cannot be decoded and the reason, see data.dali.images. evaluation: (resize, size) of evaluation's
     central crop; None for the random crops of a CropStream.
     """
 

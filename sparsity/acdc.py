@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from sparsity.gradual import CubicSparsity
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
+from sparsity.kernels.packed24 import fits_24
 from sparsity.layers import Run24, mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
-from sparsity.packed24 import fits_24
 from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import relative_mask_difference

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
-from sparsity.semi_structured import conv24, linear24
+from sparsity.kernels.semi_structured import conv24, linear24
 
 log = logging.getLogger(__name__)
 

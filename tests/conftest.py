@@ -33,8 +33,8 @@ def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
 
 def write_fashion_idx(folder: Path, num_train: int, num_test: int) -> Path:
     """A folder with four idx files: real images of the bundled subset, a few of them."""
-    from data import fashion_mnist
-    from data.idx import IDX_FILES
+    from data.datasets import fashion_mnist
+    from data.datasets.idx import IDX_FILES
 
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", num_train), ("test", num_test)):

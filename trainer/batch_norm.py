@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from data.loader import Loader
-from trainer import ranks
+from trainer.distributed import ranks
 
 
 @torch.no_grad()

@@ -13,22 +13,23 @@ from torch import nn
 
 from data.loader import ImageInfo
 from sparsity import ACDC, NM, Transposable24, find_escaping
-from trainer import checkpoint, ranks, run_dir
-from trainer.accelerate import why_not
-from trainer.classifier import Classifier
-from trainer.config import Config, SparsityConfig
+from trainer.checkpoints import checkpoint, run_dir
+from trainer.checkpoints.run_dir import DENSE_TWIN, RunDir
+from trainer.checkpoints.saved_model import build_model, describe_model
+from trainer.checkpoints.state import Position, branch_off, check_branch, restore
+from trainer.checkpoints.weights import load_weights
+from trainer.config.schema import Config, SparsityConfig
+from trainer.distributed import ranks
 from trainer.engine import build_engine, check_convolutions, deepspeed_config
 from trainer.errors import Finished, UserError, as_user_error
-from trainer.export import build_model, describe_model
-from trainer.flops import RunFlops
+from trainer.kernels import why_not
 from trainer.loaders import build_loaders
 from trainer.loop import Trainer
-from trainer.monitor import Monitor
+from trainer.models.classifier import Classifier
+from trainer.monitor.flops import RunFlops
+from trainer.monitor.records import Monitor
+from trainer.monitor.screen import Screen
 from trainer.optim import build_optimizer
-from trainer.run_dir import DENSE_TWIN, RunDir
-from trainer.screen import Screen
-from trainer.state import Position, branch_off, check_branch, restore
-from trainer.weights import load_weights
 
 log = logging.getLogger(__name__)
 

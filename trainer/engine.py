@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import ranks
-from trainer.config import Config, EvalConfig
-from trainer.data_config import ImageNetData
+from trainer.config.data import ImageNetData
+from trainer.config.schema import Config, EvalConfig
+from trainer.distributed import ranks
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)

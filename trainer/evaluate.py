@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from data.loader import Loader
-from trainer import ranks
+from trainer.distributed import ranks
 from trainer.errors import UserError
 
 
@@ -24,7 +24,7 @@ class Metrics:
 
     @classmethod
     def of(cls, counts: torch.Tensor) -> Metrics:
-        """From [sum of losses, top-1 right, top-5 right, images], see trainer.classifier. Reads the
+        """From [sum of losses, top-1 right, top-5 right, images], see trainer.models.classifier. Reads the
         device."""
         loss, top1, top5, images = counts.tolist()
         if images == 0:

@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 
-from data import imagenet, sources
-from data.arrays import ImageArrays
 from data.crops import CropStream
-from data.dali_arrays import DaliArrayLoader
-from data.dali_files import DaliFileLoader
-from data.dali_records import DaliRecordLoader, count_records
-from data.idx import Split
-from data.image_files import load_image_files
+from data.dali.arrays import DaliArrayLoader
+from data.dali.files import DaliFileLoader
+from data.dali.records import DaliRecordLoader, count_records
+from data.datasets import imagenet, sources
+from data.datasets.arrays import ImageArrays
+from data.datasets.idx import Split
+from data.datasets.random_labels import randomise
+from data.images.files import load_image_files
+from data.images.records import find_records
 from data.loader import ImageInfo, Loader
-from data.random_labels import randomise
-from data.records import find_records
 from data.stream import EvalStream, TrainStream
 from data.synthetic import SyntheticLoader
 from data.torch_files import TorchFileLoader
-from trainer import ranks
-from trainer.config import Config
-from trainer.data_config import ArrayData, DataConfig, ImageNetData
+from trainer.config.data import ArrayData, DataConfig, ImageNetData
+from trainer.config.schema import Config
+from trainer.distributed import ranks
 from trainer.errors import as_user_error
 
 SYNTHETIC_EVAL_BATCHES = 2  # there is no accuracy to be found in noise

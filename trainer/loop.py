@@ -1,12 +1,4 @@
-"""The training loop.
-
-for each epoch:
-    set the learning rate
-    for each optimizer step: acdc.before_step(); forward, backward and step per micro-batch
-    evaluate, record
-    at the end of the last dense phase save the dense twin, of the last sparse phase the sparse model
-    save a checkpoint when one is due
-"""
+"""The training loop, whose pseudocode stands in trainer/__init__.py."""
 
 from __future__ import annotations
 
@@ -20,23 +12,24 @@ from torch import nn
 
 from data.loader import Batch
 from sparsity import ACDC, Sparsity, measure
-from trainer import checkpoint, ranks
-from trainer.accelerate import accelerate, as_records, choice_table
 from trainer.batch_norm import recompute_batch_norm
-from trainer.clock import Clock
-from trainer.config import Config, duration_steps
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.mask_history import save_masks
+from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE, RunDir
+from trainer.checkpoints.saved_model import save_model
+from trainer.checkpoints.state import Position, capture, seed_generators
+from trainer.config.schema import Config, duration_steps
+from trainer.distributed import ranks
+from trainer.distributed.signals import StopRequest
 from trainer.engine import num_graphs, precision
 from trainer.errors import Diverged, Stopped, UserError
 from trainer.evaluate import Metrics, evaluate
-from trainer.export import save_model
-from trainer.flops import RunFlops
+from trainer.kernels import accelerate, as_records, choice_table
 from trainer.loaders import Loaders
-from trainer.mask_history import save_masks
-from trainer.monitor import Monitor
+from trainer.monitor.clock import Clock
+from trainer.monitor.flops import RunFlops
+from trainer.monitor.records import Monitor
 from trainer.optim import learning_rate, set_learning_rate
-from trainer.run_dir import DENSE_TWIN, SPARSE, RunDir
-from trainer.signals import StopRequest
-from trainer.state import Position, capture, seed_generators
 
 ASK_SECONDS = 3.0  # between ranks' questions whether one of them was told to stop
 
@@ -45,7 +38,7 @@ class Trainer:
     """What a run needs, built by trainer.build, and the loop over it.
 
     engine: a DeepSpeed engine around a Classifier around acdc.model. monitor: None on ranks but the first.
-    model_info: what a saved model carries along, see trainer.export.describe_model.
+    model_info: what a saved model carries along, see trainer.checkpoints.saved_model.describe_model.
     """
 
     def __init__(
@@ -239,7 +232,7 @@ class Trainer:
                 "num_kept": sparsity.num_kept,
                 "inference_flops": self.flops.inference.forward(density),
             }
-            # the dense twin carries the whole state: a branch goes on from there, see trainer.dense_branch
+            # the dense twin carries the whole state: a branch goes on from there, see trainer.train
             branches = kind == "dense" and epoch + 1 < self.config.epochs
             state = self.capture() if branches else None
             if ranks.is_main():

@@ -17,8 +17,8 @@ from trainer.errors import EnvironmentLacks, Failure, Finished, UserError
 if TYPE_CHECKING:
     import torch
 
-    from trainer.config import Config
-    from trainer.run_dir import RunDir
+    from trainer.checkpoints.run_dir import RunDir
+    from trainer.config.schema import Config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,12 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
 def train(recipe: str, overrides: list[str]) -> None:
     """Parse, build, fit, close; then the dense branch if asked for. Raises Failure for all that a user can
     mend."""
-    from trainer.load import load_config
+    from trainer.config.load import load_config
 
     config = load_config(recipe, overrides)  # before the slow imports: a typing error is told at once
 
-    from trainer import ranks
-    from trainer.run_dir import find_resumed, is_finished
+    from trainer.checkpoints.run_dir import find_resumed, is_finished
+    from trainer.distributed import ranks
 
     device = ranks.start()
     try:
@@ -74,9 +74,8 @@ def train(recipe: str, overrides: list[str]) -> None:
 
 def finetune_dense(config: Config, run: RunDir, device: torch.device) -> None:
     """The dense branch of a finished run, which stays locked meanwhile."""
-    from trainer import ranks
-    from trainer.close import conclude_both
-    from trainer.dense_branch import dense_branch
+    from trainer.distributed import ranks
+    from trainer.summary import conclude_both
 
     gc.collect()  # the engine refers to itself: model, masters and data threads of the finished run go
     ranks.on_main(run.lock)
@@ -89,11 +88,29 @@ def finetune_dense(config: Config, run: RunDir, device: torch.device) -> None:
         run.release()
 
 
+def dense_branch(config: Config, run: RunDir) -> Config:
+    """The configuration of a finished run's dense branch: from the end of the last dense phase on, optimizer,
+    epoch and learning rates go on as if the last compression had not been. The paper's dense results come
+    from such a branch: the dense twin has missed the last epochs, with their low learning rates."""
+    from trainer.checkpoints.run_dir import DENSE_TWIN
+    from trainer.config.schema import SparsityConfig
+
+    return config.model_copy(
+        update={
+            "sparsity": SparsityConfig(schedule=f"dense {config.epochs}"),
+            "checkpoint": str(run.checkpoints / DENSE_TWIN),
+            "resume": None,
+            "finetune_dense": False,
+            "model": config.model.model_copy(update={"weights": None}),
+        }
+    )
+
+
 def fit(config: Config, device: torch.device, path: Path | None = None) -> RunDir:
     """One run to its end, in its own folder or in `path`."""
     from sparsity import MaskError
     from trainer.build import build_trainer
-    from trainer.close import conclude, introduce
+    from trainer.summary import conclude, introduce
 
     trainer = build_trainer(config, device, path)
     introduce(trainer)

@@ -23,9 +23,9 @@ from benchmarks import (
 )
 from benchmarks.models import NETWORKS, short_run
 from tests.trainer.runs import run_here
-from trainer.cli import main as acdc_command
+from trainer.cli.main import main as acdc_command
+from trainer.export.sparse24_file import read_sparse24
 from trainer.loaders import build_loaders
-from trainer.sparse24_file import read_sparse24
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from benchmarks import compare, peers, peers_loops
 from benchmarks.models import NETWORKS, Network
-from data.imagenet import MEAN, STD
+from data.datasets.imagenet import MEAN, STD
 from tests.data.photographs import make_tree
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from data.crops import CropStream, window
-from data.dali import dense, import_dali
-from data.dali_decode import _window
-from data.dali_files import DaliFileLoader
-from data.image_files import load_image_files
+from data.dali.decode import _window
+from data.dali.files import DaliFileLoader
+from data.dali.pipeline import dense, import_dali
+from data.images.files import load_image_files
 from data.stream import EvalStream
 from data.torch_files import TorchFileLoader
 from data.torchvision_import import import_torchvision, import_transforms

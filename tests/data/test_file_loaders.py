@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from data.crops import CropStream, window
-from data.dali_files import DaliFileLoader
-from data.image_files import EXCLUSIONS, load_image_files
+from data.dali.files import DaliFileLoader
+from data.images.files import EXCLUSIONS, load_image_files
 from data.loader import PADDING_LABEL
 from data.stream import EvalStream
 from data.torch_files import TorchFileLoader

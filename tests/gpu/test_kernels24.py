@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 
 from sparsity import NM, Run24, Transposable24
-from sparsity.autotune24 import TOLERANCE, Shape24, measure24
-from sparsity.semi_structured import DTYPES, compress24, lacking, matmul24, mm24
+from sparsity.kernels.autotune24 import TOLERANCE, Shape24, measure24
+from sparsity.kernels.semi_structured import DTYPES, compress24, lacking, matmul24, mm24
 
 CUDA = torch.device("cuda")
 _missing = lacking(CUDA) if torch.cuda.is_available() else "a GPU"

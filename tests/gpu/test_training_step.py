@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparsity import ACDC, NM, GlobalMagnitude, PhaseSchedule
-from trainer.classifier import Classifier
 from trainer.models import get_model
+from trainer.models.classifier import Classifier
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = 3

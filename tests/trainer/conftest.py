@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="module")
 def small_net() -> Iterator[None]:
     """Recipes may name the model "small" meanwhile."""
-    from tests.trainer.small_net import SmallNet
+    from tests.trainer.distributed.small_net import SmallNet
     from trainer.models import MODELS
 
     with pytest.MonkeyPatch.context() as patch:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint
+from trainer.checkpoints import checkpoint
 from trainer.train import main
 
 SCHEDULE = "dense 1, (sparse 1, dense 1) x2, sparse 1"
@@ -107,12 +107,12 @@ def assert_equal_states(a: Any, b: Any, at: str = "") -> None:
 
 def command(*arguments: str) -> list[str]:
     """`acdc ...` with this interpreter."""
-    return [sys.executable, "-m", "trainer.cli", *arguments]
+    return [sys.executable, "-m", "trainer.cli.main", *arguments]
 
 
 def launcher(*arguments: str, devices: int = 1, module: str = "trainer.train") -> list[str]:
     """`deepspeed --module ...` on a port of its own."""
-    from trainer.ranks import free_port
+    from trainer.distributed.ranks import free_port
 
     options = ["--master_port", str(free_port()), "--num_gpus", str(devices)]
     return [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--module", module, *arguments]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
-from trainer import checkpoint
-from trainer.export import load_model
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.saved_model import load_model
 from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")

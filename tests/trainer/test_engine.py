@@ -8,10 +8,10 @@ from torch import nn
 
 from sparsity import ACDC, GlobalMagnitude, PhaseSchedule, num_leaked
 from sparsity.masters import masters_of
-from trainer.classifier import Classifier
+from trainer.config.load import load_config
+from trainer.distributed.ranks import start
 from trainer.engine import build_engine, deepspeed_config
-from trainer.load import load_config
-from trainer.ranks import start
+from trainer.models.classifier import Classifier
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional
 
 from sparsity import ACDC, NM, GlobalMagnitude, PhaseSchedule, UniformMagnitude, num_leaked
+from trainer.config.load import load_config
+from trainer.distributed.ranks import start
 from trainer.engine import build_engine, deepspeed_config
-from trainer.load import load_config
 from trainer.models import get_model
-from trainer.ranks import start
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.trainer.small_net import WHOLE, buffers, evaluated_by_hand, small
+from tests.trainer.distributed.small_net import WHOLE, buffers, evaluated_by_hand, small
 from trainer.build import build_trainer
-from trainer.classifier import Classifier
+from trainer.config.load import load_config
+from trainer.distributed.ranks import start
 from trainer.evaluate import evaluate
-from trainer.load import load_config
 from trainer.loaders import build_test_loader
-from trainer.ranks import start
+from trainer.models.classifier import Classifier
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")

@@ -5,11 +5,11 @@ import tarfile
 
 import pytest
 
-from data.image_files import EXCLUSIONS, load_image_files
+from data.images.files import EXCLUSIONS, load_image_files
 from tests.data.photographs import make_tree
 from tests.trainer.runs import assert_equal_states, tiny_images
-from trainer import checkpoint
-from trainer.cli import main as acdc_command
+from trainer.checkpoints import checkpoint
+from trainer.cli.main import main as acdc_command
 from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from tests.trainer.runs import newest_run, tiny
-from trainer import checkpoint
+from trainer.checkpoints import checkpoint
 from trainer.models import MODELS
 from trainer.train import main
 

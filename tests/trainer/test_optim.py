@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from trainer.config import LRConfig
+from trainer.config.schema import LRConfig
 from trainer.optim import learning_rate
 
 

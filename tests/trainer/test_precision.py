@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from sparsity.masters import masters_of
-from tests.trainer.small_net import small
+from tests.trainer.distributed.small_net import small
 from trainer.build import build_trainer
-from trainer.load import load_config
-from trainer.ranks import start
+from trainer.config.load import load_config
+from trainer.distributed.ranks import start
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.cifar import CIFAR10
+from data.datasets.cifar import CIFAR10
 from sparsity.layers import MaskedConv2d
-from tests.data.test_cifar import write_python
+from tests.data.datasets.test_cifar import write_python
 from tests.trainer.runs import (
     NUM_STEPS,
     StopAfter,
@@ -21,14 +21,14 @@ from tests.trainer.runs import (
     run_here,
     tiny,
 )
-from trainer import checkpoint
 from trainer.build import build_trainer
-from trainer.cli import main as acdc_command
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.saved_model import load_model
+from trainer.cli.main import main as acdc_command
+from trainer.config.load import load_config
+from trainer.distributed.ranks import start
+from trainer.distributed.signals import StopRequest
 from trainer.errors import Stopped
-from trainer.export import load_model
-from trainer.load import load_config
-from trainer.ranks import start
-from trainer.signals import StopRequest
 from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")

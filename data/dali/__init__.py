@@ -1,0 +1,1 @@
+"""NVIDIA DALI pipelines: a loader each for arrays, files, packed images. Which images: datasets, images."""

@@ -1,0 +1,45 @@
+"""In-memory images through DALI: random crops with padding, flips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.dali.pipeline import DaliLoader, dense
+from data.datasets.arrays import ImageArrays
+from data.loader import PADDING_LABEL, Batch
+from data.stream import Draw, Stream
+
+
+class DaliArrayLoader(DaliLoader):
+    """Batches of `arrays` as `stream` draws them, on `device`. See data.loader.Loader."""
+
+    INPUTS = (("UINT8", "HWC"), ("INT64", ""), ("INT32", ""), ("INT32", ""))
+
+    def __init__(
+        self, arrays: ImageArrays, stream: Stream[Draw], device: torch.device, num_threads: int = 1
+    ) -> None:
+        super().__init__(stream, device, num_threads)
+        self.arrays = arrays
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"backend": "dali", "data": self.arrays.digest, **self.stream.fingerprint()}
+
+    def _feed(self, position: tuple[int, int], draw: Draw) -> tuple[Any, ...]:
+        labels = np.where(draw.counts, self.arrays.labels[draw.indices], PADDING_LABEL)
+        return self.arrays.images[draw.indices], labels, draw.shift, draw.flip
+
+    def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, ...]:
+        images, labels, shift, flip = inputs
+        if self.device.type == "cuda":
+            images, labels = images.gpu(), labels.gpu()
+        size = self.arrays.shape[1:]
+        images = dali.fn.slice(images, shift, size, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+        return dali.fn.flip(images, horizontal=flip), labels
+
+    def _batch(self, outputs: Sequence[Any]) -> Batch:
+        images, labels = map(dense, outputs)
+        return Batch(images.permute(0, 3, 1, 2), labels)

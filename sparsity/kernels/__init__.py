@@ -1,0 +1,1 @@
+"""How masked layers compute in compressed phases, and the choice by measurement. What is masked: patterns."""

@@ -1,0 +1,71 @@
+"""A finished 2:4 model for inference: chosen layers keep their weight compressed, and multiply with that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.kernels.packed24 import is_24
+from sparsity.kernels.semi_structured import compress24, matmul24, unfit
+
+
+class PackedLinear24(nn.Module):
+    """nn.Linear with its weight compressed, in `dtype`."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.outputs = layer.out_features
+        self.register_buffer("compressed", compress24(layer.weight.detach().to(dtype)))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().to(dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = matmul24(input.flatten(0, -2), self.compressed, self.outputs)
+        output = output.view(*input.shape[:-1], self.outputs)
+        return output if self.bias is None else output + self.bias
+
+
+class PackedConv24(PackedLinear24):
+    """A 1 x 1 nn.Conv2d likewise; channels_last in and out."""
+
+    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
+        super().__init__(_as_linear(layer), dtype)
+        self.stride = layer.stride
+
+    def forward(self, input: Tensor) -> Tensor:
+        pixels = input[:, :, :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1).contiguous()
+        return super().forward(pixels).permute(0, 3, 1, 2)
+
+
+def _as_linear(layer: nn.Conv2d) -> nn.Linear:
+    """Of a 1 x 1 convolution, with its parameters."""
+    linear = nn.Linear(layer.in_channels, layer.out_channels, layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.weight.detach().flatten(1))
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach())
+    return linear
+
+
+def packable(model: nn.Module) -> list[str]:
+    """Names of the linear layers and 1 x 1 convolutions whose weights are 2:4 and fit the kernels."""
+    return [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and unfit(layer, 0) is None
+        and is_24(layer.weight.detach().flatten(1))
+    ]
+
+
+def pack_layers(model: nn.Module, names: Iterable[str], dtype: torch.dtype) -> None:
+    """Replace these layers of `model` in place. Raises ValueError for one whose weight is not 2:4: the kernel
+    would leave weights out."""
+    layers = dict(model.named_modules())
+    for name in names:
+        layer = layers[name]
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or not is_24(layer.weight.detach().flatten(1)):
+            raise ValueError(f"layer {name!r} is no 2:4 layer")
+        packed = PackedConv24(layer, dtype) if isinstance(layer, nn.Conv2d) else PackedLinear24(layer, dtype)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, packed)

@@ -1,0 +1,135 @@
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.checkpoint import CheckpointError
+
+CONTENT = {"weights": torch.arange(5000.0), "names": ["a", "b"], "none": None}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    folder = tmp_path / "step-000000001"
+    checkpoint.save(folder, {checkpoint.STATE: CONTENT}, {"epoch": 3})
+    return folder
+
+
+def test_what_is_saved_is_read(saved):
+    assert checkpoint.read_info(saved) == {"epoch": 3}
+    read = checkpoint.read(saved, checkpoint.STATE)
+    assert torch.equal(read["weights"], CONTENT["weights"])
+    assert (read["names"], read["none"]) == (["a", "b"], None)
+    assert sorted(path.name for path in saved.parent.iterdir()) == [saved.name]
+
+
+def test_every_flipped_bit_is_found(saved):
+    generator = random.Random(0)
+    path = saved / checkpoint.STATE
+    whole = path.read_bytes()
+    for _ in range(100):
+        content = bytearray(whole)
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+            checkpoint.read(saved, checkpoint.STATE)
+
+
+def test_what_is_no_checkpoint_is_told(tmp_path, saved):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: no readable manifest\.json"):
+        checkpoint.read_info(tmp_path / "nowhere")
+    (saved / checkpoint.STATE).unlink()
+    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        checkpoint.read_info(saved)
+    for text in ("[]", "{", '{"format": 1}', '{"format": 1, "sha256": [], "info": {}}'):
+        (saved / checkpoint.MANIFEST).write_text(text)
+        with pytest.raises(CheckpointError, match="is not a checkpoint"):
+            checkpoint.read_info(saved)
+    (saved / checkpoint.MANIFEST).write_text('{"format": 99, "sha256": {}, "info": {}}')
+    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
+        checkpoint.read_info(saved)
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda what, path: path.write_bytes(pickle.dumps(what, 2))])
+def test_nothing_in_a_file_is_executed(saved, tmp_path, save):
+    target = tmp_path / "executed"
+    save({"weights": Hostile(target)}, saved / checkpoint.STATE)
+    manifest = json.loads((saved / checkpoint.MANIFEST).read_text())
+    manifest["sha256"][checkpoint.STATE] = checkpoint.sha256(saved / checkpoint.STATE)
+    (saved / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.read(saved, checkpoint.STATE)
+    assert not target.exists()
+
+
+def test_the_newest_whole_one_is_chosen_and_old_ones_go(tmp_path):
+    for step in (5, 10, 900):
+        checkpoint.save(checkpoint.step_folder(tmp_path, step), {checkpoint.STATE: step}, {"step": step})
+    checkpoint.remove_old(tmp_path, keep=2)
+    assert [path.name for path in checkpoint.training_checkpoints(tmp_path)] == [
+        "step-000000010",
+        "step-000000900",
+    ]
+    assert checkpoint.newest_whole(tmp_path) == checkpoint.step_folder(tmp_path, 900)
+    (checkpoint.step_folder(tmp_path, 900) / checkpoint.STATE).write_bytes(b"")
+    assert checkpoint.newest_whole(tmp_path) == checkpoint.step_folder(tmp_path, 10)
+
+
+def test_a_refused_write_leaves_the_previous_one(saved, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(saved, {checkpoint.STATE: {}}, {"epoch": 4})
+    assert checkpoint.read_info(saved) == {"epoch": 3}
+    assert sorted(path.name for path in saved.parent.iterdir()) == [saved.name]
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from trainer.checkpoints import checkpoint
+step = 0
+while True:
+    step += 1
+    folder = Path(sys.argv[1]) / "twice" if step % 2 else checkpoint.step_folder(Path(sys.argv[1]), step)
+    checkpoint.save(folder, {checkpoint.STATE: torch.full((200_000,), float(step))}, {"step": step})
+    checkpoint.remove_old(Path(sys.argv[1]), keep=2)
+    print(step, flush=True)
+"""
+
+
+def test_killed_while_writing_there_is_always_a_whole_one(tmp_path):
+    generator = random.Random(1)
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        while int(process.stdout.readline()) < 4:
+            pass
+        time.sleep(generator.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        states = checkpoint.training_checkpoints(tmp_path)
+        assert states
+        for path in states:
+            assert checkpoint.read(path, checkpoint.STATE)[0] == checkpoint.read_info(path)["step"]

@@ -1,0 +1,95 @@
+"""Subcommands other than train, in this process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data.datasets import fashion_mnist
+from tests.conftest import write_fashion_idx
+from trainer.cli.main import main
+
+
+def test_schedule_shows_phases_and_learning_rates(capsys):
+    assert main(["schedule", "quickstart", "optimizer.lr=0.2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("dense 2, sparse 1, dense 1, sparse 1, dense 5, sparse 4    GlobalMagnitude")
+    assert len(lines) == 15
+    assert lines[3] == "epoch   2  sparse  lr 0.197094  compress"
+    assert lines[4] == "epoch   3  dense   lr 0.188546  decompress"
+    assert lines[14].startswith("epoch  13  sparse  lr 0.0029")
+
+
+def test_prepare_then_train_data_is_the_full_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACDC_DATA", str(tmp_path / "home"))
+    source = write_fashion_idx(tmp_path / "idx", 64, 16)
+    assert main(["prepare", "fashion-mnist", str(source)]) == 0
+    stored = Path(capsys.readouterr().out.strip().removeprefix("stored in "))
+    assert stored == tmp_path / "home" / "fashion-mnist" / fashion_mnist.ARCHIVE
+    assert len(fashion_mnist.load(None, "train")) == 64
+    assert main(["prepare", "fashion-mnist", str(tmp_path)]) == 2
+    assert "no Fashion-MNIST " in capsys.readouterr().err
+
+
+def write_metrics(run: Path) -> None:
+    run.mkdir(parents=True)
+    record = {"kind": "epoch", "val_loss": 1.0, "train_loss": 1.5, "lr": 0.1, "mask_difference": None}
+    phases = [("dense", 0.0, 60.0), ("sparse", 0.9, 55.0)]
+    lines = [
+        json.dumps({**record, "epoch": e, "step": e + 1, "phase": p, "sparsity": s, "val_top1": a})
+        for e, (p, s, a) in enumerate(phases)
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "epo')  # the last line cut by a crash
+
+
+def test_report_of_an_unfinished_run(tmp_path, capsys):
+    write_metrics(tmp_path / "quickstart" / "now")
+    assert main(["report", str(tmp_path / "quickstart" / "now")]) == 0
+    report = (tmp_path / "quickstart" / "now" / "report.html").read_text()
+    assert report.count("<svg") == 2
+    assert "the run is not finished" in report
+    for suffix, start in (("svg", b"<?xml"), ("png", b"\x89PNG")):
+        picture = tmp_path / f"picture.{suffix}"
+        assert main(["report", str(tmp_path / "quickstart" / "now"), "--picture", str(picture)]) == 0
+        assert picture.read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["report", "/nowhere"], "error: report: /nowhere/metrics.jsonl holds no finished epoch"),
+        (["eval", "/nowhere"], "error: eval: /nowhere is not a checkpoint"),
+        (["train", "quickstrat"], "did you mean 'quickstart'?"),
+        (["train", "quickstart", "epochs=13"], "fills 14 epochs, but epochs is 13"),
+        (["train", "quickstart", "--devices", "0"], "--devices 0: 1 or more"),
+        (["schedule", "quickstart", "lr.kin=step"], "lr.kin: unknown key; did you mean lr.kind?"),
+    ],
+)
+def test_mistakes_end_with_code_2(arguments, expected, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trane"], ["train"], ["eval", "x", "--fast"], ["report", "x", "y=1"]]
+)
+def test_wrong_usage_ends_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: acdc" in capsys.readouterr().err
+
+
+def test_doctor_tells_what_is_there_and_what_is_missing(monkeypatch, capsys):
+    from trainer.checkpoints import environment
+
+    main(["doctor"])
+    out = capsys.readouterr().out
+    assert "cpu_cores" in out
+    assert "torch" in out
+    found = {**environment.environment(), "packages": {"torch": "2.13.0", "deepspeed": None}}
+    monkeypatch.setattr(environment, "environment", lambda: found)
+    assert main(["doctor"]) == 3
+    assert "missing packages: deepspeed; pip install deepspeed" in capsys.readouterr().err

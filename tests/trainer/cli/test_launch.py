@@ -1,0 +1,228 @@
+"""Real processes through the real launcher: commands as a user types them, ranks, signals, kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.data.photographs import make_tree
+from tests.trainer.runs import (
+    NUM_STEPS,
+    assert_equal_states,
+    command,
+    execute,
+    final_state,
+    launcher,
+    newest_run,
+    run_here,
+    tiny,
+    tiny_images,
+)
+from trainer.cli import launch
+from trainer.errors import UserError
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.launch
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_data, tmp_path_factory) -> Path:
+    return run_here(tiny_data, tmp_path_factory.mktemp("uninterrupted"), "save.every=7st")
+
+
+def test_the_launchers_command_compiles_two_graphs_over_all_phases(tiny_data, tmp_path):
+    """Three compressions and two decompressions: a graph for training, one for evaluation, no more."""
+    done = execute(launcher(*tiny(tiny_data, tmp_path, "engine.compile=true")))
+    assert done.returncode == 0, done.stderr
+    run = newest_run(tmp_path)
+    assert json.loads((run / "result.json").read_text())["compile"] == {"graphs": 2, "recompilations": 0}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["graphs"] for record in records if record["kind"] == "epoch"] == [2] * 6
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("epoch ") and "test: loss" in line for line in lines) == 6
+    for word in (
+        "run folder",
+        "phases",
+        "dense twin",
+        "sparse model",
+        "2 graphs, 0 more after the first epoch",
+    ):
+        assert word in done.stdout, word
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_two_ranks(stage, tiny_data, tmp_path):
+    """For ZeRO 0, 1 and 2: equal masks on both ranks, no leak, momentum reset, exact resume."""
+    arguments = tiny(tiny_data, tmp_path / "runs", f"engine.zero_stage={stage}")
+    done = execute(
+        launcher(str(tmp_path), *arguments, devices=2, module="tests.trainer.distributed.rank_check")
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first["masks"] == second["masks"]
+    assert len(first["masks"]) == 3
+    for seen in (first, second):
+        assert seen["leaks"] == seen["master_leaks"] == 0
+        assert seen["looks"] == NUM_STEPS + 3 + 1
+        assert seen["momentum_after_decompression"] == [0, 0]
+        assert seen["num_kept"] == 1946
+
+
+def test_acdc_train_with_two_devices(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # the usual way to ask for the CPU
+    done = execute(command("train", *tiny(tiny_data, tmp_path), "--devices", "2"))
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    assert done.stdout.count("test: loss") == 6  # one voice
+
+
+def test_two_ranks_finish_the_dense_twin_with_all_options(tiny_data, tmp_path):
+    options = ["finetune_dense=true", "engine.zero_stage=1", "save.mask_history=true"]
+    options += ["sparsity.recompute_batch_norm=4st", "log.weight_histograms=true"]
+    done = execute(launcher(*tiny(tiny_data, tmp_path, *options), devices=2))
+    assert done.returncode == 0, done.stderr
+    run = newest_run(tmp_path)
+    result = json.loads((run / "result.json").read_text())
+    assert result["finetuned_dense"]["epoch"] == 5
+    assert result["finetuned_dense"]["num_images"] == 150
+    assert len(list((run / "masks").iterdir())) == 3
+    assert "dense, finetuned" in done.stdout
+
+
+def test_one_of_two_ranks_meets_a_bad_file(tmp_path):
+    root = make_tree(tmp_path / "tree", 2, 16, 4, around=40)
+    bad = sorted((root / "train").glob("*/*.JPEG"))[5]
+    bad.write_bytes(b"no image")
+    short = ["epochs=2", "sparsity.schedule=dense 1, sparse 1"]
+    arguments = tiny_images(root, tmp_path / "runs", *short)
+    done = execute(launcher(*arguments, devices=2))
+    assert done.returncode != 0
+    assert f"{bad.relative_to(root)} cannot be decoded" in done.stderr
+    assert "a checkpoint is saved at step" in done.stderr
+    assert "Traceback" not in done.stderr
+    (run,) = (tmp_path / "runs" / "mobilenetv1_90").iterdir()
+    done = execute(launcher(*arguments, f"resume={run}", "data.on_error=skip", devices=2))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "result.json").read_text())["sparse"]["num_images"] == 8
+
+
+def test_mistakes_keep_their_exit_code_through_the_launcher(tiny_data, tmp_path):
+    done = execute(launcher(*tiny(tiny_data, tmp_path, "optimizer.lrr=1"), devices=2))
+    assert done.returncode == 2
+    assert done.stderr.count("optimizer.lrr: unknown key; did you mean optimizer.lr?") == 1
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_failure_of_the_first_rank_alone_is_told_once(tiny_data, tmp_path):
+    done = execute(command("train", *tiny(tiny_data, tmp_path, "run_root=/dev/null/runs"), "--devices", "2"))
+    assert done.returncode == 2
+    assert done.stderr.count("run_root /dev/null/runs: the run folder cannot be written") == 1
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def start_and_wait(arguments: list[str], run_root: Path, step: int) -> subprocess.Popen[str]:
+    """Start a run and return once its metrics have come to `step`."""
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        files = list(run_root.glob("quickstart/*/metrics.jsonl"))
+        if files and (lines := files[0].read_text().splitlines()) and json.loads(lines[-1])["step"] >= step:
+            return process
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"the run did not come to step {step}: {process.communicate()[0]}")
+
+
+def test_killed_at_any_moment_the_run_goes_on_where_it_was(uninterrupted, tiny_data, tmp_path):
+    arguments = tiny(tiny_data, tmp_path, "save.every=7st")
+    process = start_and_wait(command("train", *arguments, "--devices", "1"), tmp_path, 24)
+    for child in reversed(psutil.Process(process.pid).children(recursive=True)):
+        child.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    process.stdout.close()
+    run = newest_run(tmp_path)
+    assert not (run / "result.json").exists()
+    assert_equal_states(
+        final_state(run_here(tiny_data, tmp_path, "save.every=7st", "resume=auto")),
+        final_state(uninterrupted),
+    )
+    assert newest_run(tmp_path) == run
+
+
+def test_a_signal_saves_and_stops(uninterrupted, tiny_data, tmp_path):
+    arguments = tiny(tiny_data, tmp_path, "save.every=7st")
+    process = start_and_wait(command("train", *arguments, "--devices", "1"), tmp_path, 4)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "error: stopped at step " in output
+    assert f"Go on with resume={newest_run(tmp_path)}" in output
+    assert "Traceback" not in output
+    resumed = run_here(tiny_data, tmp_path, "save.every=7st", "resume=auto")
+    assert_equal_states(final_state(resumed), final_state(uninterrupted))
+    assert not [
+        p for p in psutil.process_iter() if str(tmp_path) in " ".join(_cmdline(p)) and p.pid != os.getpid()
+    ]
+
+
+def test_a_killed_launcher_is_no_success(tiny_data, tmp_path):
+    """DeepSpeed's runner reports success then, and leaves the rank running."""
+    process = start_and_wait(command("train", *tiny(tiny_data, tmp_path), "--devices", "1"), tmp_path, 4)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (node,) = [child for child in children if "deepspeed.launcher.launch" in child.cmdline()]
+    node.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: the launcher was killed" in output
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_a_process_that_nobody_reaped_is_not_alive():
+    process = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    deadline = time.monotonic() + 20
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not launch._alive(process.pid)
+    process.wait()
+    living = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert launch._alive(living.pid)
+    living.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "options", "left"),
+    [
+        (None, None, ["--num_gpus", "4"], None),
+        (None, 2, ["--num_gpus", "2"], None),
+        ("2,3", None, ["--include", "localhost:2,3"], None),
+        ("2,3,5,6", 2, ["--include", "localhost:2,3"], None),
+        ("GPU-1,GPU-2,GPU-3,GPU-4", None, ["--num_gpus", "4"], "GPU-1,GPU-2,GPU-3,GPU-4"),
+    ],
+)
+def test_devices_are_the_visible_ones(visible, devices, options, left, monkeypatch):
+    """What the launcher is told on a GPU machine; a machine without one can check no more."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible.split(",")) if visible else 4)
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert launch._placement(devices, environment) == options
+    assert environment.get("CUDA_VISIBLE_DEVICES") == left
+    with pytest.raises(UserError, match=r"--devices 9: this machine shows \d GPUs"):
+        launch._placement(9, dict(environment))
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,212 @@
+import pytest
+import yaml
+
+from sparsity import NM, GlobalMagnitude, UniformMagnitude
+from tests.trainer.runs import starts
+from trainer.config.load import load_config
+from trainer.config.recipes import RECIPES, dump_recipe, find_recipe, read_recipe, recipe_names
+from trainer.config.schema import duration_steps
+from trainer.errors import UserError
+
+QUICKSTART = "quickstart"
+
+
+def failure(*overrides: str, recipe: str = QUICKSTART) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(recipe, overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_loads_and_says_what_it_should_reach(recipe):
+    assert load_config(recipe, starts(recipe)).epochs > 0
+    header = [line for line in find_recipe(recipe).read_text().splitlines() if line.startswith("#")]
+    for word in ("Paper:", "Ours:", "Hardware:", "Command:"):
+        assert any(word in line for line in header), word
+
+
+def test_overrides_reach_any_field():
+    config = load_config(
+        QUICKSTART,
+        [
+            "optimizer.lr=1e-4",
+            "model.arguments.width=4",
+            "sparsity.exclude=[fc, '*.downsample.0']",
+            "data.root=/x",
+        ],
+    )
+    assert config.optimizer.lr == 1e-4
+    assert config.model.arguments == {"depth": 8, "width": 4}
+    assert config.sparsity.exclude == ["fc", "*.downsample.0"]
+    assert config.name == "quickstart"
+
+
+def test_resolved_configuration_loads_again(tmp_path):
+    config = load_config(QUICKSTART, ["lr.kind=step", "lr.milestones=[3, 5]", "sparsity.pattern=uniform"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(str(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "optimizer.lrr=0.1",
+            "optimizer.lrr: unknown key; did you mean optimizer.lr? allowed here: name, lr, mom",
+        ),
+        ("optimiser={}", "optimiser: unknown key; did you mean optimizer?"),
+        ("epochs=twelve", "epochs: should be a valid integer, not 'twelve'"),
+        ("epochs='12'", "epochs: should be a valid integer, not '12'"),
+        ("seed=1.5", "seed: should be a valid integer, not 1.5"),
+        ("data.flip=1", "data.flip: should be a valid boolean, not 1"),
+        ("optimizer.lr=0", "optimizer.lr: should be greater than 0, not 0"),
+        ("optimizer.lr=.nan", "optimizer.lr: should be"),
+        ("optimizer={}", "optimizer.lr: missing; base learning rate"),
+        (
+            "data.name=imagenot",
+            "data.name: no data set 'imagenot'; did you mean imagenet? one of fashion_mnist, mnist, "
+            "cifar10, cifar100",
+        ),
+        (
+            "engine.compile=maybe",
+            "engine.compile: should be a valid boolean, not 'maybe' or should be 'auto'",
+        ),
+        (
+            "engine.zero_stage=3",
+            "engine.zero_stage: ZeRO stage 3 is not supported with masks yet; use 0, 1 or 2",
+        ),
+        (
+            "save.every=5",
+            "save.every: 5 is no duration; write a number of epochs or steps: 1ep, 500st",
+        ),
+        ("sparsity.target=1.0", "sparsity.target: should be less than 1, not 1.0"),
+        ("sparsity.target=null", "sparsity: pattern global needs a target"),
+        ("sparsity.pattern=2:4", "sparsity: pattern 2:4 has its sparsity in itself; leave target out"),
+        (
+            "sparsity.pattern=magnitude",
+            "unknown pattern 'magnitude'; global, uniform, N:M such as 2:4, or 2:4 transposable",
+        ),
+        ("sparsity.schedule=dense 2; sparse 10", "unexpected ';'"),
+        ("sparsity.schedule=dense 2, sparse 9", "fills 11 epochs, but epochs is 14"),
+        ("lr.warmup_epochs=14", "lr.warmup_epochs is 14, not below epochs, 14"),
+        ("lr.kind=step", "lr: milestones belong to kind: step, which needs them"),
+        ("engine.accumulation_steps=3", "data.batch_size 64 does not divide by engine.accumulation_steps 3"),
+        ("data.random_labels=5", "data: random_labels go without augmentation: flip: false, crop_padding: 0"),
+        ("optimizer.momentum=0", "nesterov needs a momentum above 0"),
+        ("name=../up", "name: "),
+        ("epochs.more=1", "'epochs' holds 14, which has no keys below it"),
+        ("epochs", "'epochs' is no override; write key=value"),
+        ("epochs=[1", "the value of 'epochs=[1' cannot be read"),
+        ("seed=1__0", "seed: should be a valid integer, not '1__0'"),
+        ("seed=36893488147419103232", "seed: should be less than or equal to"),
+        ("data.root={{ROOT}}", "cannot be read"),
+        ("seed=!!int x", "cannot be read"),
+        ("epochs=2026-13-45", "epochs: should be a valid integer, not '2026-13-45'"),
+        ("model.arguments.num_classes=5", "model.arguments: num_classes follows from the rest of the recipe"),
+    ],
+)
+def test_mistakes_are_named_with_what_is_allowed(override, expected):
+    assert expected in failure(override)
+
+
+def test_all_mistakes_are_told_at_once():
+    message = failure("optimizer.lrr=0.1", "epochs=x", "data.batch_sise=3")
+    assert message.count("\n") == 3
+    assert "quickstart.yaml" in message
+
+
+def test_unknown_recipes_name_the_nearest():
+    assert "no recipe 'quickstrat'" in failure(recipe="quickstrat")
+    assert "did you mean 'quickstart'?" in failure(recipe="quickstrat")
+    assert "no recipe 'xxx" in failure(recipe="x" * 300)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("epochs: 1\nepochs: 2\n", "key 'epochs' is given twice"),
+        ("- 1\n", "a recipe is a mapping of keys to values, this is a list"),
+        ("a: [1\n", "line 2"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path, text, expected):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    message = failure(recipe=str(path))
+    assert expected in message
+    assert str(path) in message
+
+
+def test_recipes_build_on_a_base(tmp_path):
+    (tmp_path / "_base.yaml").write_text((RECIPES / "quickstart.yaml").read_text())
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: _base.yaml\nsparsity: {target: 0.5}\noptimizer: {lr: 0.2}\n")
+    mine, base = load_config(str(recipe)), load_config(QUICKSTART)
+    assert mine.name == "mine"
+    assert mine.sparsity == base.sparsity.model_copy(update={"target": 0.5})
+    assert mine.optimizer == base.optimizer.model_copy(update={"lr": 0.2})
+    (tmp_path / "_base.yaml").write_text("base: mine.yaml\n")
+    assert "leads back to itself" in failure(recipe=str(recipe))
+    recipe.write_text("base: nothing.yaml\n")
+    assert "base 'nothing.yaml' is no file beside it" in failure(recipe=str(recipe))
+
+
+def test_yaml_without_its_traps(tmp_path):
+    path = tmp_path / "values.yaml"
+    path.write_text(
+        "{a: 1e-4, b: 2:4, c: 010, d: off, e: true, f: -.5, g: 1_000, h: 5e3, i: null, j: 3, k: 1.}"
+    )
+    assert read_recipe(path) == {
+        "a": 1e-4, "b": "2:4", "c": 10, "d": "off", "e": True, "f": -0.5,
+        "g": 1000, "h": 5000.0, "i": None, "j": 3, "k": 1.0,
+    }  # fmt: skip
+    assert isinstance(read_recipe(path)["h"], float)
+
+
+def test_patterns_are_built_as_configured():
+    def pattern(*overrides):
+        return load_config(QUICKSTART, overrides).sparsity.build_pattern()
+
+    assert pattern() == GlobalMagnitude(0.9)
+    assert pattern("sparsity.pattern=uniform", "sparsity.rule=original") == UniformMagnitude(0.9, "original")
+    assert pattern("sparsity.pattern=2:4", "sparsity.target=null") == NM(2, 4)
+
+
+def test_durations():
+    assert duration_steps("3ep", 100) == 300
+    assert duration_steps("500st", 100) == 500
+
+
+def test_recipes_are_found_by_name_and_path(tmp_path, monkeypatch):
+    assert find_recipe(QUICKSTART) == RECIPES / "quickstart.yaml"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text((RECIPES / "quickstart.yaml").read_text())
+    assert load_config("mine.yaml").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("mnist=1", "mnist: unknown key"),
+        ("int=3", "int: unknown key"),
+        ("data.imagenet=1", "data.imagenet: unknown key"),
+        ("sparsity.mnist=1", "sparsity.mnist: unknown key"),
+        ("lr.float=2", "lr.float: unknown key"),
+        ("checkpoint=", "'checkpoint=' gives no value; for none write checkpoint=null"),
+        ("data={batch_size: 3}", "data.name: missing; one of fashion_mnist"),
+        ("data=3", "data: "),
+    ],
+)
+def test_mistakes_beside_unions_are_named(override, expected):
+    assert expected in failure(override)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_a_written_configuration_is_the_same_when_read_again(recipe, tmp_path):
+    odd = ["run_root='08'", "resume='1e5'", "model.arguments={x: '12e03', y: 'no', z: '2:4'}"]
+    config = load_config(recipe, [*starts(recipe), *odd])
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_recipe(config.model_dump(mode="json")))
+    assert load_config(str(path)) == config

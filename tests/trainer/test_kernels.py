@@ -1,0 +1,141 @@
+"""2:4 execution in whole runs: by the reference where the machine has no such kernels, told to go ahead."""
+
+import json
+
+import pytest
+import torch
+
+from sparsity import Run24
+from sparsity.kernels.autotune24 import Shape24, Timing, Tuned
+from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
+from trainer import kernels as accelerate
+from trainer.checkpoints import checkpoint
+from trainer.train import main
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+SHORT = ["model.name=mobilenetv1", "model.arguments={width: 0.25}", "steps_per_epoch=3"]
+LAST = 18  # step
+
+
+@pytest.fixture
+def able(monkeypatch, tmp_path):
+    """As on a machine with kernels; the reference runs in their place, and it is told to win."""
+    monkeypatch.setenv("ACDC_DATA", str(tmp_path / "home"))
+    monkeypatch.setattr(accelerate, "lacking", lambda device: None)
+    measured = []
+
+    def measure(shape, dtype, device, transposable):
+        measured.append(shape)
+        won = Timing(2.0, 1.0, 0.0)
+        return Tuned(won, won if transposable else None)
+
+    monkeypatch.setattr(accelerate, "measure24", measure)
+    return measured
+
+
+def options(pattern="2:4", setting="auto"):
+    return [*SHORT, f"sparsity.pattern={pattern}", "sparsity.target=null", f"sparsity.accelerate={setting}"]
+
+
+def test_without_kernels_auto_is_off_and_require_is_an_error(tiny_data, tmp_path, capsys):
+    auto = run_here(tiny_data, tmp_path / "auto", *options())
+    off = run_here(tiny_data, tmp_path / "off", *options(setting="off"))
+    assert_equal_states(final_state(auto, LAST), final_state(off, LAST))
+    assert not (auto / "kernels24.json").exists()
+    assert main(tiny(tiny_data, tmp_path / "runs", *options(setting="require"))) == 3
+    error = capsys.readouterr().err
+    assert "2:4 execution needs a GPU" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("*/*/checkpoints"))
+
+
+def test_precision_is_part_of_what_is_needed(tiny_data, tmp_path, able, capsys):
+    wanted = [*options(setting="require"), "engine.precision=fp32"]
+    assert main(tiny(tiny_data, tmp_path / "runs", *wanted)) == 3
+    assert "needs bf16: engine.precision=bf16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:4 transposable"])
+def test_a_run_with_24_kernels(tiny_data, tmp_path, able, capsys, pattern):
+    wanted = [*options(pattern), "engine.precision=bf16", "save.every=5st", "save.keep=99"]
+    run = run_here(tiny_data, tmp_path / "runs", *wanted)
+    table = capsys.readouterr().out
+    assert "2:4 execution in compressed phases" in table
+    assert "3x3 kernel" in table
+    expected = Run24.TRANSPOSED if "transposable" in pattern else Run24.FORWARD
+    records = json.loads((run / "kernels24.json").read_text())
+    chosen = [record["layer"] for record in records if record["choice"] == expected.value]
+    assert chosen
+    assert len(able) == len(set(able)) == len({tuple(r["shape"].values()) for r in records if r["shape"]})
+    state = final_state(run, LAST)
+    assert state["acdc"]["run24"] == dict.fromkeys(chosen, expected.value)
+    for name, mask in state["model"].items():
+        if name.endswith(".mask"):
+            weight = state["model"][name.removesuffix("mask") + "weight"]
+            assert (weight[~mask] == 0).all()
+
+    # another run measures nothing anew; a resumed one keeps its kernels and equals the first
+    able.clear()
+    again = run_here(tiny_data, tmp_path / "again", *wanted)
+    assert not able
+    assert_equal_states(state, final_state(again, LAST))
+    within = checkpoint.step_folder(run / "checkpoints", 5)  # in the first sparse phase
+    assert main(tiny(tiny_data, tmp_path / "runs", *wanted, f"resume={within}")) == 0
+    assert_equal_states(state, final_state(run, LAST))
+
+
+def test_a_damaged_cache_is_measured_anew(tmp_path):
+    def cache():
+        return accelerate.TuningCache(tmp_path / "k.json", torch.device("cpu"), torch.bfloat16, False)
+
+    shape, tuned = Shape24(8, 16, 32), Tuned(Timing(2.0, None, None, "no"))
+    first = cache()
+    first.known[shape] = tuned
+    first.write()
+    assert cache().known == {shape: tuned}
+    other = accelerate.TuningCache(tmp_path / "k.json", torch.device("cpu"), torch.float16, False)
+    assert not other.known
+    other.known[shape] = tuned
+    other.write()
+    assert cache().known == {shape: tuned}  # entries of other kinds stay
+    for damage in ("", "{", "[]", '{"x": 1}', (tmp_path / "k.json").read_text().replace("8x16", "8y")):
+        (tmp_path / "k.json").write_text(damage)
+        assert not cache().known
+
+
+def test_the_gain_counts_what_was_chosen():
+    tuned = Tuned(Timing(3.0, 1.0, 0.0), Timing(5.0, 2.0, 0.0))
+    choices = [
+        accelerate.LayerChoice("a", Run24.TRANSPOSED, Shape24(8, 16, 16), tuned),
+        accelerate.LayerChoice("b", Run24.FORWARD, Shape24(8, 16, 16), tuned),
+        accelerate.LayerChoice("c", Run24.NOT, Shape24(8, 16, 16), tuned),
+        accelerate.LayerChoice("d", Run24.NOT, reason="3x3 kernel"),
+    ]
+    assert accelerate.gain(choices) == {"dense_us": 24.0, "chosen_us": 3.0 + 6.0 + 8.0}
+
+
+def test_require_is_an_error_where_a_kernel_fails(tiny_data, tmp_path, able, monkeypatch, capsys):
+    broken = Tuned(Timing(2.0, None, None, "no kernel image"))
+    monkeypatch.setattr(accelerate, "measure24", lambda *arguments: broken)
+    wanted = [*options(setting="require"), "engine.precision=bf16"]
+    assert main(tiny(tiny_data, tmp_path / "runs", *wanted)) == 3
+    error = capsys.readouterr().err
+    assert "layers cannot run 2:4 kernels" in error
+    assert "no kernel image; with auto they run masked dense" in error
+    auto = [*options(), "engine.precision=bf16"]
+    run = run_here(tiny_data, tmp_path / "auto", *auto)
+    assert final_state(run, LAST)["acdc"]["run24"] == {}
+    assert "dense: no kernel image" in capsys.readouterr().out
+
+
+def test_no_memory_to_measure_is_no_end(tiny_data, tmp_path, able, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(accelerate, "measure24", full)
+    run = run_here(tiny_data, tmp_path / "runs", *options(), "engine.precision=bf16")
+    assert final_state(run, LAST)["acdc"]["run24"] == {}
+    assert "no memory left to measure it" in (run / "kernels24.json").read_text()
+    kept = json.loads((tmp_path / "home" / "kernels24.json").read_text())
+    assert all(not entries for entries in kept.values())  # another run tries again

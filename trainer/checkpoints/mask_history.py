@@ -1,0 +1,45 @@
+"""Masks on disk: one bit a weight, a file for each compression."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SHAPE = ".shape"
+
+
+def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
+    """Write boolean keep-masks by layer name as an .npz file, at once: never half of it."""
+    arrays = {}
+    for name, mask in masks.items():
+        arrays[name] = np.packbits(mask.cpu().numpy())
+        arrays[name + _SHAPE] = np.asarray(mask.shape, np.int64)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # no name is allow_pickle
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_masks(path: Path) -> dict[str, Tensor]:
+    """The masks that save_masks wrote: bool, of the weights' shapes. Raises OSError or ValueError for what is
+    no such file."""
+    masks = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                if name.endswith(_SHAPE):
+                    continue
+                shape = tuple(arrays[name + _SHAPE].tolist())
+                bits = np.unpackbits(arrays[name], count=int(np.prod(shape)))
+                masks[name] = torch.from_numpy(bits.astype(bool)).view(shape)
+    except (zipfile.BadZipFile, KeyError, EOFError, AttributeError) as error:
+        raise ValueError(f"{path} is no file of masks: {error}") from error
+    return masks

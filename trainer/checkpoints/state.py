@@ -1,0 +1,209 @@
+"""The whole state of a run: taken from the live objects, and put back into them.
+
+The state does not depend on the ZeRO stage: master weights and momentum are stored whole, by parameter name.
+It hardly depends on the number of ranks: only what is a rank's own (random generators, its BatchNorm
+statistics within an epoch, its share of the epoch's counts) is stored per rank. When their number changes,
+statistics are averaged, counts added up, and every rank's random generators seeded anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.loader import Loader
+from sparsity import ACDC
+from sparsity.masters import masters_of
+from trainer.checkpoints.saved_model import MASK, plain_state
+from trainer.distributed import ranks
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    epoch, step: the next epoch, and optimizer steps done in it. totals: this rank's counts in it, see
+    trainer.models.classifier. training_flops: so far. dense_training_flops: of the same images without masks;
+    0 in checkpoints from before it was counted, see RunFlops.recount. seconds: wall-clock time of the run so
+    far, resumed parts added up. pair: what is known of dense twin and sparse model once they are saved.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    totals: list[float] = field(default_factory=lambda: [0.0] * 4)
+    training_flops: float = 0.0
+    dense_training_flops: float = 0.0
+    seconds: float = 0.0
+    pair: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict[str, Any]:
+    """Everything, on the CPU, in tensors and plain values. Collective: call it on every rank."""
+    masters = masters_of(engine)
+    model = acdc.model
+    mine = {
+        "rng": _random_states(),
+        "buffers": _statistics(model),
+        "totals": position.totals,
+        "data": loader.state(),
+    }
+    return {
+        "model": _to_cpu(model.state_dict()),
+        "optimizer": {
+            name: _to_cpu(masters.state(parameter)) for name, parameter in model.named_parameters()
+        },
+        "acdc": _to_cpu(acdc.state_dict()),
+        "position": {key: value for key, value in asdict(position).items() if key != "totals"},
+        "data": loader.fingerprint(),
+        "ranks": ranks.gather(mine),
+    }
+
+
+def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader, seed: int) -> Position:
+    """Put a captured state back. seed: of the run, see seed_generators. Raises ValueError, before anything is
+    changed, where the model, the schedule or the stream of data is another one, naming the difference."""
+    model = acdc.model
+    _check_parts(state)
+    _check_same_model(model.state_dict(), state["model"])
+    _check_optimizer(model, state["optimizer"])
+    _check_same_data(state["data"], loader.fingerprint())
+    acdc.check_state(state["acdc"])
+    model.load_state_dict(state["model"])
+    acdc.load_state_dict(state["acdc"])
+    masters = masters_of(engine)
+    for name, parameter in model.named_parameters():
+        masters.load_(parameter, state["model"][name].to(parameter.device), state["optimizer"][name])
+    position = Position(**state["position"])
+    if len(state["ranks"]) == ranks.world_size():
+        mine = state["ranks"][ranks.rank()]
+        position.totals = mine["totals"]
+        loader.load_state(mine.get("data", {}))
+        model.load_state_dict(mine["buffers"], strict=False)
+        _set_random_states(mine["rng"])
+    else:
+        parts = state["ranks"]
+        statistics = {
+            name: sum(part["buffers"][name] for part in parts) / len(parts) for name in parts[0]["buffers"]
+        }
+        model.load_state_dict(statistics, strict=False)
+        acdc.accelerate({})  # chosen for another share of the batch
+        seed_generators(seed, position.epoch, position.step)
+        if ranks.is_main():
+            position.totals = [
+                sum(column) for column in zip(*(part["totals"] for part in parts), strict=True)
+            ]
+    return position
+
+
+def check_branch(state: Any, acdc: ACDC) -> None:
+    """Whether branch_off can begin there. Raises ValueError for another model, a state from within an epoch,
+    and what ACDC.start_at refuses; nothing is changed."""
+    _check_parts(state)
+    if within := state["position"]["step"]:
+        raise ValueError(
+            f"it was saved within an epoch, after {within} steps of it; name one from an epoch's end"
+        )
+    ours = {name: value for name, value in acdc.model.state_dict().items() if not name.endswith(MASK)}
+    _check_same_model(ours, plain_state(state["model"]))
+    _check_optimizer(acdc.model, state["optimizer"])
+    acdc.check_start(state["position"]["epoch"], _masks_in_force(state))
+
+
+def branch_off(state: Mapping[str, Any], engine: Any, acdc: ACDC) -> Position:
+    """Begin a new run where a captured state stands, which check_branch has passed: weights, BatchNorm
+    statistics, momentum and epoch are taken over; phases, masks and learning rates from there on are this
+    run's own."""
+    model, weights = acdc.model, plain_state(state["model"])
+    acdc.start_at(state["position"]["epoch"], _masks_in_force(state))
+    model.load_state_dict(weights, strict=False)
+    masters = masters_of(engine)
+    for name, parameter in model.named_parameters():
+        masters.load_(parameter, weights[name].to(parameter.device), state["optimizer"][name])
+    position = Position(**state["position"])
+    return Position(
+        epoch=position.epoch,
+        training_flops=position.training_flops,
+        dense_training_flops=position.dense_training_flops,
+    )
+
+
+def _masks_in_force(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Keep-masks by layer name of a state from a sparse phase; none of one from a dense phase."""
+    if state["acdc"]["phase"] != "sparse":
+        return {}
+    return {name.removesuffix(MASK): v for name, v in state["model"].items() if name.endswith(MASK)}
+
+
+def _check_parts(state: Any) -> None:
+    parts = {"model": dict, "optimizer": dict, "acdc": dict, "position": dict, "data": dict, "ranks": list}
+    for name, kind in parts.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise ValueError(f"it is no training state: {name} is missing")
+    for name in ("epoch", "step"):
+        if not isinstance(state["position"].get(name), int):
+            raise ValueError(f"it is no training state: its {name} is no number")
+
+
+def _check_optimizer(model: nn.Module, states: Mapping[str, Any]) -> None:
+    for name, parameter in model.named_parameters():
+        values = states.get(name)
+        if not isinstance(values, dict) or any(v.shape != parameter.shape for v in values.values()):
+            raise ValueError(f"its optimizer state does not fit {name}")
+
+
+def _check_same_model(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        a, b = ours.get(name), theirs.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            shapes = ["missing" if t is None else str(tuple(t.shape)) for t in (b, a)]
+            raise ValueError(
+                f"another model: {name} is {shapes[0]} in the checkpoint, {shapes[1]} in the recipe"
+            )
+
+
+def _check_same_data(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    keys = [key for key in {*theirs, *ours} if key != "order" and theirs.get(key) != ours.get(key)]
+    differences = [f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in sorted(keys)]
+    if not keys and theirs.get("order") != ours.get("order"):  # which follows from what is named above
+        differences = ["this version of numpy draws other random numbers than the one before"]
+    if differences:
+        raise ValueError(f"another stream of training data: {'; '.join(differences)}")
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """BatchNorm's running statistics: what differs between ranks within an epoch."""
+    return {name: b.detach().cpu().clone() for name, b in model.named_buffers() if b.is_floating_point()}
+
+
+def seed_generators(seed: int, epoch: int, step: int = 0) -> None:
+    """Seed torch's generators (dropout) by the place in the run: each rank draws its own numbers, and an
+    epoch draws the same whether resumed at its start or not."""
+    place = np.random.SeedSequence((seed, epoch, ranks.rank(), step))
+    torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _to_cpu(value: Any) -> Any:
+    """Plain copies of tensors in nested dicts; an OrderedDict becomes a dict."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, Mapping):
+        return {key: _to_cpu(inner) for key, inner in value.items()}
+    return value

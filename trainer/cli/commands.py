@@ -1,0 +1,210 @@
+"""What the subcommands of `acdc` do with models and recipes: a thin function each.
+
+Imports are within the functions, so that a typing error is told before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from trainer.errors import EnvironmentLacks, as_user_error
+
+
+def train(options: argparse.Namespace) -> int:
+    """Check the recipe, then hand over to the deepspeed launcher on a free port."""
+    from trainer.config.load import load_config
+
+    load_config(options.config, options.overrides)
+
+    from trainer.cli.launch import launch
+
+    return launch(["trainer.train", options.config, *options.overrides], options.devices)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Accuracy of a saved model, a training checkpoint, or both models of a run folder."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE
+    from trainer.checkpoints.saved_model import load_model
+    from trainer.config.load import parse_eval_config
+    from trainer.config.recipes import override
+    from trainer.engine import precision
+    from trainer.evaluate import evaluate as measure
+    from trainer.loaders import build_test_loader
+    from trainer.models.classifier import Classifier
+
+    path = Path(options.path).expanduser()
+    pair = [path / "checkpoints" / key for key in (DENSE_TWIN, SPARSE)]
+    folders = [folder for folder in pair if folder.is_dir()] or [path]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table = Table()
+    for column in ("model", "top-1 %", "top-5 %", "loss", "images", "zero weights %"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for folder in folders:
+        with as_user_error("eval"):
+            model, info = load_model(folder)
+        content = {key: info["config"][key] for key in ("data", "engine") if key in info["config"]}
+        override(content, options.overrides)
+        config = parse_eval_config(content, str(folder))
+        loader = build_test_loader(config.data, device)
+        classifier = Classifier(model, info["model"]["mean"], info["model"]["std"]).to(device)
+        dtype = precision(config, device)
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # as in training
+        with autocast, as_user_error("eval"):
+            metrics = measure(classifier, loader, device)
+        weights = [weight for weight in model.parameters() if weight.dim() > 1]
+        zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(
+            weight.numel() for weight in weights
+        )
+        figures = (
+            f"{metrics.top1:.2f}",
+            f"{metrics.top5:.2f}",
+            f"{metrics.loss:.4f}",
+            f"{metrics.num_images:,}",
+        )
+        table.add_row(folder.name, *figures, f"{100 * zeros:.3f}")
+    Console().print(table)
+    return 0
+
+
+def import_original(options: argparse.Namespace) -> int:
+    """Turn a checkpoint or a recipe of the paper's implementation into one of ours."""
+    path = Path(options.file).expanduser()
+    is_recipe = path.suffix in (".yaml", ".yml")
+    default = path.with_suffix(".acdc.yaml") if is_recipe else path.with_suffix("")
+    out = Path(options.out).expanduser() if options.out else default
+    with as_user_error("import"):
+        if out.exists():
+            raise ValueError(f"{out} exists already; name another with --out")
+        return (
+            _import_recipe(path, out, options) if is_recipe else _import_checkpoint(path, out, options.arch)
+        )
+
+
+def _import_recipe(path: Path, out: Path, options: argparse.Namespace) -> int:
+    from trainer.checkpoints.checkpoint import write_text
+    from trainer.config.load import load_config, parse_config
+    from trainer.originals.recipes import Command, import_config, recipe_text
+
+    command = Command(options.arch, options.dataset, options.epochs, options.batch_size)
+    recipe = import_config(path, command)
+    parse_config({"name": out.name.partition(".")[0], **recipe}, str(path))
+    write_text(out, recipe_text(recipe, path.name))
+    config = load_config(str(out))
+    print(
+        f"{config.model.name} on {config.data.name}, batches of {config.data.batch_size}, {config.epochs} "
+        "epochs"
+    )
+    print(f"{config.sparsity.build_schedule()}    {config.sparsity.build_pattern()}")
+    print(f"stored in {out}; look at it epoch by epoch: acdc schedule {out}")
+    return 0
+
+
+def _import_checkpoint(path: Path, out: Path, arch: str | None) -> int:
+    from sparsity import measure
+    from trainer.checkpoints.saved_model import save_model
+    from trainer.originals.checkpoints import describe_original, load_original
+
+    model, masks = load_original(path, arch)
+    info = describe_original(path, arch, model)
+    save_model(out, model, info)
+    sparsity = measure(model, masks)
+    print(f"{info['model']['name']} of epoch {info['epoch']}, {len(masks)} sparse layers")
+    if masks:
+        print(f"sparsity {100 * sparsity.overall:.4f} % over their {sparsity.num_weights:,} weights")
+    print(f"stored in {out}; its accuracy: acdc eval {out} data.root=FOLDER")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a saved model as ONNX, safetensors, packed 2:4 or a torch state_dict."""
+    from trainer.checkpoints.saved_model import find_model, load_model
+    from trainer.export.formats import FORMATS, export_model
+
+    path = Path(options.path).expanduser()
+    with as_user_error("export"):
+        folder = find_model(path)
+        default = folder.resolve().name + FORMATS[options.format][1]
+        out = Path(options.out or default).expanduser()
+        model, info = load_model(folder)
+        export_model(options.format, model, info, out)
+    print(f"{folder} stored in {out}")
+    return 0
+
+
+def schedule(options: argparse.Namespace) -> int:
+    """A recipe's phases and learning rates, epoch by epoch, without running anything."""
+    from trainer.config.load import load_config
+    from trainer.optim import learning_rate
+
+    config = load_config(options.config, options.overrides)
+    phases = config.sparsity.build_schedule()
+    print(f"{phases}    {config.sparsity.build_pattern()}")
+    for epoch in range(config.epochs):
+        phase = phases.phase_at(epoch)
+        switch = {"sparse": "compress", "dense": "decompress" if epoch else ""}[phase.kind]
+        lr = learning_rate(config.lr, config.optimizer.lr, epoch, config.epochs)
+        print(
+            f"epoch {epoch:3}  {phase.kind:6}  lr {lr:.6g}  {switch if epoch == phase.start else ''}".rstrip()
+        )
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Draw a run's report.html again, or its accuracy curve as a picture."""
+    from trainer.checkpoints.run_dir import RunDir
+    from trainer.monitor.report import write_picture, write_report
+
+    run_dir = RunDir(Path(options.run).expanduser())
+    with as_user_error("report"):
+        if options.picture is None:
+            write_report(run_dir)
+        else:
+            write_picture(run_dir, Path(options.picture))
+    print(options.picture or run_dir.report)
+    return 0
+
+
+BENCHMARKS = {
+    "compare": "benchmarks.compare",
+    "compilation": "benchmarks.compilation",
+    "data": "benchmarks.data_pipeline",
+    "host_memory": "benchmarks.host_memory",
+    "infer": "benchmarks.inference",
+    "kernels24": "benchmarks.kernels24",
+    "overhead": "benchmarks.overhead",
+    "peers": "benchmarks.peers",
+    "phase_switch": "benchmarks.phase_switch",
+    "throughput": "benchmarks.throughput",
+}
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run a benchmark: a table on the screen, a JSON record beside it."""
+    name = BENCHMARKS[options.benchmark]
+    return subprocess.run([sys.executable, "-m", name, *options.arguments], check=False).returncode
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """What this machine has for training, and what is missing."""
+    from trainer.checkpoints.environment import environment
+
+    found = environment()
+    for key in ("python", "platform", "cpu", "cpu_cores", "gpus", "cuda"):
+        print(f"{key:22} {found[key]}")
+    for package, version in found["packages"].items():
+        print(f"{package:22} {version or 'missing'}")
+    if found["packages"]["torch"] is not None:
+        from trainer.engine import missing_for_compilation
+
+        lacking = missing_for_compilation("cuda" if found["gpus"] else "cpu")
+        print(f"{'torch.compile':22} {f'lacks {lacking}: models run uncompiled' if lacking else 'works'}")
+    if missing := [package for package, version in found["packages"].items() if version is None]:
+        raise EnvironmentLacks(f"missing packages: {', '.join(missing)}; pip install {' '.join(missing)}")
+    return 0

@@ -1,0 +1,109 @@
+"""The data section of a recipe, and what all sections share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ArrayData(Section):
+    """A data set of small images that lies in memory."""
+
+    name: Literal["fashion_mnist", "mnist", "cifar10", "cifar100"] = Field(description="the data set")
+    root: str | None = Field(
+        default=None, description="its folder; else where `acdc prepare` put it, else the bundled"
+    )
+    batch_size: int = Field(ge=1, description="images per optimizer step, over all devices")
+    eval_batch_size: int = Field(default=500, ge=1, description="images per evaluation step and device")
+    crop_padding: int = Field(
+        default=0, ge=0, description="pixels of zero padding to take the random crop from"
+    )
+    flip: bool = Field(default=False, description="mirror half of the training images")
+    num_threads: int = Field(default=1, ge=1, description="threads of the data pipeline per device")
+    random_labels: int = Field(default=0, ge=0, description="training images that get a random label")
+
+    @model_validator(mode="after")
+    def _memorise_what_is_there(self) -> ArrayData:
+        if self.random_labels and (self.flip or self.crop_padding):
+            raise ValueError("random_labels go without augmentation: flip: false, crop_padding: 0")
+        return self
+
+
+class ImageNetData(Section):
+    """ImageNet, or any data set of image files in its layout (see data.images.files)."""
+
+    name: Literal["imagenet"] = Field(description="the data set")
+    root: str | None = Field(
+        default=None, description="the folder with train and val; else $ACDC_DATA/imagenet"
+    )
+    batch_size: int = Field(ge=1, description="images per optimizer step, over all devices")
+    eval_batch_size: int = Field(default=250, ge=1, description="images per evaluation step and device")
+    image_size: int = Field(default=224, ge=8, description="side of the training images, in pixels")
+    image_sizes: list[list[int]] = Field(
+        default=[], description="progressive resizing: [epoch, side] pairs, from when on which side"
+    )
+    min_area: float = Field(default=0.08, gt=0, le=1, description="least share of an image that a crop takes")
+    flip: bool = Field(default=True, description="mirror half of the training images")
+    eval_resize: int = Field(default=256, ge=8, description="evaluation: shorter side after resizing")
+    eval_size: int = Field(default=224, ge=8, description="evaluation: side of the crop from the centre")
+    val_labels: str | None = Field(default=None, description="label file of a flat val folder")
+    format: Literal["folders", "webdataset", "tfrecord", "recordio"] = Field(
+        default="folders",
+        description="how images lie on the disk; see data.images, files and records",
+    )
+    num_classes: int | None = Field(
+        default=None, ge=1, description="of packed files that do not tell; default: 1000"
+    )
+    first_label: int = Field(default=0, ge=0, description="number of class 0 in packed files: 1 in some")
+    backend: Literal["dali", "torch", "synthetic"] = Field(
+        default="dali", description="torch: Pillow and a DataLoader; synthetic: noise on the device, no files"
+    )
+    device: Literal["auto", "cpu", "gpu"] = Field(default="auto", description="where DALI decodes images")
+    num_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="threads or processes of the data pipeline per device",
+    )
+    on_error: Literal["stop", "skip"] = Field(
+        default="stop", description="a file that cannot be decoded ends the run, or another stands in for it"
+    )
+
+    @field_validator("image_sizes")
+    @classmethod
+    def _rise(cls, pairs: list[list[int]]) -> list[list[int]]:
+        epochs = [pair[0] for pair in pairs if len(pair) == 2 and pair[0] >= 0 and pair[1] >= 8]
+        if len(epochs) != len(pairs) or epochs != sorted(set(epochs)) or (epochs and epochs[0] != 0):
+            raise ValueError(
+                f"{pairs} is no list of [epoch, side] pairs with rising epochs, the first of them 0"
+            )
+        return pairs
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(epoch, side) pairs, see data.crops.CropStream."""
+        return tuple((epoch, side) for epoch, side in self.image_sizes) or ((0, self.image_size),)
+
+    @model_validator(mode="after")
+    def _packed_files_need_dali(self) -> ImageNetData:
+        if self.format != "folders" and self.backend == "torch":
+            raise ValueError(f"format {self.format} is read by DALI alone; the torch backend reads folders")
+        if self.format == "folders" and (self.num_classes is not None or self.first_label):
+            raise ValueError("num_classes and first_label are for packed files; folders tell their classes")
+        return self
+
+    @model_validator(mode="after")
+    def _crop_from_what_is_there(self) -> ImageNetData:
+        if self.eval_size > self.eval_resize:
+            raise ValueError(
+                f"eval_size {self.eval_size} cannot be cropped from images resized to eval_resize "
+                f"{self.eval_resize}"
+            )
+        return self
+
+
+DataConfig = Annotated[ArrayData | ImageNetData, Field(discriminator="name")]

@@ -1,0 +1,284 @@
+"""The typed configuration of a run. Everything is checked here before any work starts.
+
+Each field says what it means; a recipe (configs/*.yaml) gives values, key=value overrides replace them by
+dotted path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from sparsity.gradual import CubicSparsity
+from sparsity.patterns import NM, GlobalMagnitude, Pattern, Rule, UniformMagnitude
+from sparsity.schedule import PhaseSchedule
+from sparsity.transposable import Transposable24, is_24
+from trainer.config.data import DataConfig, Section
+
+Scalar = bool | int | float | str
+_DURATION = re.compile(r"([1-9]\d*)(ep|st)")
+_NM = re.compile(r"(\d+):(\d+)")
+_TRANSPOSABLE = "2:4 transposable"
+
+
+def _check_duration(value: Any) -> Any:
+    if not isinstance(value, str) or _DURATION.fullmatch(value) is None:
+        raise ValueError(f"{value!r} is no duration; write a number of epochs or steps: 1ep, 500st")
+    return value
+
+
+Duration = Annotated[str, BeforeValidator(_check_duration)]
+
+
+def duration_steps(duration: str, steps_per_epoch: int) -> int:
+    """Optimizer steps of "1ep" or "500st"."""
+    match = _DURATION.fullmatch(duration)
+    assert match is not None, duration
+    return int(match[1]) * (steps_per_epoch if match[2] == "ep" else 1)
+
+
+class ModelConfig(Section):
+    name: str = Field(description="a name in trainer.models")
+    arguments: dict[str, Scalar] = Field(
+        default={}, description="what the model takes besides: depth, width, ..."
+    )
+    weights: str | None = Field(
+        default=None, description="a file or checkpoint with weights to start from; all else starts fresh"
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _names_a_file(cls, weights: str | None) -> str | None:
+        if weights == "":
+            raise ValueError("this recipe starts from a trained model: name its file, model.weights=FILE")
+        return weights
+
+    @field_validator("arguments")
+    @classmethod
+    def _the_rest_is_known(cls, arguments: dict[str, Scalar]) -> dict[str, Scalar]:
+        for taken in sorted({"name", "num_classes", "in_channels"} & arguments.keys()):
+            raise ValueError(f"{taken} follows from the rest of the recipe; leave it out")
+        return arguments
+
+
+class OptimizerConfig(Section):
+    name: Literal["sgd"] = "sgd"
+    lr: float = Field(gt=0, description="base learning rate, for the whole batch_size")
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(default=0.0, ge=0, description="on all parameters, as in the paper")
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimizerConfig:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class LRConfig(Section):
+    kind: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: int = Field(
+        default=0, ge=0, description="lr * (epoch + 1) / warmup_epochs for these epochs"
+    )
+    milestones: list[int] = Field(
+        default=[], description="step: epochs from which lr is multiplied by gamma again"
+    )
+    gamma: float = Field(default=0.1, gt=0, le=1, description="step: the factor")
+
+    @model_validator(mode="after")
+    def _milestones_for_step(self) -> LRConfig:
+        if (self.kind == "step") != bool(self.milestones):
+            raise ValueError("milestones belong to kind: step, which needs them")
+        if self.milestones != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
+            raise ValueError(f"milestones {self.milestones} are epochs of 1 or more in rising order")
+        return self
+
+
+class GradualConfig(Section):
+    initial: float = Field(default=0.05, ge=0, lt=1, description="sparsity at the sparse phase's first epoch")
+    end: int = Field(ge=1, description="epoch at which the cubic law reaches the target")
+    every: int = Field(default=1, ge=1, description="epochs between compressions")
+
+
+class SparsityConfig(Section):
+    pattern: str = Field(
+        default="global", description=f"global, uniform, N:M such as 2:4, or {_TRANSPOSABLE}"
+    )
+    target: float | None = Field(
+        default=None, ge=0, lt=1, description="share of weights to drop; N:M needs none"
+    )
+    schedule: str = Field(
+        description='phases that fill the epochs: "dense 2, (sparse 1, dense 1) x2, sparse 3"'
+    )
+    include: list[str] = Field(default=["*"], description="patterns over layer names: which to prune")
+    exclude: list[str] = Field(default=[], description="patterns over layer names: which to leave dense")
+    rule: Rule = Field(default="exact", description="how many weights stay: see sparsity.patterns")
+    gradual: GradualConfig | None = Field(default=None, description="gradual magnitude pruning, not AC/DC")
+    accelerate: Literal["auto", "off", "require"] = Field(
+        default="auto",
+        description="2:4 kernels in compressed phases; auto: where they are measured to win; require: in "
+        "every layer that can, or an error",
+    )
+    recompute_batch_norm: Duration | None = Field(
+        default=None, description="after each compression, take BatchNorm statistics anew over so much data"
+    )
+
+    @field_validator("schedule")
+    @classmethod
+    def _parse_schedule(cls, text: str) -> str:
+        PhaseSchedule.parse(text)
+        return text
+
+    @model_validator(mode="after")
+    def _pattern_and_target(self) -> SparsityConfig:
+        pattern = self.build_pattern()
+        self.build_gradual()
+        if self.accelerate == "require" and not is_24(pattern):
+            raise ValueError(f"accelerate: require needs pattern 2:4 or {_TRANSPOSABLE}, not {self.pattern}")
+        return self
+
+    def build_pattern(self) -> Pattern:
+        if not self.build_schedule().compressions:
+            return GlobalMagnitude(0)
+        if match := _NM.fullmatch(self.pattern):
+            if self.target is not None:
+                raise ValueError(f"pattern {self.pattern} has its sparsity in itself; leave target out")
+            return NM(int(match[1]), int(match[2]), self.rule)
+        if self.pattern == _TRANSPOSABLE:
+            if self.target is not None or self.rule != "exact":
+                raise ValueError(f"pattern {self.pattern} has no target and no rule; leave them out")
+            return Transposable24()
+        kinds: dict[str, Callable[[float, Rule], Pattern]] = {
+            "global": GlobalMagnitude,
+            "uniform": UniformMagnitude,
+        }
+        if self.pattern not in kinds:
+            raise ValueError(
+                f"unknown pattern {self.pattern!r}; global, uniform, N:M such as 2:4, or {_TRANSPOSABLE}"
+            )
+        if self.target is None:
+            raise ValueError(f"pattern {self.pattern} needs a target, the share of weights to drop, e.g. 0.9")
+        return kinds[self.pattern](self.target, self.rule)
+
+    def build_schedule(self) -> PhaseSchedule:
+        return PhaseSchedule.parse(self.schedule)
+
+    def build_gradual(self) -> CubicSparsity | None:
+        if self.gradual is None:
+            return None
+        starts, final = self.build_schedule().compressions, self.target
+        if final is None or not starts:
+            raise ValueError("gradual pruning needs a target and a schedule with a sparse phase")
+        return CubicSparsity(self.gradual.initial, final, starts[0], self.gradual.end, self.gradual.every)
+
+
+class EngineConfig(Section):
+    zero_stage: int = Field(default=0, ge=0, le=3, description="DeepSpeed ZeRO stage: 0, 1 or 2")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 autocast on a GPU"
+    )
+    compile: bool | Literal["auto"] = Field(
+        default="auto", description="torch.compile; auto: where it can work"
+    )
+    accumulation_steps: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
+    deepspeed: str | None = Field(default=None, description="a DeepSpeed JSON file to merge in")
+
+    @field_validator("zero_stage")
+    @classmethod
+    def _no_stage_3(cls, stage: int) -> int:
+        if stage == 3:
+            raise ValueError("ZeRO stage 3 is not supported with masks yet; use 0, 1 or 2")
+        return stage
+
+
+class SaveConfig(Section):
+    every: Duration = Field(default="1ep", description="how often to save a checkpoint: 1ep, 500st")
+    keep: int = Field(
+        default=2, ge=1, description="how many to keep, beside the dense twin and the sparse model"
+    )
+    mask_history: bool = Field(default=False, description="keep the masks of every compression, in masks/")
+
+
+class LogConfig(Section):
+    every: Duration = Field(default="50st", description="how often to read the loss from the device")
+    weight_histograms: bool = Field(
+        default=False, description="TensorBoard histograms of each layer's kept weights, every epoch"
+    )
+
+
+class Config(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder under run_root")
+    run_root: str = "runs"
+    resume: str | None = Field(
+        default=None, description="a run folder or a checkpoint in it, or auto: the newest run"
+    )
+    checkpoint: str | None = Field(
+        default=None,
+        description="a checkpoint to branch off from: a new run takes weights, optimizer and epoch from it",
+    )
+    finetune_dense: bool = Field(
+        default=False, description="afterwards, train the dense twin densely over the epochs that it missed"
+    )
+    seed: int = Field(default=1, ge=0, le=2**63 - 1)
+    epochs: int = Field(ge=1)
+    steps_per_epoch: int | None = Field(
+        default=None, ge=1, description="end every epoch after so many optimizer steps"
+    )
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    lr: LRConfig = LRConfig()
+    sparsity: SparsityConfig
+    engine: EngineConfig = EngineConfig()
+    save: SaveConfig = SaveConfig()
+    log: LogConfig = LogConfig()
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _names_one(cls, checkpoint: str | None) -> str | None:
+        if checkpoint == "":
+            raise ValueError(
+                "this recipe goes on from another run: name its folder, checkpoint=RUN (its dense twin), "
+                "or a "
+                "checkpoint in it"
+            )
+        return checkpoint
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        schedule = self.sparsity.build_schedule()
+        filled = schedule.num_epochs
+        dense = schedule.last("dense")
+        if self.finetune_dense and (dense is None or dense.end == filled):
+            raise ValueError(
+                f'finetune_dense needs a dense phase with a sparse one after it, unlike "{schedule}"'
+            )
+        if self.checkpoint is not None and self.model.weights is not None:
+            raise ValueError("checkpoint brings its weights along; leave model.weights out")
+        if filled != self.epochs:
+            raise ValueError(
+                f"sparsity.schedule {self.sparsity.schedule!r} fills {filled} epochs, "
+                f"but epochs is {self.epochs}"
+            )
+        if self.lr.warmup_epochs >= self.epochs:
+            raise ValueError(f"lr.warmup_epochs is {self.lr.warmup_epochs}, not below epochs, {self.epochs}")
+        if self.lr.milestones and self.lr.milestones[-1] >= self.epochs:
+            raise ValueError(
+                f"lr.milestones {self.lr.milestones} go beyond the last epoch, {self.epochs - 1}"
+            )
+        if self.data.batch_size % self.engine.accumulation_steps:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} does not divide by engine.accumulation_steps "
+                f"{self.engine.accumulation_steps}"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    """What evaluating a saved model needs of the configuration that it was trained with."""
+
+    data: DataConfig
+    engine: EngineConfig = EngineConfig()

@@ -1,0 +1,162 @@
+"""The processes of one run: who am I, which device is mine, and the few things that ranks tell each other."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data.places import data_home
+from trainer.distributed.host_memory import keep_freed_memory
+from trainer.errors import EnvironmentLacks, Failure
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def free_port() -> int:
+    """A port nobody listens on. The launcher's own default clashes when two runs share a machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start() -> torch.device:
+    """Join the process group that the launcher described (alone without one) and return this rank's
+    device."""
+    deepspeed = import_deepspeed()
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    _keep_compiled_graphs()
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise EnvironmentLacks(
+                f"this machine shows {torch.cuda.device_count()} GPUs, too few for device {local_rank()}; "
+                "ask for fewer with --devices (with deepspeed: --num_gpus)"
+            )
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        keep_freed_memory()
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", 1))))
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def _keep_compiled_graphs() -> None:
+    """Let torch.compile keep its results beside the data sets, where a restart finds them; /tmp does not
+    last."""
+    folder = data_home() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed, here and in child processes, what to run on; it warns where it has to find out."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, without its banner and without compiling its shared-memory operator.
+
+    On a CPU that operator costs 40 s of C++ compilation at the first start; gloo does its work.
+    """
+    choose_accelerator()
+    try:
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__ as operators
+    except ModuleNotFoundError as error:
+        raise EnvironmentLacks(
+            f"training needs DeepSpeed: pip install deepspeed==0.19.8 ({error})"
+        ) from error
+    deepspeed.utils.logger.setLevel("ERROR")
+    # DeepSpeed 0.19.8 under torch 2.13, at every start with ZeRO-1/2
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
+    operators["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank where it is true on one."""
+    if world_size() == 1:
+        return flag
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0; its value on every rank, and so a Failure that it raises."""
+    box: list[Any] = [None, None]
+    if is_main():
+        try:
+            box[0] = function()
+        except Failure as failure:
+            box[1] = failure
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on rank 0; an empty list on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
+
+
+def everywhere(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def average_buffers(module: torch.nn.Module) -> None:
+    """Make the floating-point buffers (BatchNorm statistics) the mean over ranks, so that one model is
+    evaluated."""
+    if world_size() == 1:
+        return
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(sum_over_ranks(buffer.detach().clone()) / world_size())

@@ -1,0 +1,77 @@
+"""N:M models on the disk without their zeros: a safetensors file that holds, of each 2:4 layer,
+
+    NAME.values   (out, kh * kw * in / 2)           the kept weights, as trained
+    NAME.places   uint8, (out, kh * kw * in / 8)    which two of every four, see sparsity.kernels.packed24
+
+in (out, kh, kw, in) order, and every other tensor as it is. The metadata tell the layers' shapes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsity.kernels.packed24 import Packed24, is_24, pack24, unpack24
+
+SHAPES = "sparse24"  # key of the metadata
+
+
+def pack_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """(tensors, shapes of the packed weights by name). Raises ValueError for a model without a 2:4 layer."""
+    tensors, shapes = dict(model.state_dict()), {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        weight = layer.weight.detach()
+        matrix = weight.movedim(1, -1).flatten(1)
+        if matrix.shape[1] % 8 or weight.shape[1] % 4 or not is_24(matrix):
+            continue
+        key = f"{name}.weight"
+        del tensors[key]
+        packed = pack24(matrix)
+        tensors[f"{key}.values"], tensors[f"{key}.places"] = packed
+        shapes[key] = list(weight.shape)
+    if not shapes:
+        raise ValueError(
+            "no layer is 2:4, so there is nothing to pack; train with sparsity.pattern=2:4 "
+            "sparsity.target=null, or export safetensors"
+        )
+    return {name: value.contiguous() for name, value in tensors.items()}, shapes
+
+
+def export_sparse24(model: nn.Module, info: Mapping[str, str], path: Path) -> None:
+    """Write the file; info: further metadata."""
+    from safetensors.torch import save_file
+
+    tensors, shapes = pack_state(model)
+    save_file(tensors, path, {**info, SHAPES: json.dumps(shapes)})
+
+
+def read_sparse24(path: Path) -> dict[str, Tensor]:
+    """The model's whole state_dict, bit for bit. Raises ValueError for another kind of file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            shapes: dict[str, Any] = json.loads((file.metadata() or {})[SHAPES])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no file of acdc export --format sparse24: {error}") from error
+    for key, (outputs, inputs, *kernel) in shapes.items():
+        packed = Packed24(state.pop(f"{key}.values"), state.pop(f"{key}.places"))
+        state[key] = unpack24(packed).view(outputs, *kernel, inputs).movedim(-1, 1).contiguous()
+    return state
+
+
+def packed_share(model: nn.Module) -> float:
+    """Bytes of the packed model over those of the plain one."""
+    tensors, _ = pack_state(model)
+    return _bytes(tensors) / _bytes(model.state_dict())
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())

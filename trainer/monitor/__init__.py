@@ -1,0 +1,1 @@
+"""What a run measures, records and shows. Nothing here changes what is trained."""

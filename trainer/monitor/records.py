@@ -1,0 +1,75 @@
+"""Records of a run: metrics.jsonl, TensorBoard, and the screen. Rank 0 has one; the other ranks have none."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer.checkpoints.checkpoint import write_text
+from trainer.checkpoints.run_dir import RunDir
+from trainer.monitor.screen import Screen
+
+# record key -> TensorBoard tag
+TAGS = {
+    "loss": "train/loss",
+    "train_loss": "train/loss_epoch",
+    "train_top1": "train/top1",
+    "val_loss": "test/loss",
+    "val_top1": "test/top1",
+    "val_top5": "test/top5",
+    "memorised_loss": "memorised/random_labels_loss",
+    "memorised_top1": "memorised/random_labels_top1",
+    "memorised_true_loss": "memorised/true_labels_loss",
+    "memorised_true_top1": "memorised/true_labels_top1",
+    "lr": "optimizer/lr",
+    "sparse_phase": "phase/sparse",
+    "sparsity": "sparsity/overall",
+    "mask_difference": "sparsity/mask_difference",
+    "images_per_second": "throughput/images_per_second",
+    "data_wait": "throughput/data_wait",
+}
+
+
+class Monitor:
+    """start_step: optimizer steps done before; later records of an interrupted run are dropped."""
+
+    def __init__(self, run_dir: RunDir, screen: Screen, start_step: int) -> None:
+        self.screen = screen
+        kept = [record for record in run_dir.read_metrics() if record["step"] <= start_step]
+        self._tensorboard = SummaryWriter(
+            str(run_dir.tensorboard), purge_step=start_step + 1 if kept else None
+        )
+        write_text(run_dir.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = run_dir.metrics.open("a", encoding="utf-8")
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A record read within an epoch: kind, epoch, step, phase, lr, loss, images_per_second, data_wait."""
+        self._record({"kind": "step", **record})
+
+    def epoch(self, record: dict[str, Any], layer_sparsity: dict[str, float]) -> None:
+        self._record({"kind": "epoch", **record, "layer_sparsity": layer_sparsity})
+        for name, sparsity in layer_sparsity.items():
+            self._tensorboard.add_scalar(f"sparsity/layer/{name}", sparsity, record["step"])
+        self._tensorboard.flush()
+        self.screen.epoch(record)
+
+    def histograms(self, step: int, weights: dict[str, Tensor]) -> None:
+        """Weights by layer name, as TensorBoard histograms."""
+        for name, values in weights.items():
+            self._tensorboard.add_histogram(f"weights/{name}", values, step)
+
+    def close(self) -> None:
+        self.screen.close()
+        self._file.close()
+        self._tensorboard.close()
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        values = {**record, "sparse_phase": float(record["phase"] == "sparse")}
+        for key, tag in TAGS.items():
+            if (value := values.get(key)) is not None:
+                self._tensorboard.add_scalar(tag, value, record["step"])

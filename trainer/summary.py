@@ -1,0 +1,94 @@
+"""What a run says before its first step and after its last."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from trainer.checkpoints.run_dir import DENSE_TWIN, FINETUNED_DENSE, SPARSE, RunDir
+from trainer.distributed import ranks
+from trainer.engine import num_graphs, precision
+from trainer.loop import Trainer
+from trainer.monitor.report import write_report
+from trainer.monitor.screen import Screen, closing_lines, closing_table
+
+log = logging.getLogger(__name__)
+
+
+def introduce(trainer: Trainer) -> None:
+    """Say what is about to run, on what and where."""
+    if not trainer.monitor:
+        return
+    config, acdc = trainer.config, trainer.acdc
+    num_weights = sum(weight.numel() for weight in acdc.weights().values())
+    dtype = str(precision(config, trainer.device)).removeprefix("torch.")
+    masked = f"{len(acdc.layers)} masked layers with {num_weights:,} weights"
+    devices = f"{ranks.world_size()} x {trainer.device.type}"
+    lines = [
+        f"run folder  {trainer.run_dir.path}    (tensorboard --logdir {trainer.run_dir.tensorboard})",
+        f"data        {trainer.loaders.describe()}",
+        f"model       {config.model.name}, {masked}, {acdc.pattern}",
+        f"phases      {acdc.schedule}",
+        f"device      {devices}, {dtype}, ZeRO stage {config.engine.zero_stage}",
+    ]
+    if trainer.position.epoch or trainer.position.step:
+        lines.append(f"begins      at epoch {trainer.position.epoch}, step {trainer.position.step} of it")
+    if trainer.engine.is_compiled:
+        lines.append("compiling   at the first step; up to a minute, later runs find it cached")
+    for line in lines:
+        trainer.monitor.screen.say(line)
+
+
+def conclude(trainer: Trainer) -> None:
+    """Write result.json and report.html, show the closing table."""
+    if not trainer.monitor:
+        return
+    result = build_result(trainer)
+    trainer.run_dir.write_result(result)
+    screen = trainer.monitor.screen
+    screen.close()
+    screen.console.print(closing_table(result))
+    for line in closing_lines(result):
+        screen.say(line)
+    write_report(trainer.run_dir)
+    screen.say(f"report: {trainer.run_dir.report}")
+
+
+def conclude_both(run: RunDir) -> None:
+    """Put the finetuned dense model beside the pair that it belongs to."""
+    result, dense = run.read_result(), RunDir(run.finetuned_dense).read_result()
+    assert result is not None
+    assert dense is not None
+    result[FINETUNED_DENSE] = dense["dense_twin"]
+    run.write_result(result)
+    write_report(run)
+    console = Screen(0, 0, 0).console
+    console.print(closing_table(result))
+
+
+def build_result(trainer: Trainer) -> dict[str, Any]:
+    """Accuracies in percent, sparsity as a share, FLOPs of one image (inference, at evaluation's size) and of
+    the whole run (training, at the sizes trained on)."""
+    position, pair = trainer.position, trainer.position.pair
+    dense = trainer.flops.inference.forward()
+    sparse = pair.get(SPARSE)
+    return {
+        "name": trainer.config.name,
+        "schedule": str(trainer.acdc.schedule),
+        "dense_twin": pair.get(DENSE_TWIN),
+        "sparse": sparse,
+        "flops": {
+            "inference_dense": dense,
+            "inference_sparse": sparse["inference_flops"] if sparse else None,
+            "inference_ratio": sparse["inference_flops"] / dense if sparse else None,
+            "training_dense": position.dense_training_flops,
+            "training": position.training_flops,
+            "training_ratio": position.training_flops / position.dense_training_flops,
+        },
+        "compile": {
+            "graphs": num_graphs() - trainer.graphs_before,
+            "recompilations": num_graphs() - (trainer.graphs_at_first or 0),
+        },
+        "seconds": position.seconds,
+        "run": str(trainer.run_dir.path),
+    }
