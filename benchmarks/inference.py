@@ -20,9 +20,9 @@ from torch.nn import functional
 from benchmarks.record import console, parse, show_spread, spread, write_record
 from benchmarks.turns import ratios, take_turns
 from sparsity import count_flops
-from sparsity.kernels.autotune24 import MARGIN, TOLERANCE, median_seconds
-from sparsity.kernels.inference24 import pack_layers, packable
-from sparsity.kernels.semi_structured import ROWS, compress24, lacking, matmul24
+from sparsity.kernels.measure import MARGIN, TOLERANCE, median_seconds
+from sparsity.kernels.semi_structured.inference import pack_layers, packable
+from sparsity.kernels.semi_structured.operator import ROWS, compress24, matmul24, missing
 from trainer.checkpoints.saved_model import find_model, load_model
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
@@ -47,7 +47,7 @@ def main() -> int:
     except UserError as error:
         parser.error(str(error))
     show(record)
-    write_record(options.out, {"device": str(device), "reference": lacking(device) is not None, **record})
+    write_record(options.out, {"device": str(device), "reference": missing(device) is not None, **record})
     return 0
 
 

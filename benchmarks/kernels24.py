@@ -18,8 +18,10 @@ from torch import nn
 
 from benchmarks.record import console, parse, write_record
 from sparsity import count_flops
-from sparsity.kernels.autotune24 import Shape24, measure24
-from sparsity.kernels.semi_structured import DTYPES, ROWS, TILE, lacking
+from sparsity.kernels.interface import Shape
+from sparsity.kernels.measure import Measured
+from sparsity.kernels.semi_structured.kernel import Family24
+from sparsity.kernels.semi_structured.operator import DTYPES, ROWS, TILE, missing
 from trainer.cli.progress import progress
 from trainer.models import get_model
 
@@ -37,11 +39,9 @@ def main() -> int:
     add("--most", default=0, help="shapes of each network at most; default: all")
     options = parse(parser, "kernels24")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    missing = lacking(device)
-    if missing is not None:
-        print(
-            f"no 2:4 kernels on this machine: they need {missing}. The reference is measured, 64 rows each."
-        )
+    needed = missing(device)
+    if needed is not None:
+        print(f"no 2:4 kernels on this machine: they need {needed}. The reference is measured, 64 rows each.")
     shapes = [entry for name in NETWORKS for entry in _network(name, options.batch)]
     shapes += [entry for name in VIT for entry in _vit(name, options.batch)]
     if options.most:
@@ -49,42 +49,42 @@ def main() -> int:
     rows = []
     with progress("shapes") as on_progress:
         for done, (network, layer, shape) in enumerate(shapes):
-            measured = shape if missing is None else shape._replace(rows=64)
-            dtype = DTYPES[0] if missing is None else torch.float32
-            tuned = measure24(measured, dtype, device, transposable=True)
-            rows.append({"network": network, "layer": layer, "shape": measured._asdict(), **tuned.as_dict()})
+            measured = shape if needed is None else shape._replace(rows=64)
+            dtype = DTYPES[0] if needed is None else torch.float32
+            found = Family24(device, dtype, transposable=True).measure(measured)
+            rows.append({"network": network, "layer": layer, "shape": measured._asdict(), **found.as_dict()})
             on_progress(done + 1, len(shapes))
-    show(rows, missing is None)
-    write_record(options.out, {"device": str(device), "reference": missing is not None, "kernels": rows})
+    show(rows, needed is None)
+    write_record(options.out, {"device": str(device), "reference": needed is not None, "kernels": rows})
     return 0
 
 
-def _of(shapes: list[tuple[str, str, Shape24]], network: str) -> list[tuple[str, str, Shape24]]:
+def _of(shapes: list[tuple[str, str, Shape]], network: str) -> list[tuple[str, str, Shape]]:
     return [entry for entry in shapes if entry[0] == network]
 
 
-def _network(name: str, batch: int | None) -> list[tuple[str, str, Shape24]]:
+def _network(name: str, batch: int | None) -> list[tuple[str, str, Shape]]:
     """(network, first layer of it, shape) of the distinct shapes that the hardware takes."""
     model_name, num_classes, image, usual = NETWORKS[name]
     model = get_model(model_name, num_classes)
     layers = dict(model.named_modules())
-    found: dict[Shape24, str] = {}
+    found: dict[Shape, str] = {}
     for layer in count_flops(model, image).layers:
         module = layers[layer.name]
         assert isinstance(module, nn.Conv2d | nn.Linear)
         outputs, inputs = module.weight.shape[0], module.weight[0].numel()
-        shape = Shape24(max(layer.calls) * (batch or usual), inputs, outputs)
+        shape = Shape(max(layer.calls) * (batch or usual), inputs, outputs)
         if not (inputs % TILE or outputs % TILE or shape.rows % ROWS):
             kernel = "x".join(map(str, getattr(module, "kernel_size", ())))
             found.setdefault(shape, f"{layer.name} {kernel}".strip())
     return [(name, layer, shape) for shape, layer in found.items()]
 
 
-def _vit(name: str, batch: int | None) -> list[tuple[str, str, Shape24]]:
+def _vit(name: str, batch: int | None) -> list[tuple[str, str, Shape]]:
     width, rows = VIT[name], 197 * (batch or 128)
     return [
-        (name, "mlp.fc1", Shape24(rows, width, 4 * width)),
-        (name, "mlp.fc2", Shape24(rows, 4 * width, width)),
+        (name, "mlp.fc1", Shape(rows, width, 4 * width)),
+        (name, "mlp.fc2", Shape(rows, 4 * width, width)),
     ]
 
 
@@ -117,9 +117,8 @@ def _gain(timing: dict[str, Any]) -> str:
 
 
 def _choice(row: dict[str, Any]) -> str:
-    from sparsity.kernels.autotune24 import Tuned
-
-    return Tuned.of(row).choose().value
+    kernel = Family24.choose(Measured.of(row))
+    return "dense" if kernel is None else kernel.name
 
 
 if __name__ == "__main__":

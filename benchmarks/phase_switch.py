@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.models import NETWORKS, Ours, one_batch, short_run
 from benchmarks.record import console, parse, show_spread, spread, write_record
 from sparsity import Run24
-from sparsity.kernels.semi_structured import unfit
+from sparsity.kernels.semi_structured.operator import reason_unsupported
 from trainer.build import build_trainer
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
@@ -117,7 +117,7 @@ def _train_phases(trainer: Any, use24: bool, device: torch.device, on_progress: 
     ours, batch, before, graphs = Ours(trainer), one_batch(trainer), num_graphs(), []
     if use24:
         layers = trainer.acdc.layers
-        fit = [name for name, layer in layers.items() if unfit(layer, 8) is None]
+        fit = [name for name, layer in layers.items() if reason_unsupported(layer, 8) is None]
         trainer.acdc.accelerate(dict.fromkeys(fit, Run24.TRANSPOSED))
     for epoch in range(trainer.config.epochs):
         for _ in range(trainer.steps_per_epoch):

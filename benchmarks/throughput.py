@@ -30,7 +30,7 @@ from benchmarks.record import console, parse, percentile, show_spread, spread, w
 from benchmarks.throughput_turns import NOISE, Turn, cost_of_data, sources_of, take_phases
 from benchmarks.turns import TURN
 from data.dali.pipeline import PREFETCH, import_dali
-from sparsity import Run24
+from sparsity import Kernel
 from trainer.build import build_trainer
 from trainer.cli.progress import progress
 from trainer.config.schema import Config
@@ -122,7 +122,7 @@ def _figures(trainer: Trainer, phase: str, turns: list[Turn], peak: float) -> di
     rates = spread([_num_images(trainer, len(turn.steps)) / turn.seconds for turn in turns])
     steps = [seconds for turn in turns for seconds in turn.steps]
     dense = trainer.flops.at(0).training()
-    run24 = trainer.acdc.run24 if phase == "compressed" else {}
+    kernels = trainer.acdc.kernels if phase == "compressed" else {}
     return {
         "images_per_second": rates,
         "step_p50": percentile(steps, 50),
@@ -130,9 +130,9 @@ def _figures(trainer: Trainer, phase: str, turns: list[Turn], peak: float) -> di
         "data_wait": spread([turn.waited / turn.seconds for turn in turns]),
         "refill": spread([turn.refill / turn.seconds for turn in turns]),
         "dense_equivalent_flops": rates["median"] * dense,
-        "executed_flops": rates["median"] * (dense - _skipped(trainer, run24)),
+        "executed_flops": rates["median"] * (dense - _skipped(trainer, kernels)),
         "utilisation": rates["median"] * dense / peak,
-        "layers_on_24": len(run24),
+        "layers_on_24": len(kernels),
     }
 
 
@@ -140,11 +140,10 @@ def _num_images(trainer: Trainer, steps: int) -> int:
     return steps * trainer.config.data.batch_size
 
 
-def _skipped(trainer: Trainer, run24: Mapping[str, Run24]) -> float:
+def _skipped(trainer: Trainer, kernels: Mapping[str, Kernel]) -> float:
     """FLOPs of an image that 2:4 kernels leave out: half of a forward pass, and of an input gradient."""
     layers = {layer.name: layer.flops() for layer in trainer.flops.at(0).layers}
-    halves = {Run24.FORWARD: 1, Run24.TRANSPOSED: 2}
-    return sum(layers[name] / 2 * halves[how] for name, how in run24.items())
+    return sum(layers[name] / 2 * (1 + kernel.sparse_gradient) for name, kernel in kernels.items())
 
 
 def show(rows: list[dict[str, Any]], networks: dict[str, dict[str, Any]]) -> None:

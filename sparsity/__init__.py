@@ -4,7 +4,9 @@ from sparsity.acdc import ACDC
 from sparsity.flops import ModelFlops, count_flops
 from sparsity.gradual import CubicSparsity
 from sparsity.guard import MaskError, find_escaping
-from sparsity.layers import MaskedConv2d, MaskedLinear, Run24, mask_layers, to_plain
+from sparsity.kernels import Kernel
+from sparsity.kernels.semi_structured.kernel import Run24
+from sparsity.layers import MaskedConv2d, MaskedLinear, mask_layers, to_plain
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import Sparsity, measure, num_leaked, relative_mask_difference
@@ -15,6 +17,7 @@ __all__ = [
     "NM",
     "CubicSparsity",
     "GlobalMagnitude",
+    "Kernel",
     "MaskError",
     "MaskedConv2d",
     "MaskedLinear",

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from sparsity.gradual import CubicSparsity
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
-from sparsity.kernels.packed24 import fits_24
-from sparsity.layers import Run24, mask_layers, to_plain
+from sparsity.kernels import KERNELS, Kernel
+from sparsity.layers import mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
 from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
@@ -75,7 +75,7 @@ class ACDC:
         self.layers = mask_layers(model, include, exclude) if schedule.compressions else {}
         self.step = 0  # optimizer steps begun
         self.mask_difference: float | None = None  # between the last two compressions
-        self.run24: dict[str, Run24] = {}  # layers that run 2:4 kernels in compressed phases
+        self.kernels: dict[str, Kernel] = {}  # of layers that run one in compressed phases
         self._previous: dict[str, Tensor] = {}  # masks of the last compression, while its phase is over
         self._masters: Masters | None = None
         self._detach: Callable[[], None] | None = None
@@ -160,7 +160,7 @@ class ACDC:
         self._previous = {}
         self._looks = LOOKS
         warn_of_empty(self.masks())
-        self._run24(True)
+        self._use_kernels(True)
 
     @torch.no_grad()
     def decompress(self) -> None:
@@ -170,40 +170,41 @@ class ACDC:
         if self.layers:
             masters.refill_(self._keep())
         self._previous = {name: mask.clone() for name, mask in self.masks().items()}
-        self._run24(False)
+        self._use_kernels(False)
         for layer in self.layers.values():
             layer.mask.fill_(True)
         masters.reset_momentum_()
         self._looks = 0
 
-    def accelerate(self, run24: Mapping[str, Run24]) -> None:
-        """Say how layers compute in compressed phases, from now on; those not named, with masked dense
-        weights. In dense phases all do. Every switch between the two costs one graph of a compiled model the
-        first time, and none later. Raises KeyError for a layer that is not masked."""
-        unknown = [name for name in run24 if name not in self.layers]
+    def accelerate(self, kernels: Mapping[str, Kernel | None]) -> None:
+        """Say how layers compute in compressed phases, from now on; those not named, or with None, with
+        masked dense weights. In dense phases all do. Every switch between the two costs one graph of a
+        compiled model the first time, and none later. Raises KeyError for a layer that is not masked."""
+        unknown = [name for name in kernels if name not in self.layers]
         if unknown:
             raise KeyError(f"not a masked layer: {', '.join(unknown)}")
-        self.run24 = {name: how for name, how in run24.items() if how is not Run24.NOT}
-        self._run24(self.step > 0 and self.phase.kind == "sparse")
+        self.kernels = {name: kernel for name, kernel in kernels.items() if kernel is not None}
+        self._use_kernels(self.step > 0 and self.phase.kind == "sparse")
 
-    def _run24(self, compressed: bool) -> None:
+    def _use_kernels(self, compressed: bool) -> None:
         chosen = self._runnable() if compressed else {}
         for name, layer in self.layers.items():
-            layer.run24 = chosen.get(name, Run24.NOT)
+            layer.kernel = chosen.get(name)
 
-    def _runnable(self) -> dict[str, Run24]:
-        """self.run24 as far as the masks in force allow: those of another pattern may be (a run resumed with
-        one) what a kernel would read wrongly."""
-        if not self.run24:
+    def _runnable(self) -> dict[str, Kernel]:
+        """self.kernels as far as the masks in force allow: those of another pattern may be (a run resumed
+        with one) what a kernel would compute wrongly."""
+        if not self.kernels:
             return {}
-        masks = [self.layers[name].mask.flatten(1) for name in self.run24]
-        fits = torch.stack([torch.stack([fits_24(mask), fits_24(mask.t())]) for mask in masks]).tolist()
-        allowed = {}
-        for (name, how), (forward, transposed) in zip(self.run24.items(), fits, strict=True):
-            if not forward:
-                log.warning("layer %s runs dense: its mask is not 2:4", name)
-                continue
-            allowed[name] = how if transposed else Run24.FORWARD
+        pairs = [(name, each) for name, kernel in self.kernels.items() for each in kernel.chain()]
+        fits = torch.stack([kernel.fits(self.layers[name].mask) for name, kernel in pairs]).tolist()
+        allowed: dict[str, Kernel] = {}
+        for (name, kernel), right in zip(pairs, fits, strict=True):
+            if right:
+                allowed.setdefault(name, kernel)
+        for name, kernel in self.kernels.items():
+            if name not in allowed:
+                log.warning("layer %s runs dense: its mask does not fit the kernel %r", name, kernel.name)
         return allowed
 
     def masks(self) -> dict[str, Tensor]:
@@ -230,7 +231,7 @@ class ACDC:
             "num_dropped": self._num_dropped(),
             "mask_difference": self.mask_difference,
             "previous_masks": self._previous,
-            "run24": {name: how.value for name, how in self.run24.items()},
+            "kernels": {name: kernel.name for name, kernel in self.kernels.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,7 +255,8 @@ class ACDC:
         self._previous = {
             name: mask.to(layers[name].mask.device) for name, mask in state["previous_masks"].items()
         }
-        self.accelerate({name: Run24(how) for name, how in state.get("run24", {}).items()})
+        names = state.get("kernels", state.get("run24", {}))  # the latter in states of earlier versions
+        self.accelerate({layer: KERNELS[name] for layer, name in names.items()})
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Whether load_state_dict can take the state. Raises ValueError when this schedule has another phase

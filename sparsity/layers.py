@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import enum
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
@@ -21,47 +20,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
-from sparsity.kernels.semi_structured import conv24, linear24
+from sparsity.kernels.interface import Kernel
 
 log = logging.getLogger(__name__)
 
 
-class Run24(enum.Enum):
-    """How a masked layer computes while it trains. The masked dense product is right for every mask; the
-    others ask for a 2:4 mask, and TRANSPOSED for one whose transpose is 2:4 as well."""
-
-    NOT = "dense"
-    FORWARD = "2:4 forward"
-    TRANSPOSED = "2:4 forward and input gradient"
-
-
 class MaskedConv2d(nn.Conv2d):
-    """Conv2d of weight * mask. `mask`: bool, (out, in / groups, kh, kw). `run24`: see Run24; evaluation is
-    always dense, so that switching costs one further graph, not two."""
+    """Conv2d of weight * mask. `mask`: bool, (out, in / groups, kh, kw). `kernel`: what computes in training,
+    None for the masked dense product. Evaluation is always dense, so that switching costs one further graph,
+    not two."""
 
     weight: nn.Parameter
     mask: Tensor
-    run24: Run24
+    kernel: Kernel | None
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight * self.mask
-        if self.training and self.run24 is not Run24.NOT:
-            return conv24(input, weight, self.bias, self.stride, self.run24 is Run24.TRANSPOSED)
-        return self._conv_forward(input, weight, self.bias)
+        if self.training and self.kernel is not None:
+            return self.kernel(self, input)
+        return self._conv_forward(input, self.weight * self.mask, self.bias)
 
 
 class MaskedLinear(nn.Linear):
-    """Linear of weight * mask. `mask`: bool, (out_features, in_features). `run24`: as in MaskedConv2d."""
+    """Linear of weight * mask. `mask`: bool, (out_features, in_features). `kernel`: as in MaskedConv2d."""
 
     weight: nn.Parameter
     mask: Tensor
-    run24: Run24
+    kernel: Kernel | None
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight * self.mask
-        if self.training and self.run24 is not Run24.NOT:
-            return linear24(input, weight, self.bias, self.run24 is Run24.TRANSPOSED)
-        return functional.linear(input, weight, self.bias)
+        if self.training and self.kernel is not None:
+            return self.kernel(self, input)
+        return functional.linear(input, self.weight * self.mask, self.bias)
 
 
 MaskedLayer = MaskedConv2d | MaskedLinear
@@ -104,7 +93,7 @@ def mask_layers(
         layer.register_buffer("mask", torch.ones_like(layer.weight, dtype=torch.bool, requires_grad=False))
         _become(layer, _MASKED[type(layer)])
         assert isinstance(layer, MaskedLayer)
-        layer.run24 = Run24.NOT  # from the beginning: compiled code looks at which attributes there are
+        layer.kernel = None  # from the beginning: compiled code looks at which attributes there are
         masked[name] = layer
     return masked
 
@@ -172,7 +161,7 @@ def to_plain(model: nn.Module) -> nn.Module:
         if isinstance(layer, MaskedLayer):
             layer.weight.detach().mul_(layer.mask)
             del layer.mask
-            vars(layer).pop("run24", None)
+            vars(layer).pop("kernel", None)
             _become(layer, _PLAIN[type(layer)])
     return plain
 

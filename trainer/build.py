@@ -22,7 +22,7 @@ from trainer.config.schema import Config, SparsityConfig
 from trainer.distributed import ranks
 from trainer.engine import build_engine, check_convolutions, deepspeed_config
 from trainer.errors import Finished, UserError, as_user_error
-from trainer.kernels import why_not
+from trainer.kernels import reason_unused
 from trainer.loaders import build_loaders
 from trainer.loop import Trainer
 from trainer.models.classifier import Classifier
@@ -55,7 +55,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
         flops = RunFlops.count(model, config.data, loaders.info.shape)
     with as_user_error("sparsity"):
         _check_masks_hold(acdc, loaders.info, config.sparsity.exclude)
-    why_not(config, device)  # what the recipe requires and the machine lacks is told now
+    reason_unused(config, device)  # what the recipe requires and the machine lacks is told now
     settings = deepspeed_config(config, device)
     branch = None
     if resumed is None and config.checkpoint is not None:

@@ -24,7 +24,7 @@ from trainer.distributed.signals import StopRequest
 from trainer.engine import num_graphs, precision
 from trainer.errors import Diverged, Stopped, UserError
 from trainer.evaluate import Metrics, evaluate
-from trainer.kernels import accelerate, as_records, choice_table
+from trainer.kernels import accelerate, choice_table
 from trainer.loaders import Loaders
 from trainer.monitor.clock import Clock
 from trainer.monitor.flops import RunFlops
@@ -152,7 +152,7 @@ class Trainer:
         self._tuned = True
         choices = accelerate(self.config, self.acdc, self.device, self.flops.calls())
         if choices and self.monitor:
-            self.run_dir.write_kernels(as_records(choices))
+            self.run_dir.write_kernels([choice.as_record() for choice in choices])
             self.monitor.screen.console.print(choice_table(choices))
 
     def train_batch(self, batches: Iterator[Batch]) -> torch.Tensor:

@@ -5,11 +5,13 @@ import torch
 from torch.nn import functional
 
 from sparsity import NM, Run24, Transposable24
-from sparsity.kernels.autotune24 import TOLERANCE, Shape24, measure24
-from sparsity.kernels.semi_structured import DTYPES, compress24, lacking, matmul24, mm24
+from sparsity.kernels.interface import Shape
+from sparsity.kernels.measure import TOLERANCE
+from sparsity.kernels.semi_structured.kernel import Family24
+from sparsity.kernels.semi_structured.operator import DTYPES, compress24, matmul24, missing, mm24
 
 CUDA = torch.device("cuda")
-_missing = lacking(CUDA) if torch.cuda.is_available() else "a GPU"
+_missing = missing(CUDA) if torch.cuda.is_available() else "a GPU"
 pytestmark = pytest.mark.skipif(_missing is not None, reason=f"2:4 kernels need {_missing}")
 
 
@@ -55,7 +57,7 @@ def test_weights_compressed_once():
 
 
 def test_tuning_measures_right_kernels():
-    tuned = measure24(Shape24(4096, 1024, 4096), torch.bfloat16, CUDA, transposable=True)
+    tuned = Family24(CUDA, torch.bfloat16, transposable=True).measure(Shape(4096, 1024, 4096))
     assert tuned.forward.right, tuned
     assert tuned.gradient.right, tuned
-    assert tuned.choose(required=True) is Run24.TRANSPOSED
+    assert Family24.choose(tuned, required=True) is Run24.TRANSPOSED

@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from sparsity import Run24
-from sparsity.kernels.autotune24 import Shape24, Timing, Tuned
+from sparsity.kernels.choose import LayerChoice, Measurements, gain
+from sparsity.kernels.interface import Shape
+from sparsity.kernels.measure import Measured, Timing
+from sparsity.kernels.semi_structured.kernel import Family24
+from sparsity.kernels.semi_structured.operator import DTYPES
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
-from trainer import kernels as accelerate
+from trainer import kernels
 from trainer.checkpoints import checkpoint
+from trainer.checkpoints.checkpoint import write_text
 from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -22,15 +27,16 @@ LAST = 18  # step
 def able(monkeypatch, tmp_path):
     """As on a machine with kernels; the reference runs in their place, and it is told to win."""
     monkeypatch.setenv("ACDC_DATA", str(tmp_path / "home"))
-    monkeypatch.setattr(accelerate, "lacking", lambda device: None)
+    fits = lambda device, dtype: None if dtype in DTYPES else "bf16: engine.precision=bf16"  # noqa: E731
+    monkeypatch.setattr(kernels, "missing", fits)
     measured = []
 
-    def measure(shape, dtype, device, transposable):
+    def measure(family, shape):
         measured.append(shape)
         won = Timing(2.0, 1.0, 0.0)
-        return Tuned(won, won if transposable else None)
+        return Measured(won, won if family.transposable else None)
 
-    monkeypatch.setattr(accelerate, "measure24", measure)
+    monkeypatch.setattr(Family24, "measure", measure)
     return measured
 
 
@@ -65,11 +71,11 @@ def test_a_run_with_24_kernels(tiny_data, tmp_path, able, capsys, pattern):
     assert "3x3 kernel" in table
     expected = Run24.TRANSPOSED if "transposable" in pattern else Run24.FORWARD
     records = json.loads((run / "kernels24.json").read_text())
-    chosen = [record["layer"] for record in records if record["choice"] == expected.value]
+    chosen = [record["layer"] for record in records if record["choice"] == expected.name]
     assert chosen
     assert len(able) == len(set(able)) == len({tuple(r["shape"].values()) for r in records if r["shape"]})
     state = final_state(run, LAST)
-    assert state["acdc"]["run24"] == dict.fromkeys(chosen, expected.value)
+    assert state["acdc"]["kernels"] == dict.fromkeys(chosen, expected.name)
     for name, mask in state["model"].items():
         if name.endswith(".mask"):
             weight = state["model"][name.removesuffix("mask") + "weight"]
@@ -87,14 +93,14 @@ def test_a_run_with_24_kernels(tiny_data, tmp_path, able, capsys, pattern):
 
 def test_a_damaged_cache_is_measured_anew(tmp_path):
     def cache():
-        return accelerate.TuningCache(tmp_path / "k.json", torch.device("cpu"), torch.bfloat16, False)
+        return Measurements(tmp_path / "k.json", "bf16", write_text)
 
-    shape, tuned = Shape24(8, 16, 32), Tuned(Timing(2.0, None, None, "no"))
+    shape, tuned = Shape(8, 16, 32), Measured(Timing(2.0, None, None, "no"))
     first = cache()
     first.known[shape] = tuned
     first.write()
     assert cache().known == {shape: tuned}
-    other = accelerate.TuningCache(tmp_path / "k.json", torch.device("cpu"), torch.float16, False)
+    other = Measurements(tmp_path / "k.json", "fp16", write_text)
     assert not other.known
     other.known[shape] = tuned
     other.write()
@@ -105,27 +111,28 @@ def test_a_damaged_cache_is_measured_anew(tmp_path):
 
 
 def test_the_gain_counts_what_was_chosen():
-    tuned = Tuned(Timing(3.0, 1.0, 0.0), Timing(5.0, 2.0, 0.0))
+    tuned = Measured(Timing(3.0, 1.0, 0.0), Timing(5.0, 2.0, 0.0))
     choices = [
-        accelerate.LayerChoice("a", Run24.TRANSPOSED, Shape24(8, 16, 16), tuned),
-        accelerate.LayerChoice("b", Run24.FORWARD, Shape24(8, 16, 16), tuned),
-        accelerate.LayerChoice("c", Run24.NOT, Shape24(8, 16, 16), tuned),
-        accelerate.LayerChoice("d", Run24.NOT, reason="3x3 kernel"),
+        LayerChoice("a", Run24.TRANSPOSED, Shape(8, 16, 16), tuned),
+        LayerChoice("b", Run24.FORWARD, Shape(8, 16, 16), tuned),
+        LayerChoice("c", Run24.NOT, Shape(8, 16, 16), tuned),
+        LayerChoice("d", Run24.NOT, reason="3x3 kernel"),
     ]
-    assert accelerate.gain(choices) == {"dense_us": 24.0, "chosen_us": 3.0 + 6.0 + 8.0}
+    assert gain(choices) == {"dense_us": 24.0, "chosen_us": 3.0 + 6.0 + 8.0}
 
 
 def test_require_is_an_error_where_a_kernel_fails(tiny_data, tmp_path, able, monkeypatch, capsys):
-    broken = Tuned(Timing(2.0, None, None, "no kernel image"))
-    monkeypatch.setattr(accelerate, "measure24", lambda *arguments: broken)
+    broken = Measured(Timing(2.0, None, None, "no kernel image"))
+    monkeypatch.setattr(Family24, "measure", lambda family, shape: broken)
     wanted = [*options(setting="require"), "engine.precision=bf16"]
     assert main(tiny(tiny_data, tmp_path / "runs", *wanted)) == 3
     error = capsys.readouterr().err
-    assert "layers cannot run 2:4 kernels" in error
+    assert "sparsity.accelerate=require: 2:4 kernels:" in error
+    assert "layers cannot run them" in error
     assert "no kernel image; with auto they run masked dense" in error
     auto = [*options(), "engine.precision=bf16"]
     run = run_here(tiny_data, tmp_path / "auto", *auto)
-    assert final_state(run, LAST)["acdc"]["run24"] == {}
+    assert final_state(run, LAST)["acdc"]["kernels"] == {}
     assert "dense: no kernel image" in capsys.readouterr().out
 
 
@@ -133,9 +140,9 @@ def test_no_memory_to_measure_is_no_end(tiny_data, tmp_path, able, monkeypatch, 
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(accelerate, "measure24", full)
+    monkeypatch.setattr(Family24, "measure", full)
     run = run_here(tiny_data, tmp_path / "runs", *options(), "engine.precision=bf16")
-    assert final_state(run, LAST)["acdc"]["run24"] == {}
+    assert final_state(run, LAST)["acdc"]["kernels"] == {}
     assert "no memory left to measure it" in (run / "kernels24.json").read_text()
     kept = json.loads((tmp_path / "home" / "kernels24.json").read_text())
     assert all(not entries for entries in kept.values())  # another run tries again

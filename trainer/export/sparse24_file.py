@@ -1,9 +1,10 @@
 """N:M models on the disk without their zeros: a safetensors file that holds, of each 2:4 layer,
 
     NAME.values   (out, kh * kw * in / 2)           the kept weights, as trained
-    NAME.places   uint8, (out, kh * kw * in / 8)    which two of every four, see sparsity.kernels.packed24
+    NAME.places   uint8, (out, kh * kw * in / 8)    which two of every four they are
 
 in (out, kh, kw, in) order, and every other tensor as it is. The metadata tell the layers' shapes.
+See sparsity.kernels.semi_structured.packing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsity.kernels.packed24 import Packed24, is_24, pack24, unpack24
+from sparsity.kernels.semi_structured.packing import Packed24, is_24, pack24, unpack24
 
 SHAPES = "sparse24"  # key of the metadata
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sparsity import NM
-from sparsity.kernels.inference24 import PackedConv24, PackedLinear24, pack_layers, packable
+from sparsity.kernels.semi_structured.inference import PackedConv24, PackedLinear24, pack_layers, packable
 
 
 def make(bias=True):

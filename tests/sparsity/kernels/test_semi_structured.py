@@ -20,8 +20,8 @@ from sparsity import (
     Transposable24,
     mask_layers,
 )
-from sparsity.kernels.packed24 import is_24, pack24, unpack24
-from sparsity.kernels.semi_structured import conv24, lacking, linear24, mm24, unfit
+from sparsity.kernels.semi_structured.operator import conv24, linear24, missing, mm24, reason_unsupported
+from sparsity.kernels.semi_structured.packing import is_24, pack24, unpack24
 
 numbers = st.integers(-3, 3)  # with many zeros
 
@@ -87,17 +87,17 @@ def test_a_layer_computes_what_it_computed_dense(run24, stride, bias):
     images.requires_grad_()
     expected = gradients(net(images), images, *net.parameters())
     for layer in layers.values():
-        layer.run24 = run24
+        layer.kernel = run24
     found = gradients(net(images), images, *net.parameters())
     for a, b in zip(expected, found, strict=True):
         assert torch.allclose(a, b)
     assert net[0](images).is_contiguous(memory_format=torch.channels_last)
     net.eval()
     for layer in layers.values():
-        layer.run24 = Run24.NOT
+        layer.kernel = Run24.NOT
     dense = net(images)
     for layer in layers.values():
-        layer.run24 = run24
+        layer.kernel = run24
     assert torch.equal(net(images), dense)  # evaluation is the same graph
 
 
@@ -110,13 +110,13 @@ def test_autocast_casts_the_operands():
 
 
 def test_what_does_not_fit_is_said():
-    assert unfit(nn.Conv2d(64, 64, 3), 64) == "3x3 kernel"
-    assert unfit(nn.Conv2d(64, 64, 1, groups=2), 64) == "groups or padding"
-    assert unfit(nn.Conv2d(64, 64, 1, padding=1), 64) == "groups or padding"
-    assert unfit(nn.Linear(64, 10), 64) == "10x64 is no multiple of 16"
-    assert unfit(nn.Conv2d(64, 64, 1), 63) == "63 rows are no multiple of 8"
-    assert unfit(nn.Conv2d(64, 32, 1, 2), 64) is None
-    assert "a GPU" in lacking(torch.device("cpu"))
+    assert reason_unsupported(nn.Conv2d(64, 64, 3), 64) == "3x3 kernel"
+    assert reason_unsupported(nn.Conv2d(64, 64, 1, groups=2), 64) == "groups or padding"
+    assert reason_unsupported(nn.Conv2d(64, 64, 1, padding=1), 64) == "groups or padding"
+    assert reason_unsupported(nn.Linear(64, 10), 64) == "10x64 is no multiple of 16"
+    assert reason_unsupported(nn.Conv2d(64, 64, 1), 63) == "63 rows are no multiple of 8"
+    assert reason_unsupported(nn.Conv2d(64, 32, 1, 2), 64) is None
+    assert "a GPU" in missing(torch.device("cpu"))
 
 
 class Net(nn.Module):
@@ -181,7 +181,7 @@ def test_training_is_the_masked_dense_training():
         a = train(first, dense, dense_optimizer, 3, torch.float64)
         b = train(second, sparse, sparse_optimizer, 3, torch.float64)
         assert a == pytest.approx(b, rel=1e-9)
-        on = {name for name, layer in sparse.layers.items() if layer.run24 is not Run24.NOT}
+        on = {name for name, layer in sparse.layers.items() if layer.kernel is not Run24.NOT}
         assert on == (set(RUN) if epoch % 2 else set())
     for name, mask in dense.masks().items():
         assert torch.equal(mask, sparse.masks()[name])
@@ -197,7 +197,7 @@ def test_a_resumed_run_keeps_its_kernels():
     other, _ = make(resumed, "dense 1, sparse 2", {})
     resumed.load_state_dict(model)
     other.load_state_dict(state)
-    assert {name: layer.run24 for name, layer in other.layers.items()} == RUN
+    assert {name: layer.kernel for name, layer in other.layers.items()} == RUN
     with pytest.raises(KeyError, match="not a masked layer: nowhere"):
         other.accelerate({"nowhere": Run24.FORWARD})
 
@@ -207,7 +207,7 @@ def test_export_forgets_how_layers_ran():
     acdc, optimizer = make(net, "dense 1, sparse 1", RUN)
     train(net, acdc, optimizer, 4)
     plain = acdc.export()
-    assert not any(hasattr(layer, "run24") for layer in plain.modules())
+    assert not any(hasattr(layer, "kernel") for layer in plain.modules())
     assert not any(isinstance(layer, MaskedConv2d | MaskedLinear) for layer in plain.modules())
 
 
@@ -227,6 +227,6 @@ def test_masks_of_another_pattern_run_no_kernel_that_misreads_them(pattern, expe
     acdc.actions[0] = pattern
     train(net, acdc, optimizer, 4)
     acdc.accelerate(RUN)
-    running = {name: layer.run24 for name, layer in acdc.layers.items() if layer.run24 is not Run24.NOT}
+    running = {name: layer.kernel for name, layer in acdc.layers.items() if layer.kernel is not Run24.NOT}
     assert running == expected
-    assert ("its mask is not 2:4" in caplog.text) == (not expected)
+    assert ("its mask does not fit" in caplog.text) == (not expected)

@@ -3,7 +3,7 @@
 One operator, acdc::mm24, compresses the masked weight and multiplies, in the forward pass of every step:
 weights change with every step, and what compressing costs belongs to the choice between kernels. On a GPU it
 runs cuSPARSELt (bf16, fp16); elsewhere a reference that packs, unpacks and multiplies: the same meaning, no
-gain. For inference the weight is compressed once: see compress24 and sparsity.kernels.inference24.
+gain. For inference the weight is compressed once: see compress24 and semi_structured.inference.
 
     forward           rows @ weight.T            sparse
     input gradient    grad @ weight              sparse where the mask is transposable, else dense
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsity.kernels.packed24 import Packed24, pack24, unpack24
+from sparsity.kernels.semi_structured.packing import Packed24, pack24, unpack24
 
 TILE = 16  # cuSPARSELt: rows and columns of a bf16 weight are multiples of it
 ROWS = 8  # and the rows of the other operand of this
@@ -99,7 +99,7 @@ def conv24(
     return output.permute(0, 3, 1, 2)
 
 
-def unfit(layer: nn.Module, num_rows: int) -> str | None:
+def reason_unsupported(layer: nn.Module, num_rows: int) -> str | None:
     """Why a layer cannot run mm24 over `num_rows` rows (images times output positions), or None."""
     if isinstance(layer, nn.Conv2d):
         if layer.kernel_size != (1, 1):
@@ -117,12 +117,12 @@ def unfit(layer: nn.Module, num_rows: int) -> str | None:
     return None
 
 
-def lacking(device: torch.device) -> str | None:
-    """What 2:4 kernels miss on this machine, or None."""
+def missing(device: torch.device, dtype: torch.dtype = DTYPES[0]) -> str | None:
+    """What 2:4 kernels need and this machine or precision does not give, or None."""
     if device.type != "cuda":
         return "a GPU: 2:4 kernels run on NVIDIA's from Ampere (compute capability 8.0) on"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"compute capability 8.0 or more; {torch.cuda.get_device_name(device)} has less"
     if not torch.backends.cusparselt.is_available():
         return "cuSPARSELt in this build of torch"
-    return None
+    return None if dtype in DTYPES else "bf16: engine.precision=bf16"

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from sparsity.kernels.packed24 import is_24
-from sparsity.kernels.semi_structured import compress24, matmul24, unfit
+from sparsity.kernels.semi_structured.operator import compress24, matmul24, reason_unsupported
+from sparsity.kernels.semi_structured.packing import is_24
 
 
 class PackedLinear24(nn.Module):
@@ -53,7 +53,7 @@ def packable(model: nn.Module) -> list[str]:
         name
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
-        and unfit(layer, 0) is None
+        and reason_unsupported(layer, 0) is None
         and is_24(layer.weight.detach().flatten(1))
     ]
 

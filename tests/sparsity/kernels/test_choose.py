@@ -5,25 +5,27 @@ import torch
 from torch import nn
 
 from sparsity import Run24, mask_layers
-from sparsity.kernels import autotune24
-from sparsity.kernels.autotune24 import Shape24, Timing, Tuned, candidates, measure24
+from sparsity.kernels import measure
+from sparsity.kernels.choose import candidates
+from sparsity.kernels.interface import Shape
+from sparsity.kernels.measure import Measured, Timing
+from sparsity.kernels.semi_structured import kernel
+from sparsity.kernels.semi_structured.kernel import Family24
 
-SHAPE = Shape24(32, 48, 64)
+SHAPE = Shape(32, 48, 64)
 CPU = torch.device("cpu")
 
 
-def times(*seconds):
-    given = iter(seconds)
+@pytest.fixture
+def tune(monkeypatch):
+    """Measures SHAPE as if kernels took these seconds, one after another."""
 
-    def seconds_of(call):
-        call()
-        return next(given)
+    def measured(seconds, transposable=False):
+        given = iter(seconds)
+        monkeypatch.setattr(measure, "median_seconds", lambda call: next(given))
+        return Family24(CPU, torch.bfloat16, transposable).measure(SHAPE)
 
-    return seconds_of
-
-
-def tune(seconds, transposable=False):
-    return measure24(SHAPE, torch.bfloat16, CPU, transposable, times(*seconds))
+    return measured
 
 
 @pytest.mark.parametrize(
@@ -37,37 +39,37 @@ def tune(seconds, transposable=False):
         ((1e-5, 2e-5, 2e-5, 1e-5), True, Run24.NOT),
     ],
 )
-def test_the_faster_kernel_is_chosen(seconds, transposable, expected):
+def test_the_faster_kernel_is_chosen(tune, seconds, transposable, expected):
     tuned = tune(seconds, transposable)
-    assert tuned.choose() is expected
+    assert Family24.choose(tuned) is expected
     assert tuned.forward.dense == pytest.approx(1e6 * seconds[0])
-    assert tuned.forward.error <= autotune24.TOLERANCE
+    assert tuned.forward.error <= measure.TOLERANCE
     assert (tuned.gradient is None) == (not transposable)
-    assert tuned.choose(required=True) is (Run24.TRANSPOSED if transposable else Run24.FORWARD)
-    assert Tuned.of(tuned.as_dict()) == tuned
+    assert Family24.choose(tuned, required=True) is (Run24.TRANSPOSED if transposable else Run24.FORWARD)
+    assert Measured.of(tuned.as_dict()) == tuned
 
 
-def test_a_wrong_kernel_is_never_chosen(monkeypatch):
-    right = autotune24.mm24
-    monkeypatch.setattr(autotune24, "mm24", lambda rows, weight, back: right(rows, weight, back) * 1.05)
+def test_a_wrong_kernel_is_never_chosen(monkeypatch, tune):
+    right = kernel.mm24
+    monkeypatch.setattr(kernel, "mm24", lambda rows, weight, back: right(rows, weight, back) * 1.05)
     tuned = tune((2e-5, 1e-5))
     assert tuned.forward.error == pytest.approx(0.05, abs=0.01)
-    assert tuned.choose() is tuned.choose(required=True) is Run24.NOT
+    assert Family24.choose(tuned) is Family24.choose(tuned, required=True) is Run24.NOT
 
 
-def test_a_kernel_that_fails_is_never_chosen(monkeypatch):
+def test_a_kernel_that_fails_is_never_chosen(monkeypatch, tune):
     def fail(*arguments):
         raise RuntimeError("no kernel for this shape\nat some line")
 
-    monkeypatch.setattr(autotune24, "mm24", fail)
+    monkeypatch.setattr(kernel, "mm24", fail)
     tuned = tune((2e-5, 1e-5))
     assert tuned.forward == Timing(20.0, None, None, "no kernel for this shape")
-    assert tuned.choose() is tuned.choose(required=True) is Run24.NOT
-    assert Tuned.of(tuned.as_dict()) == tuned
+    assert Family24.choose(tuned) is Family24.choose(tuned, required=True) is Run24.NOT
+    assert Measured.of(tuned.as_dict()) == tuned
 
 
 def test_real_times_are_measured():
-    tuned = measure24(SHAPE, torch.float32, CPU, False)
+    tuned = Family24(CPU, torch.float32, False).measure(SHAPE)
     assert tuned.forward.dense > 0
     assert tuned.forward.sparse > 0
 
@@ -78,8 +80,8 @@ def test_candidates_fit_at_every_size():
     net.append(nn.Linear(16, 16))  # which nothing runs
     layers |= mask_layers(net, include=["4"])
     positions = {"0": [64, 36], "1": [64, 36], "2": [64, 9], "3": [1, 1]}
-    shapes, reasons = candidates(layers, positions, images=2)
-    assert shapes == {"0": Shape24(128, 16, 32)}
+    shapes, reasons = candidates(Family24(CPU, torch.bfloat16, False), layers, positions, images=2)
+    assert shapes == {"0": Shape(128, 16, 32)}
     assert reasons == {
         "1": "3x3 kernel",
         "2": "18 rows are no multiple of 8",
