@@ -1,7 +1,7 @@
 """What became slower: two records of one benchmark, figure by figure. Exit code 1 where one is worse.
 
-Figures are told by their names: times, waits, memory and graphs are better low, rates and ratios of ours over
-others high. A figure with a spread is worse only where the spreads do not touch.
+What is better follows from a figure's name: times, waits, memory and graphs are better low, rates and ratios
+of ours over others high. A figure with a spread is worse only where the spreads do not touch.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def measure(name: str, way: str, steps: int) -> dict[str, Any]:
     from trainer.distributed import ranks
 
     if way == "given back":
-        vars(ranks)["keep_freed_memory"] = lambda: False
+        vars(ranks)["retain_freed_memory"] = lambda: False
     device, network = ranks.start(), NETWORKS[name]
     with tempfile.TemporaryDirectory() as folder:
         config = short_run(network, Path(folder), "sparse 2", network.batch(device), steps + 3)

@@ -50,13 +50,13 @@ def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
         "--out", type=Path, default=RESULTS / f"{name}.json", metavar="FILE", help="where the record goes"
     )
     options = parser.parse_args()
-    if (fault := lacking_commit(REVISION)) is not None:
+    if (fault := reason_unpublished(REVISION)) is not None:
         notice = f"{fault}: what this run measures is not a record to publish"
         Console(stderr=True).print(notice, style="red", soft_wrap=True)
     return options
 
 
-def lacking_commit(revision: str | None) -> str | None:
+def reason_unpublished(revision: str | None) -> str | None:
     """Why code of this revision (see trainer.checkpoints.environment) makes no record to publish, or None."""
     if revision is None:
         return "the code is not in a git checkout"
@@ -67,7 +67,7 @@ def place_of(path: Path, revision: str | None) -> Path:
     """Where a record goes: `path`, but NAME.dirty.json, which git ignores, for a published NAME.json that
     the code of this revision must not replace."""
     published = path.resolve().is_relative_to(RESULTS)
-    return path.with_suffix(".dirty.json") if published and lacking_commit(revision) else path
+    return path.with_suffix(".dirty.json") if published and reason_unpublished(revision) else path
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ def write_record(path: Path, content: dict[str, Any]) -> None:
     found = environment()
     if found["revision"] != REVISION and REVISION is not None:
         found["revision"] = REVISION.removesuffix(CHANGES) + CHANGES  # changed while it ran
-    path, fault = place_of(path, found["revision"]), lacking_commit(found["revision"])
+    path, fault = place_of(path, found["revision"]), reason_unpublished(found["revision"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": found, **content}, indent=1) + "\n", encoding="utf-8")
     print(f"record: {path}")

@@ -58,7 +58,7 @@ def take_phases(
     on_turn: Callable[[int], None],
 ) -> dict[tuple[str, str], list[Turn]]:
     """Turns of `steps` steps by phase and kind of data, in the order in which they were taken. `warmup` steps
-    of each come first and do not count: they compile. on_turn: told how many turns are over."""
+    of each come first and do not count: they compile. on_turn: called with the number of turns done."""
     trainer.acdc.before_step()  # compresses
     trainer.accelerate()
     for phase in PHASES:

@@ -41,8 +41,8 @@ def take_turns(
     on_turn: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, list[float]]:
     """Seconds of a step of each contender, one figure a turn of `steps` steps, for steps that read no data.
-    Every contender first warms up with a turn that does not count, and compiles there. on_turn: told how many
-    are over."""
+    Every contender first warms up with a turn that does not count, and compiles there. on_turn: called
+    with the number of turns done."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(turns + 1):
         for name in order(list(contenders), turn):

@@ -2,134 +2,77 @@
 
 from __future__ import annotations
 
-import fnmatch
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from data.loader import ImageInfo
-from sparsity import ACDC, NM, Transposable24, find_escaping
 from trainer.checkpoints import checkpoint, run_dir
 from trainer.checkpoints.run_dir import DENSE_TWIN, RunDir
-from trainer.checkpoints.saved_model import build_model, describe_model
 from trainer.checkpoints.state import Position, branch_off, check_branch, restore
-from trainer.checkpoints.weights import load_weights
-from trainer.config.schema import Config, SparsityConfig
+from trainer.config.schema import Config
 from trainer.distributed import ranks
-from trainer.engine import build_engine, check_convolutions, deepspeed_config
+from trainer.engine import build_engine, deepspeed_config
 from trainer.errors import Finished, UserError, as_user_error
 from trainer.kernels import reason_unused
-from trainer.loaders import build_loaders
 from trainer.loop import Trainer
 from trainer.models.classifier import Classifier
-from trainer.monitor.flops import RunFlops
 from trainer.monitor.records import Monitor
 from trainer.monitor.screen import Screen
 from trainer.optim import build_optimizer
-
-log = logging.getLogger(__name__)
+from trainer.task import Task, build_task
 
 
 def build_trainer(config: Config, device: torch.device, path: Path | None = None) -> Trainer:
     """path: the run's folder, made and resumed where need be; default: what the configuration says.
 
-    Raises UserError for what the user has to change and EnvironmentLacks for what has to be installed.
+    Raises UserError for what the user has to change and EnvironmentFailure for what has to be installed.
     """
     resumed = ranks.on_main(lambda: run_dir.find_resumed(config, path))
-    loaders = build_loaders(config, device)
-    model_info = describe_model(config, loaders.info)
-    torch.manual_seed(config.seed)
-    with as_user_error("model"):
-        model = build_model(model_info)
-        if config.model.weights is not None and resumed is None:
-            load_weights(model, Path(config.model.weights).expanduser())
-    steps_per_epoch = loaders.train.batches_per_epoch // config.engine.accumulation_steps
-    with as_user_error("sparsity"):
-        acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
-    with as_user_error("model"):
-        check_convolutions(model, device)
-        flops = RunFlops.count(model, config.data, loaders.info.shape)
-    with as_user_error("sparsity"):
-        _check_masks_hold(acdc, loaders.info, config.sparsity.exclude)
-    reason_unused(config, device)  # what the recipe requires and the machine lacks is told now
+    task = build_task(config, device, weights=config.model.weights if resumed is None else None)
+    reason_unused(config, device)  # raises where the recipe requires kernels that this machine does not have
     settings = deepspeed_config(config, device)
     branch = None
     if resumed is None and config.checkpoint is not None:
         branch = run_dir.read_branching_state(config.checkpoint)
         with as_user_error(f"checkpoint {branch[0]}"):
-            check_branch(branch[1], acdc)
+            check_branch(branch[1], task.acdc)
     folder = ranks.on_main(lambda: _open_folder(config, resumed, path))
-
     try:
-        classifier = Classifier(model, loaders.info.mean, loaders.info.std)
+        info = task.loaders.info
+        classifier = Classifier(task.acdc.model, info.mean, info.std)
         optimizer = build_optimizer(config.optimizer, classifier)
         engine = build_engine(classifier, optimizer, settings, config, device)
-        acdc.attach(engine)
-        position = Position()
-        if branch is not None:
-            position = branch_off(branch[1], engine, acdc)
-        elif resumed is not None:
-            with as_user_error(f"resume {resumed[1]}"):
-                state = checkpoint.read(resumed[1], checkpoint.STATE)
-                position = restore(state, engine, acdc, loaders.train, config.seed)
-        if position.training_flops and not position.dense_training_flops:
-            places = steps_per_epoch * config.data.batch_size
-            flops.recount(position, min(places, loaders.train.num_images))
+        task.acdc.attach(engine)
+        position = _go_to(task, engine, branch, resumed)
         ranks.on_main(lambda: _check_unfinished(folder, position, config))
-        if position.epoch < acdc.schedule.num_epochs:
+        if position.epoch < config.epochs:
             ranks.on_main(lambda: _check_dense_twin(folder, position, config))
-        monitor = None
-        if ranks.is_main():
-            screen = Screen(config.epochs * steps_per_epoch, acdc.step, config.epochs)
-            monitor = _begin(folder, config, settings, screen, acdc.step)
+        monitor = _begin(folder, task, settings) if ranks.is_main() else None
     except BaseException:
         folder.release()
         raise
-    return Trainer(config, acdc, engine, device, loaders, folder, monitor, model_info, flops, position)
+    return Trainer(task, engine, folder, monitor, position)
 
 
-def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) -> ACDC:
-    pattern, schedule = config.build_pattern(), config.build_schedule()
-    acdc = ACDC(
-        model,
-        pattern,
-        schedule,
-        steps_per_epoch,
-        include=config.include,
-        exclude=config.exclude,
-        gradual=config.build_gradual(),
-    )
-    if isinstance(pattern, NM | Transposable24):
-        pattern(
-            acdc.weights()
-        )  # a layer whose weights do not divide is told now, not at the first compression
-        if layers := pattern.straddling(acdc.weights()):
-            log.warning("%s without hardware support in %s", pattern, ", ".join(layers))
-    return acdc
-
-
-def _check_masks_hold(acdc: ACDC, images: ImageInfo, excluded: list[str]) -> None:
-    """Before the run, not at its first compressed step, possibly days later."""
-    example = torch.randn(1, *images.shape, generator=torch.Generator().manual_seed(0))
-    if acdc.layers and (names := find_escaping(acdc.model, acdc.layers, example)):
-        patterns = dict.fromkeys(_pattern(name, names, list(acdc.layers)) for name in names)
-        left_out = json.dumps([*excluded, *patterns])
-        raise ValueError(
-            f"the model uses the weights of {len(names)} layers past the layer's own forward pass, where no "
-            f"mask holds: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them dense with "
-            f"'sparsity.exclude={left_out}'"
-        )
-
-
-def _pattern(name: str, names: list[str], layers: list[str]) -> str:
-    """The shortest pattern for `name`, by its last parts, that matches none of `layers` but `names`."""
-    parts = name.split(".")
-    endings = ("*." + ".".join(parts[-count:]) for count in range(1, len(parts)))
-    return next((end for end in endings if set(fnmatch.filter(layers, end)) <= set(names)), name)
+def _go_to(
+    task: Task,
+    engine: Any,
+    branch: tuple[Path, dict[str, Any]] | None,
+    resumed: tuple[RunDir, Path] | None,
+) -> Position:
+    """Where the run begins, with all parts put there: at its start, where another stands, where it was."""
+    position = Position()
+    if branch is not None:
+        position = branch_off(branch[1], engine, task.acdc)
+    elif resumed is not None:
+        with as_user_error(f"resume {resumed[1]}"):
+            state = checkpoint.read(resumed[1], checkpoint.STATE)
+            position = restore(state, engine, task.acdc, task.loaders.train, task.config.seed)
+    if position.training_flops and not position.dense_training_flops:
+        places = task.acdc.steps_per_epoch * task.config.data.batch_size
+        task.flops.recount(position, min(places, task.loaders.train.num_images))
+    return position
 
 
 def _open_folder(config: Config, resumed: tuple[RunDir, Path] | None, path: Path | None) -> RunDir:
@@ -164,8 +107,10 @@ def _check_dense_twin(folder: RunDir, position: Position, config: Config) -> Non
         )
 
 
-def _begin(folder: RunDir, config: Config, settings: dict[str, Any], screen: Screen, step: int) -> Monitor:
-    """Write what the run is, and set aside what a run resumed at `step` is about to do again."""
+def _begin(folder: RunDir, task: Task, settings: dict[str, Any]) -> Monitor:
+    """Write what the run is, and set aside what a resumed run is about to do again."""
+    config, step = task.config, task.acdc.step
+    screen = Screen(config.epochs * task.acdc.steps_per_epoch, step, config.epochs)
     with as_user_error(f"run folder {folder.path}"):
         checkpoint.set_aside(folder.checkpoints, step)
         folder.result.unlink(missing_ok=True)

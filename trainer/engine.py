@@ -142,10 +142,10 @@ def build_engine(
 def should_compile(config: Config, device: torch.device) -> bool:
     if config.engine.compile != "auto":
         return config.engine.compile
-    lacking = missing_for_compilation(device.type)
-    if lacking is not None:
-        log.warning("no %s found: the model runs uncompiled, slower", lacking)
-    return lacking is None
+    missing = missing_for_compilation(device.type)
+    if missing is not None:
+        log.warning("no %s found: the model runs uncompiled, slower", missing)
+    return missing is None
 
 
 def missing_for_compilation(device_type: str) -> str | None:

@@ -18,14 +18,14 @@ class UserError(Failure):
     exit_code = 2
 
 
-class EnvironmentLacks(Failure):
-    """The environment lacks something; the message says what to install or change."""
+class EnvironmentFailure(Failure):
+    """Something is missing on this machine; the message says what to install or change."""
 
     exit_code = 3
 
 
 class Diverged(Failure):
-    """Training produced a loss that is not finite; the message names the last good checkpoint."""
+    """Training produced a NaN or infinite loss; the message names the last good checkpoint."""
 
     exit_code = 4
 
@@ -51,6 +51,6 @@ def as_user_error(where: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise EnvironmentLacks(str(error)) from error
+        raise EnvironmentFailure(str(error)) from error
     except (ValueError, OSError) as error:
         raise UserError(f"{where}: {error}") from error

@@ -1,12 +1,14 @@
-"""Loss and accuracy over a test set."""
+"""Passes over data that train nothing: loss and accuracy; BatchNorm statistics recomputed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 
 from data.loader import Loader
 from trainer.distributed import ranks
@@ -48,3 +50,31 @@ def evaluate(classifier: Callable[..., Any], loader: Loader, device: torch.devic
         totals += counts
     module.train(was_training)
     return Metrics.of(ranks.sum_over_ranks(totals))
+
+
+@torch.no_grad()
+def recompute_batch_norm(
+    classifier: nn.Module, loader: Loader, epoch: int, num_batches: int, autocast: torch.autocast
+) -> None:
+    """Replace the running statistics of every BatchNorm by the plain average over the first `num_batches`
+    training batches of `epoch` on all ranks, passing over further epochs' where one is not enough: right
+    after a compression they still describe the dense model.
+
+    The pass runs uncompiled and in training mode, dropout included, as the paper's implementation does it;
+    that one lets the moving average drift instead of averaging.
+    """
+    norms = [module for module in classifier.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+    done = 0
+    while done < num_batches:
+        for images, labels in islice(loader.epoch(epoch), num_batches - done):
+            with autocast:
+                classifier.forward(images, labels)
+            done += 1
+        epoch += 1
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    ranks.average_buffers(classifier)

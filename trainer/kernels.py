@@ -21,20 +21,20 @@ from trainer.checkpoints.checkpoint import write_text
 from trainer.config.schema import Config
 from trainer.distributed import ranks
 from trainer.engine import precision
-from trainer.errors import EnvironmentLacks
+from trainer.errors import EnvironmentFailure
 
 log = logging.getLogger(__name__)
 
 
 def reason_unused(config: Config, device: torch.device) -> str | None:
-    """Why this run uses no kernels but dense ones, or None. Raises EnvironmentLacks where the recipe requires
-    them."""
+    """Why this run uses no kernels but dense ones, or None. Raises EnvironmentFailure where the recipe
+    requires them."""
     setting = config.sparsity.accelerate
     if setting == "off" or not is_24(config.sparsity.build_pattern()):
         return "not asked for"  # a recipe that requires them has a 2:4 pattern, see trainer.config.schema
     needed = missing(device, precision(config, device))
     if needed is not None and setting == "require":
-        raise EnvironmentLacks(
+        raise EnvironmentFailure(
             f"sparsity.accelerate=require: 2:4 execution needs {needed}; with auto the run goes on with "
             "masked dense layers"
         )
@@ -64,7 +64,7 @@ def accelerate(
         try:
             return choose_kernels(family, acdc.layers, positions, images, known, required)
         except NoKernelError as error:
-            raise EnvironmentLacks(
+            raise EnvironmentFailure(
                 f"sparsity.accelerate=require: 2:4 kernels: {error}; with auto they run masked dense"
             ) from error
 

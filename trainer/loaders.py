@@ -1,13 +1,15 @@
-"""From the data section of a recipe to this rank's loaders."""
+"""From the data section of a recipe to this rank's loaders: find_source decides, once, what kind of source it
+is, and each kind makes its own loaders for training and evaluation.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,10 +21,10 @@ from data.datasets import imagenet, sources
 from data.datasets.arrays import ImageArrays
 from data.datasets.idx import Split
 from data.datasets.random_labels import randomise
-from data.images.files import load_image_files
-from data.images.records import find_records
+from data.images.files import ImageFiles, load_image_files
+from data.images.records import RecordFiles, find_records
 from data.loader import ImageInfo, Loader
-from data.stream import EvalStream, TrainStream
+from data.stream import EvalStream, Stream, TrainStream
 from data.synthetic import SyntheticLoader
 from data.torch_files import TorchFileLoader
 from trainer.config.data import ArrayData, DataConfig, ImageNetData
@@ -57,7 +59,7 @@ class Loaders:
 
 
 class BadFiles:
-    """What happens to files that cannot be decoded: counted and told; where recipes say "stop", `failure`
+    """What happens to files that cannot be decoded: counted and logged; where recipes say "stop", `failure`
     asks the training loop to save and end. A loader calls this object, and puts another image in the file's
     place."""
 
@@ -73,109 +75,19 @@ class BadFiles:
             self.failure = f"{file} cannot be decoded: {reason}"
 
 
+class Source(Protocol):
+    """One kind of data, on one device. Raises OSError or ValueError for what is missing or damaged."""
+
+    def loaders(self, share: Mapping[str, Any]) -> Loaders:
+        """For a run. share: how ranks share the batches, see data.stream.TrainStream."""
+
+    def test_loader(self) -> Loader:
+        """For evaluation alone."""
+
+
 def build_loaders(config: Config, device: torch.device) -> Loaders:
-    """Raises UserError for a data set that is missing or damaged, EnvironmentLacks without DALI."""
-    with as_user_error("data"):
-        if isinstance(config.data, ImageNetData):
-            return _imagenet_loaders(config, config.data, device)
-        return _array_loaders(config, config.data, device)
-
-
-def build_test_loader(data: DataConfig, device: torch.device) -> Loader:
-    """Raises UserError for a data set that is missing or damaged, EnvironmentLacks without DALI."""
-    with as_user_error("data"):
-        if isinstance(data, ImageNetData):
-            return _imagenet_test(data, device, BadFiles("skip"))
-        return _eval_arrays(load_split(data, "test"), data, device)
-
-
-def load_split(data: ArrayData, split: Split) -> ImageArrays:
-    return sources.load(data.name, _path(data.root), split)
-
-
-def _array_loaders(config: Config, data: ArrayData, device: torch.device) -> Loaders:
-    train, watched = load_split(data, "train"), {}
-    if data.random_labels:
-        drawn = randomise(train, data.random_labels, config.seed)
-        train = drawn.train
-        watched = {"memorised": drawn.random, "memorised_true": drawn.true}
-    stream = TrainStream(len(train), **_sharing(config), crop_padding=data.crop_padding, flip=data.flip)
-    return Loaders(
-        train.info,
-        train.source,
-        DaliArrayLoader(train, stream, device, data.num_threads),
-        _eval_arrays(load_split(data, "test"), data, device),
-        {name: _eval_arrays(arrays, data, device) for name, arrays in watched.items()},
-    )
-
-
-def _eval_arrays(arrays: ImageArrays, data: ArrayData, device: torch.device) -> Loader:
-    stream = EvalStream(len(arrays), data.eval_batch_size, ranks.rank(), ranks.world_size())
-    return DaliArrayLoader(arrays, stream, device, data.num_threads)
-
-
-def _imagenet_loaders(config: Config, data: ImageNetData, device: torch.device) -> Loaders:
-    bad_files = BadFiles(data.on_error)
-    sharing = {**_sharing(config), "flip": data.flip, "min_area": data.min_area, "sizes": data.sizes}
-    train: Loader
-    if data.backend == "synthetic":
-        source, num_classes = "noise", imagenet.NUM_CLASSES
-        stream = CropStream(imagenet.NUM_TRAIN, **sharing)
-        counts = stream.num_images, stream.batches_per_epoch, stream.batch_size
-        train = SyntheticLoader(*counts, stream.size, num_classes, device)
-    elif data.format != "folders":
-        root = imagenet.imagenet_root(_path(data.root))
-        records = find_records(root, "train", data.format)
-        source = f"{root}, {data.format}"
-        num_classes = records.num_classes or data.num_classes or imagenet.NUM_CLASSES
-        stream = CropStream(count_records(records), **sharing)
-        labels = (num_classes, data.first_label)
-        train = DaliRecordLoader(records, *labels, stream, device, *_dali(data, device), bad_files)
-    else:
-        root = imagenet.imagenet_root(_path(data.root))
-        files = load_image_files(root, "train", keep_excluded=True)
-        source, num_classes = str(root), files.num_classes
-        if files.excluded:
-            source += f", {len(files.excluded)} of them excluded and replaced"
-        stream = CropStream(len(files), **sharing)
-        if data.backend == "torch":
-            train = TorchFileLoader(files, stream, device, _threads(data, device), bad_files)
-        else:
-            train = DaliFileLoader(files, stream, device, *_dali(data, device), bad_files)
-    info = ImageInfo((3, data.eval_size, data.eval_size), num_classes, imagenet.MEAN, imagenet.STD)
-    return Loaders(info, source, train, _imagenet_test(data, device, bad_files), bad_files=bad_files)
-
-
-def _imagenet_test(data: ImageNetData, device: torch.device, on_bad: Callable[[str, str], None]) -> Loader:
-    batch, crop = data.eval_batch_size, (data.eval_resize, data.eval_size)
-    share = (batch, ranks.rank(), ranks.world_size())
-    if data.backend == "synthetic":
-        num_images = SYNTHETIC_EVAL_BATCHES * batch * ranks.world_size()
-        counts = (num_images, SYNTHETIC_EVAL_BATCHES, batch)
-        return SyntheticLoader(*counts, lambda _: data.eval_size, imagenet.NUM_CLASSES, device)
-    root = imagenet.imagenet_root(_path(data.root))
-    if data.format != "folders":
-        records = find_records(root, "test", data.format)
-        stream = EvalStream(count_records(records), *share)
-        labels = (records.num_classes or data.num_classes or imagenet.NUM_CLASSES, data.first_label)
-        return DaliRecordLoader(records, *labels, stream, device, *_dali(data, device), on_bad, crop)
-    files = load_image_files(root, "test", _path(data.val_labels))
-    stream = EvalStream(len(files), *share)
-    if data.backend == "torch":
-        return TorchFileLoader(files, stream, device, _threads(data, device), on_bad, crop)
-    return DaliFileLoader(files, stream, device, *_dali(data, device), on_bad, crop)
-
-
-def _dali(data: ImageNetData, device: torch.device) -> tuple[int, str]:
-    """(threads, where images are decoded)."""
-    if data.device == "gpu" and device.type != "cuda":
-        raise ValueError("data.device=gpu decodes on a GPU, and this run has none; use auto or cpu")
-    return _threads(data, device), "gpu" if device.type == "cuda" and data.device != "cpu" else "cpu"
-
-
-def _sharing(config: Config) -> dict[str, Any]:
-    """How the ranks share the batches, for a TrainStream."""
-    return {
+    """Raises UserError for a data set that is missing or damaged, EnvironmentFailure without DALI."""
+    share = {
         "global_batch": config.data.batch_size,
         "seed": config.seed,
         "rank": ranks.rank(),
@@ -183,13 +95,157 @@ def _sharing(config: Config) -> dict[str, Any]:
         "micro_batches": config.engine.accumulation_steps,
         "max_steps": config.steps_per_epoch,
     }
+    with as_user_error("data"):
+        return find_source(config.data, device).loaders(share)
 
 
-def _threads(data: ImageNetData, device: torch.device) -> int:
-    """On a CPU the model's own threads need the cores, and take far longer over an image than decoding
-    does."""
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1))
-    return data.num_threads or max(1, share if device.type == "cuda" else share // 4)
+def build_test_loader(data: DataConfig, device: torch.device) -> Loader:
+    """Files that cannot be decoded are left out. Raises as build_loaders."""
+    with as_user_error("data"):
+        return find_source(data, device, on_error="skip").test_loader()
+
+
+def find_source(data: DataConfig, device: torch.device, on_error: str | None = None) -> Source:
+    """on_error: in place of the recipe's."""
+    if isinstance(data, ArrayData):
+        return Arrays(data, device)
+    bad_files = BadFiles(on_error or data.on_error)
+    if data.backend == "synthetic":
+        return Noise(data, device, bad_files)
+    return (Folders if data.format == "folders" else Packed)(data, device, bad_files)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Small images in memory, by DALI."""
+
+    data: ArrayData
+    device: torch.device
+
+    def loaders(self, share: Mapping[str, Any]) -> Loaders:
+        train, watched = self._split("train"), {}
+        if self.data.random_labels:
+            drawn = randomise(train, self.data.random_labels, share["seed"])
+            train = drawn.train
+            watched = {"memorised": drawn.random, "memorised_true": drawn.true}
+        stream = TrainStream(len(train), **share, crop_padding=self.data.crop_padding, flip=self.data.flip)
+        loader = DaliArrayLoader(train, stream, self.device, self.data.num_threads)
+        evaluated = {name: self._evaluation(arrays) for name, arrays in watched.items()}
+        return Loaders(train.info, train.source, loader, self.test_loader(), evaluated)
+
+    def test_loader(self) -> Loader:
+        return self._evaluation(self._split("test"))
+
+    def _split(self, split: Split) -> ImageArrays:
+        return sources.load(self.data.name, _path(self.data.root), split)
+
+    def _evaluation(self, arrays: ImageArrays) -> Loader:
+        stream = EvalStream(len(arrays), self.data.eval_batch_size, ranks.rank(), ranks.world_size())
+        return DaliArrayLoader(arrays, stream, self.device, self.data.num_threads)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """What sources of images of any size share: crops, evaluation, where they are decoded."""
+
+    data: ImageNetData
+    device: torch.device
+    bad_files: BadFiles
+
+    def _crops(self, num_images: int, share: Mapping[str, Any]) -> CropStream:
+        data = self.data
+        return CropStream(num_images, **share, flip=data.flip, min_area=data.min_area, sizes=data.sizes)
+
+    def _in_order(self, num_images: int) -> EvalStream:
+        return EvalStream(num_images, self.data.eval_batch_size, ranks.rank(), ranks.world_size())
+
+    def _loaders(self, source: str, num_classes: int, train: Loader, test: Loader) -> Loaders:
+        size = self.data.eval_size
+        info = ImageInfo((3, size, size), num_classes, imagenet.MEAN, imagenet.STD)
+        return Loaders(info, source, train, test, bad_files=self.bad_files)
+
+    @property
+    def _root(self) -> Path:
+        return imagenet.imagenet_root(_path(self.data.root))
+
+    @property
+    def _evaluation(self) -> tuple[int, int]:
+        return self.data.eval_resize, self.data.eval_size
+
+    @property
+    def _threads(self) -> int:
+        """On a CPU the model's own threads need the cores, and take far longer over an image than decoding
+        does."""
+        share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1))
+        return self.data.num_threads or max(1, share if self.device.type == "cuda" else share // 4)
+
+    @property
+    def _dali(self) -> tuple[Any, ...]:
+        """(device, threads, where images are decoded, what hears of bad files), as DaliImageLoader takes
+        them."""
+        on_gpu = self.device.type == "cuda"
+        if self.data.device == "gpu" and not on_gpu:
+            raise ValueError("data.device=gpu decodes on a GPU, and this run has none; use auto or cpu")
+        decode_on = "gpu" if on_gpu and self.data.device != "cpu" else "cpu"
+        return self.device, self._threads, decode_on, self.bad_files
+
+
+class Noise(_Images):
+    """No files: batches made once, on the device."""
+
+    def loaders(self, share: Mapping[str, Any]) -> Loaders:
+        stream = self._crops(imagenet.NUM_TRAIN, share)
+        counts = stream.num_images, stream.batches_per_epoch, stream.batch_size
+        train = SyntheticLoader(*counts, stream.size, imagenet.NUM_CLASSES, self.device)
+        return self._loaders("noise", imagenet.NUM_CLASSES, train, self.test_loader())
+
+    def test_loader(self) -> Loader:
+        batches, batch = SYNTHETIC_EVAL_BATCHES, self.data.eval_batch_size
+        counts = batches * batch * ranks.world_size(), batches, batch
+        return SyntheticLoader(*counts, lambda _: self.data.eval_size, imagenet.NUM_CLASSES, self.device)
+
+
+class Folders(_Images):
+    """Image files in class folders, by DALI or torch."""
+
+    def loaders(self, share: Mapping[str, Any]) -> Loaders:
+        files = load_image_files(self._root, "train", keep_excluded=True)
+        source = str(self._root)
+        if files.excluded:
+            source += f", {len(files.excluded)} of them excluded and replaced"
+        train = self._loader(files, self._crops(len(files), share))
+        return self._loaders(source, files.num_classes, train, self.test_loader())
+
+    def test_loader(self) -> Loader:
+        files = load_image_files(self._root, "test", _path(self.data.val_labels))
+        return self._loader(files, self._in_order(len(files)), self._evaluation)
+
+    def _loader(
+        self, files: ImageFiles, stream: Stream[Any], evaluation: tuple[int, int] | None = None
+    ) -> Loader:
+        if self.data.backend == "torch":
+            return TorchFileLoader(files, stream, self.device, self._threads, self.bad_files, evaluation)
+        return DaliFileLoader(files, stream, *self._dali, evaluation)
+
+
+class Packed(_Images):
+    """Images in WebDataset, TFRecord or RecordIO files, by DALI."""
+
+    def loaders(self, share: Mapping[str, Any]) -> Loaders:
+        records, num_classes = self._records("train")
+        stream = self._crops(count_records(records), share)
+        train = DaliRecordLoader(records, num_classes, self.data.first_label, stream, *self._dali)
+        return self._loaders(f"{self._root}, {self.data.format}", num_classes, train, self.test_loader())
+
+    def test_loader(self) -> Loader:
+        records, num_classes = self._records("test")
+        stream, labels = self._in_order(count_records(records)), (num_classes, self.data.first_label)
+        return DaliRecordLoader(records, *labels, stream, *self._dali, self._evaluation)
+
+    def _records(self, split: Split) -> tuple[RecordFiles, int]:
+        """The files, and how many classes they hold."""
+        records = find_records(self._root, split, self.data.format)
+        return records, records.num_classes or self.data.num_classes or imagenet.NUM_CLASSES
 
 
 def _path(text: str | None) -> Path | None:

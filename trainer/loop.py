@@ -11,52 +11,39 @@ import torch
 from torch import nn
 
 from data.loader import Batch
-from sparsity import ACDC, Sparsity, measure
-from trainer.batch_norm import recompute_batch_norm
+from sparsity import Sparsity, measure
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.mask_history import save_masks
 from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE, RunDir
 from trainer.checkpoints.saved_model import save_model
 from trainer.checkpoints.state import Position, capture, seed_generators
-from trainer.config.schema import Config, duration_steps
+from trainer.config.schema import duration_steps
 from trainer.distributed import ranks
 from trainer.distributed.signals import StopRequest
 from trainer.engine import num_graphs, precision
 from trainer.errors import Diverged, Stopped, UserError
-from trainer.evaluate import Metrics, evaluate
+from trainer.evaluate import Metrics, evaluate, recompute_batch_norm
 from trainer.kernels import accelerate, choice_table
-from trainer.loaders import Loaders
 from trainer.monitor.clock import Clock
-from trainer.monitor.flops import RunFlops
 from trainer.monitor.records import Monitor
 from trainer.optim import learning_rate, set_learning_rate
+from trainer.task import Task
 
-ASK_SECONDS = 3.0  # between ranks' questions whether one of them was told to stop
+ASK_SECONDS = 3.0  # between ranks' questions whether one of them got a signal
 
 
 class Trainer:
     """What a run needs, built by trainer.build, and the loop over it.
 
     engine: a DeepSpeed engine around a Classifier around acdc.model. monitor: None on ranks but the first.
-    model_info: what a saved model carries along, see trainer.checkpoints.saved_model.describe_model.
     """
 
     def __init__(
-        self,
-        config: Config,
-        acdc: ACDC,
-        engine: Any,
-        device: torch.device,
-        loaders: Loaders,
-        run_dir: RunDir,
-        monitor: Monitor | None,
-        model_info: dict[str, Any],
-        flops: RunFlops,
-        position: Position,
+        self, task: Task, engine: Any, run_dir: RunDir, monitor: Monitor | None, position: Position
     ) -> None:
-        self.config, self.acdc, self.engine, self.device = config, acdc, engine, device
-        self.loaders = loaders
-        self.run_dir, self.monitor, self.model_info, self.flops = run_dir, monitor, model_info, flops
+        self.task, self.engine, self.run_dir, self.monitor = task, engine, run_dir, monitor
+        self.config, self.acdc = config, acdc = task.config, task.acdc
+        self.device, self.loaders, self.flops = task.device, task.loaders, task.flops
         self.position = position
         self.micro_batches = config.engine.accumulation_steps
         self.steps_per_epoch = acdc.steps_per_epoch
@@ -187,7 +174,7 @@ class Trainer:
         self.position.seconds = time.monotonic() - self._began
         if self.graphs_at_first is None:
             self.graphs_at_first = num_graphs()
-        bad_files = sum(ranks.everywhere(self.loaders.bad_files.count))
+        bad_files = sum(ranks.all_gather(self.loaders.bad_files.count))
         if self.monitor:
             compressed = self.acdc.actions.get(epoch) is not None
             record = {
@@ -253,7 +240,7 @@ class Trainer:
 
     def info(self) -> dict[str, Any]:
         return {
-            "model": self.model_info,
+            "model": self.task.model_info,
             "config": self.config.model_dump(mode="json"),
             "step": self.acdc.step,
             "epoch": self.position.epoch,
@@ -323,8 +310,8 @@ class Trainer:
         self.run_dir.release()
 
     def failure(self) -> str | None:
-        """What the data did that the recipe does not put up with, on any rank."""
-        return next(filter(None, ranks.everywhere(self.loaders.bad_files.failure)), None)
+        """A bad file, on any rank, where the recipe says to stop at one."""
+        return next(filter(None, ranks.all_gather(self.loaders.bad_files.failure)), None)
 
     def stop(self) -> None:
         folder = self.run_dir.resumed_by

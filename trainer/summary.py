@@ -1,4 +1,4 @@
-"""What a run says before its first step and after its last."""
+"""What a run shows before its first step and after its last."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from trainer.monitor.screen import Screen, closing_lines, closing_table
 log = logging.getLogger(__name__)
 
 
-def introduce(trainer: Trainer) -> None:
-    """Say what is about to run, on what and where."""
+def log_start(trainer: Trainer) -> None:
+    """Show what is about to run, on what and where."""
     if not trainer.monitor:
         return
     config, acdc = trainer.config, trainer.acdc
@@ -39,7 +39,7 @@ def introduce(trainer: Trainer) -> None:
         trainer.monitor.screen.say(line)
 
 
-def conclude(trainer: Trainer) -> None:
+def finish(trainer: Trainer) -> None:
     """Write result.json and report.html, show the closing table."""
     if not trainer.monitor:
         return
@@ -54,7 +54,7 @@ def conclude(trainer: Trainer) -> None:
     screen.say(f"report: {trainer.run_dir.report}")
 
 
-def conclude_both(run: RunDir) -> None:
+def finish_both(run: RunDir) -> None:
     """Put the finetuned dense model beside the pair that it belongs to."""
     result, dense = run.read_result(), RunDir(run.finetuned_dense).read_result()
     assert result is not None

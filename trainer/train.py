@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import EnvironmentLacks, Failure, Finished, UserError
+from trainer.errors import EnvironmentFailure, Failure, Finished, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def train(recipe: str, overrides: list[str]) -> None:
     mend."""
     from trainer.config.load import load_config
 
-    config = load_config(recipe, overrides)  # before the slow imports: a typing error is told at once
+    config = load_config(recipe, overrides)  # before the slow imports: a typing error is reported at once
 
     from trainer.checkpoints.run_dir import find_resumed, is_finished
     from trainer.distributed import ranks
@@ -75,7 +75,7 @@ def train(recipe: str, overrides: list[str]) -> None:
 def finetune_dense(config: Config, run: RunDir, device: torch.device) -> None:
     """The dense branch of a finished run, which stays locked meanwhile."""
     from trainer.distributed import ranks
-    from trainer.summary import conclude_both
+    from trainer.summary import finish_both
 
     gc.collect()  # the engine refers to itself: model, masters and data threads of the finished run go
     ranks.on_main(run.lock)
@@ -83,7 +83,7 @@ def finetune_dense(config: Config, run: RunDir, device: torch.device) -> None:
         with contextlib.suppress(Finished):  # but not yet concluded
             fit(dense_branch(config, run), device, run.finetuned_dense)
         if ranks.is_main():
-            conclude_both(run)
+            finish_both(run)
     finally:
         run.release()
 
@@ -110,18 +110,18 @@ def fit(config: Config, device: torch.device, path: Path | None = None) -> RunDi
     """One run to its end, in its own folder or in `path`."""
     from sparsity import MaskError
     from trainer.build import build_trainer
-    from trainer.summary import conclude, introduce
+    from trainer.summary import finish, log_start
 
     trainer = build_trainer(config, device, path)
-    introduce(trainer)
+    log_start(trainer)
     try:
         trainer.fit()
-        conclude(trainer)
+        finish(trainer)
     except MaskError as error:
         raise UserError(f"sparsity: {error}") from error
     except OSError as error:  # a full disk, a lost mount: what was saved before is whole
         folder = trainer.run_dir.resumed_by
-        raise EnvironmentLacks(f"{error}; once that is mended, go on with resume={folder}") from error
+        raise EnvironmentFailure(f"{error}; once that is mended, go on with resume={folder}") from error
     finally:
         trainer.close()
     return trainer.run_dir

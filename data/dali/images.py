@@ -1,8 +1,8 @@
 """Encoded images through DALI: what files and packed images have in common.
 
 An image that cannot be decoded never breaks a batch: another one, which depends on its place alone, stands in
-for it in training; in evaluation its place does not count. `on_bad` is told, once an image. What decides is
-the drawn window alone: a truncated image serves crops above its damage, whatever was met before."""
+for it in training; in evaluation its place does not count. `on_bad` is called once for each image. The
+drawn window alone decides: a truncated image serves crops above its damage, whatever was met before."""
 
 from __future__ import annotations
 

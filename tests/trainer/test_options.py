@@ -11,9 +11,9 @@ from torch import nn
 
 from data.loader import Batch
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
-from trainer.batch_norm import recompute_batch_norm
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.mask_history import load_masks
+from trainer.evaluate import recompute_batch_norm
 from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")

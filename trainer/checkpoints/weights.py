@@ -41,7 +41,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         )
     for name, value in state.items():
         if not bool(value.isfinite().all()):
-            raise ValueError(f"weights {path}: {name} holds values that are not finite")
+            raise ValueError(f"weights {path}: {name} holds NaN or infinite values")
     model.load_state_dict({**ours, **state})
 
 

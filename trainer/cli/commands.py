@@ -1,6 +1,6 @@
 """What the subcommands of `acdc` do with models and recipes: a thin function each.
 
-Imports are within the functions, so that a typing error is told before torch is loaded.
+Imports are within the functions, so that a typing error is reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainer.errors import EnvironmentLacks, as_user_error
+from trainer.errors import EnvironmentFailure, as_user_error
 
 
 def train(options: argparse.Namespace) -> int:
@@ -203,8 +203,8 @@ def doctor(options: argparse.Namespace) -> int:
     if found["packages"]["torch"] is not None:
         from trainer.engine import missing_for_compilation
 
-        lacking = missing_for_compilation("cuda" if found["gpus"] else "cpu")
-        print(f"{'torch.compile':22} {f'lacks {lacking}: models run uncompiled' if lacking else 'works'}")
+        needed = missing_for_compilation("cuda" if found["gpus"] else "cpu")
+        print(f"{'torch.compile':22} {f'needs a {needed}; models run uncompiled' if needed else 'works'}")
     if missing := [package for package, version in found["packages"].items() if version is None]:
-        raise EnvironmentLacks(f"missing packages: {', '.join(missing)}; pip install {' '.join(missing)}")
+        raise EnvironmentFailure(f"missing packages: {', '.join(missing)}; pip install {' '.join(missing)}")
     return 0

@@ -43,7 +43,7 @@ def launch(module: list[str], devices: int | None = None) -> int:
         # the launcher reports success when its own child was killed, and leaves the ranks behind
         _signal_group(process.pid, signal.SIGTERM)
         code = 1
-        print("error: the launcher was killed; the run was told to save and stop", file=sys.stderr)
+        print("error: the launcher was killed; the run saves and stops", file=sys.stderr)
     while _alive(process.pid):
         time.sleep(0.1)
     return 128 + received[0] if received else code

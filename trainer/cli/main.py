@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli import commands, data_commands
-from trainer.errors import EnvironmentLacks, Failure
+from trainer.errors import EnvironmentFailure, Failure
 
 
 def _positive(text: str) -> int:
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--picture", metavar="FILE", help="write the accuracy curve there instead (.svg, .png)")
     sub = command("bench", commands.bench)
     sub.add_argument("benchmark", choices=sorted(commands.BENCHMARKS))
-    sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own; --help tells them")
+    sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own; --help lists them")
     command("doctor", commands.doctor)
     return parser
 
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         return failure.exit_code
     except ModuleNotFoundError as error:
         print(f"error: {error}; make setup installs what is needed, acdc doctor lists it", file=sys.stderr)
-        return EnvironmentLacks.exit_code
+        return EnvironmentFailure.exit_code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From a recipe's text to a checked configuration, and every mistake in it told as people need it."""
+"""From a recipe's text to a checked configuration, and every mistake in it explained."""
 
 from __future__ import annotations
 

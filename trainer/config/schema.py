@@ -123,7 +123,7 @@ class SparsityConfig(Section):
         "every layer that can, or an error",
     )
     recompute_batch_norm: Duration | None = Field(
-        default=None, description="after each compression, take BatchNorm statistics anew over so much data"
+        default=None, description="after each compression, recompute BatchNorm statistics over so much data"
     )
 
     @field_validator("schedule")

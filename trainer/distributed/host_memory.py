@@ -15,7 +15,7 @@ import ctypes.util
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
-def keep_freed_memory() -> bool:
+def retain_freed_memory() -> bool:
     """Tell glibc: no blocks of their own mapping, never shrink the heap, one heap for all threads. Call it
     before threads begin. False where the C library is another one."""
     try:

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from data.places import data_home
-from trainer.distributed.host_memory import keep_freed_memory
-from trainer.errors import EnvironmentLacks, Failure
+from trainer.distributed.host_memory import retain_freed_memory
+from trainer.errors import EnvironmentFailure, Failure
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def start() -> torch.device:
     _keep_compiled_graphs()
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
-            raise EnvironmentLacks(
+            raise EnvironmentFailure(
                 f"this machine shows {torch.cuda.device_count()} GPUs, too few for device {local_rank()}; "
                 "ask for fewer with --devices (with deepspeed: --num_gpus)"
             )
@@ -60,7 +60,7 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        keep_freed_memory()
+        retain_freed_memory()
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", 1))))
     if not dist.is_initialized():
@@ -96,7 +96,7 @@ def import_deepspeed() -> Any:
         import deepspeed
         from deepspeed.ops import __compatible_ops__ as operators
     except ModuleNotFoundError as error:
-        raise EnvironmentLacks(
+        raise EnvironmentFailure(
             f"training needs DeepSpeed: pip install deepspeed==0.19.8 ({error})"
         ) from error
     deepspeed.utils.logger.setLevel("ERROR")
@@ -143,7 +143,7 @@ def gather(value: Any) -> list[Any]:
     return values or []
 
 
-def everywhere(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:
         return [value]

@@ -32,7 +32,7 @@ BATCH_SIZE = 256  # the default of the original's command
 
 @dataclass(frozen=True)
 class Command:
-    """What the original's command said besides the file. None: from the file where it tells, else the
+    """What the original's command said besides the file. None: from the file where it says so, else the
     command's default."""
 
     arch: str | None = None
@@ -82,7 +82,7 @@ def _translate(content: Mapping[str, Any], command: Command) -> dict[str, Any]:
     epochs = command.epochs or int(scheduler.get("end_epoch") or scheduler["epochs"][2])
     if compress and max(compress) >= epochs:
         raise ValueError(
-            f"it prunes in epoch {max(compress)}, and has {epochs} epochs as far as it tells; say how many "
+            f"it prunes in epoch {max(compress)}, and has {epochs} epochs by what it says; give their number "
             "with --epochs"
         )
     if len(content["trainers"]) > 1:

@@ -1,0 +1,95 @@
+"""What a run trains: data, model, masks and what they cost, checked before there is an engine or a folder."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.loader import ImageInfo
+from sparsity import ACDC, NM, Transposable24, find_escaping
+from trainer.checkpoints.saved_model import build_model, describe_model
+from trainer.checkpoints.weights import load_weights
+from trainer.config.schema import Config, SparsityConfig
+from trainer.engine import check_convolutions
+from trainer.errors import as_user_error
+from trainer.loaders import Loaders, build_loaders
+from trainer.monitor.flops import RunFlops
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """model_info: what a saved model carries along, see trainer.checkpoints.saved_model.describe_model."""
+
+    config: Config
+    device: torch.device
+    loaders: Loaders
+    acdc: ACDC
+    model_info: dict[str, Any]
+    flops: RunFlops
+
+
+def build_task(config: Config, device: torch.device, weights: str | None) -> Task:
+    """weights: a file to start from. Raises UserError and EnvironmentFailure."""
+    loaders = build_loaders(config, device)
+    model_info = describe_model(config, loaders.info)
+    torch.manual_seed(config.seed)
+    with as_user_error("model"):
+        model = build_model(model_info)
+        if weights is not None:
+            load_weights(model, Path(weights).expanduser())
+    steps_per_epoch = loaders.train.batches_per_epoch // config.engine.accumulation_steps
+    with as_user_error("sparsity"):
+        acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
+    with as_user_error("model"):
+        check_convolutions(model, device)
+        flops = RunFlops.count(model, config.data, loaders.info.shape)
+    with as_user_error("sparsity"):
+        _check_masks_hold(acdc, loaders.info, config.sparsity.exclude)
+    return Task(config, device, loaders, acdc, model_info, flops)
+
+
+def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) -> ACDC:
+    pattern, schedule = config.build_pattern(), config.build_schedule()
+    acdc = ACDC(
+        model,
+        pattern,
+        schedule,
+        steps_per_epoch,
+        include=config.include,
+        exclude=config.exclude,
+        gradual=config.build_gradual(),
+    )
+    if isinstance(pattern, NM | Transposable24):
+        pattern(acdc.weights())  # an indivisible layer ends the run now, not at the first compression
+        if layers := pattern.straddling(acdc.weights()):
+            log.warning("%s without hardware support in %s", pattern, ", ".join(layers))
+    return acdc
+
+
+def _check_masks_hold(acdc: ACDC, images: ImageInfo, excluded: list[str]) -> None:
+    """Before the run, not at its first compressed step, possibly days later."""
+    example = torch.randn(1, *images.shape, generator=torch.Generator().manual_seed(0))
+    if acdc.layers and (names := find_escaping(acdc.model, acdc.layers, example)):
+        patterns = dict.fromkeys(_pattern(name, names, list(acdc.layers)) for name in names)
+        left_out = json.dumps([*excluded, *patterns])
+        raise ValueError(
+            f"the model uses the weights of {len(names)} layers past the layer's own forward pass, where no "
+            f"mask holds: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them dense with "
+            f"'sparsity.exclude={left_out}'"
+        )
+
+
+def _pattern(name: str, names: list[str], layers: list[str]) -> str:
+    """The shortest pattern for `name`, by its last parts, that matches none of `layers` but `names`."""
+    parts = name.split(".")
+    endings = ("*." + ".".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((end for end in endings if set(fnmatch.filter(layers, end)) <= set(names)), name)
