@@ -1,6 +1,36 @@
-"""Packaging. Exact pins where a version changes what is computed or compiled; ranges elsewhere."""
+"""Packaging. The library `sparsity` needs torch alone; the trainer is the extra `train`.
+
+Exact pins where a version's insides are used (DeepSpeed's masters, DALI's decoders), ranges elsewhere. The
+one set-up that all tests and figures come from is in constraints.txt.
+"""
 
 from setuptools import find_packages, setup
+
+TRAIN = [
+    "torchvision>=0.26,<0.29",
+    "deepspeed==0.19.8",
+    "nvidia-dali-cuda130==2.4.0",
+    "numpy>=1.26",
+    "tensorboard>=2.18",
+    "pyyaml>=6.0",
+    "pydantic>=2.9",
+    "pillow>=10.4",
+    "safetensors>=0.4.5",
+    "psutil>=5.9",
+    "rich>=13.7",
+    "matplotlib>=3.9",
+]
+ONNX = ["onnx>=1.17", "onnxscript>=0.5"]
+DEV = [
+    "hypothesis>=6.100",
+    "mypy==2.4.1",
+    "onnxruntime>=1.20",
+    "pytest>=8.3",
+    "ruff==0.17.6",
+    "scikit-image>=0.24",
+    "setuptools>=77",
+    "types-PyYAML",
+]
 
 setup(
     name="acdc-train",
@@ -11,34 +41,11 @@ setup(
     packages=find_packages(include=["trainer*", "sparsity*", "data*", "configs*", "benchmarks*"]),
     package_data={"configs": ["**/*.yaml"], "data.datasets.bundled": ["*.npz", "LICENSE*"]},
     entry_points={"console_scripts": ["acdc=trainer.cli.main:main"]},
-    install_requires=[
-        "torch==2.13.0",
-        "torchvision==0.28.0",
-        "deepspeed==0.19.8",
-        "nvidia-dali-cuda130==2.4.0",
-        "numpy>=1.26",
-        "tensorboard>=2.18",
-        "pyyaml>=6.0",
-        "pydantic>=2.9",
-        "pillow>=10.4",
-        "safetensors>=0.4.5",
-        "psutil>=5.9",
-        "rich>=13.7",
-        "matplotlib>=3.9",
-    ],
+    install_requires=["torch>=2.11,<2.14"],
     extras_require={
+        "train": TRAIN,
+        "onnx": ONNX,
         "timm": ["timm>=1.0"],
-        "onnx": ["onnx>=1.17", "onnxscript>=0.5"],
-        "dev": [
-            "hypothesis>=6.100",
-            "mypy==2.4.1",
-            "onnx>=1.17",
-            "onnxruntime>=1.20",
-            "onnxscript>=0.5",
-            "pytest>=8.3",
-            "ruff==0.17.6",
-            "scikit-image>=0.24",
-            "types-PyYAML",
-        ],
+        "dev": [*TRAIN, *ONNX, *DEV],
     },
 )

@@ -44,6 +44,12 @@ class Stopped(Failure):
         self.exit_code = 128 + signal_number
 
 
+def missing_part(error: ModuleNotFoundError) -> str:
+    """The error, with what to install."""
+    text = str(error)
+    return text if "pip install" in text else f"{text}: pip install 'acdc-train[train]'"
+
+
 @contextlib.contextmanager
 def as_user_error(where: str) -> Iterator[None]:
     """Turn the ValueError or OSError of a lower floor, met while doing what the user asked, into a
@@ -51,6 +57,6 @@ def as_user_error(where: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise EnvironmentFailure(str(error)) from error
+        raise EnvironmentFailure(missing_part(error)) from error
     except (ValueError, OSError) as error:
         raise UserError(f"{where}: {error}") from error

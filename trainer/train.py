@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import EnvironmentFailure, Failure, Finished, UserError
+from trainer.errors import EnvironmentFailure, Failure, Finished, UserError, missing_part
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(5)  # the launcher ends all ranks when one ends: let the first speak
         print(f"error: {failure}" if failure.exit_code else failure, file=sys.stderr, flush=True)
         return failure.exit_code
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_part(error)}", file=sys.stderr, flush=True)
+        return EnvironmentFailure.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception:

@@ -107,6 +107,6 @@ def import_dali() -> Any:
         import nvidia.dali.types  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the data pipeline needs NVIDIA DALI: pip install nvidia-dali-cuda130==2.4.0"
+            "the data pipeline needs NVIDIA DALI: pip install 'acdc-train[train]'"
         ) from error
     return dali

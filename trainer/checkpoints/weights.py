@@ -62,11 +62,9 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path} needs safetensors to be read: pip install safetensors") from error
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -103,7 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return failure.exit_code
     except ModuleNotFoundError as error:
-        print(f"error: {error}; make setup installs what is needed, acdc doctor lists it", file=sys.stderr)
+        message = str(error)
+        if "pip install" not in message:
+            message += (
+                "; the trainer needs pip install 'acdc-train[train]', and acdc doctor lists what is missing"
+            )
+        print(f"error: {message}", file=sys.stderr)
         return EnvironmentFailure.exit_code
 
 

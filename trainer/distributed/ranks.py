@@ -97,7 +97,7 @@ def import_deepspeed() -> Any:
         from deepspeed.ops import __compatible_ops__ as operators
     except ModuleNotFoundError as error:
         raise EnvironmentFailure(
-            f"training needs DeepSpeed: pip install deepspeed==0.19.8 ({error})"
+            f"training needs DeepSpeed: pip install 'acdc-train[train]' ({error})"
         ) from error
     deepspeed.utils.logger.setLevel("ERROR")
     # DeepSpeed 0.19.8 under torch 2.13, at every start with ZeRO-1/2

@@ -54,11 +54,9 @@ def export_onnx(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
 
 
 def export_safetensors(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
-    """Names to tensors. Raises ModuleNotFoundError, saying what to install."""
-    try:
-        from safetensors.torch import save_file
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"safetensors are missing: pip install safetensors ({error})") from error
+    """Names to tensors."""
+    from safetensors.torch import save_file
+
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, path, _metadata(info))
 
@@ -69,10 +67,7 @@ def export_torch(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
 
 
 def _sparse24(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
-    try:
-        export_sparse24(model, _metadata(info), path)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"safetensors are missing: pip install safetensors ({error})") from error
+    export_sparse24(model, _metadata(info), path)
 
 
 # name -> (what writes it, suffix)
