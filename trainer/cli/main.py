@@ -103,12 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return failure.exit_code
     except ModuleNotFoundError as error:
-        message = str(error)
-        if "pip install" not in message:
-            message += (
-                "; the trainer needs pip install 'acdc-train[train]', and acdc doctor lists what is missing"
-            )
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {missing_part(error)}", file=sys.stderr)
         return EnvironmentFailure.exit_code
 
 
