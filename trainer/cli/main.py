@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli import commands, data_commands
-from trainer.errors import EnvironmentFailure, Failure
+from trainer.errors import EnvironmentFailure, Failure, missing_part
 
 
 def _positive(text: str) -> int:
