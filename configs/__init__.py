@@ -1,0 +1,1 @@
+"""Recipes by data set. Fields and how files are read: trainer.config."""

@@ -4,7 +4,7 @@ from sparsity.acdc import ACDC
 from sparsity.flops import ModelFlops, count_flops
 from sparsity.gradual import CubicSparsity
 from sparsity.guard import MaskError, find_escaping
-from sparsity.kernels import Kernel
+from sparsity.kernels.interface import Kernel
 from sparsity.kernels.semi_structured.kernel import Run24
 from sparsity.layers import MaskedConv2d, MaskedLinear, mask_layers, to_plain
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, UniformMagnitude

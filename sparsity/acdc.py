@@ -29,13 +29,15 @@ from torch import Tensor, nn
 
 from sparsity.gradual import CubicSparsity
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
-from sparsity.kernels import KERNELS, Kernel
+from sparsity.kernels.interface import Kernel
+from sparsity.kernels.semi_structured.kernel import FORWARD, TRANSPOSED
 from sparsity.layers import mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
 from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import relative_mask_difference
 
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (FORWARD, TRANSPOSED)}  # states name them
 LOOKS = 4  # whether masks hold, at the most in a phase: one after a step that is seen is enough
 
 log = logging.getLogger(__name__)
