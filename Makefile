@@ -7,15 +7,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: setup train test lint claims gpu-check clean
 setup: $(INSTALLED)
 
-$(INSTALLED): setup.py
+# First what one file serves on every machine, by its hash; then torch, whose build is the machine's; then the rest.
+$(INSTALLED): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is %s; try make PYTHON=python3.11" % sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	grep -e '--hash=' constraints.txt > .venv/hashed.txt
+	sed 's/ *--hash=.*//' constraints.txt > .venv/constraints.txt
+	$(INSTALL) --no-deps --requirement .venv/hashed.txt
+	$(INSTALL) --constraint .venv/constraints.txt torch
+	$(INSTALL) --constraint .venv/constraints.txt --editable '.[dev]'
 	@touch $@
 
 train: setup
