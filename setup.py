@@ -19,8 +19,11 @@ TRAIN = [
     "psutil>=5.9",
     "rich>=13.7",
     "matplotlib>=3.9",
+    "simplejpeg>=1.8",
+    "pebble>=5.0",
 ]
 ONNX = ["onnx>=1.17", "onnxscript>=0.5"]
+DOCS = ["mkdocs-material>=9.5"]
 DEV = [
     "hypothesis>=6.100",
     "mypy==2.4.1",
@@ -46,6 +49,7 @@ setup(
         "train": TRAIN,
         "onnx": ONNX,
         "timm": ["timm>=1.0"],
-        "dev": [*TRAIN, *ONNX, *DEV],
+        "docs": DOCS,
+        "dev": [*TRAIN, *ONNX, *DOCS, *DEV],
     },
 )
