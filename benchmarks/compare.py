@@ -136,7 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     if not isinstance(content, dict) or "environment" not in content:
-        raise UserError(f"{path} is no benchmark's record")
+        raise UserError(f"{path} is not a benchmark's record")
     return content
 
 

@@ -22,7 +22,7 @@ from benchmarks.models import IN_EPOCH, NETWORKS, Network, Ours, short_run
 def main() -> int:
     who, name, folder, steps = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no answer
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is not an answer
         step = make(who, NETWORKS[name], Path(folder), int(steps))
         for line in sys.stdin:
             for _ in range(int(line)):

@@ -113,7 +113,7 @@ class NM:
         return keep.view(input_last.shape).movedim(-1, 1)
 
     def straddling(self, weights: Weights) -> list[str]:
-        """Layers whose input channels are no multiple of m: their groups run over the border of a kernel
+        """Layers whose input channels are not a multiple of m: their groups run over the border of a kernel
         position (the paper's grouping), which no hardware kernel can use. A 3-channel stem is one."""
         return [name for name, weight in weights.items() if weight.shape[1] % self.m]
 

@@ -25,7 +25,7 @@ class Transposable24:
     """Keep the best 2 of 4 in each row and column of every 4 x 4 block of (output, input) channels.
 
     A convolution's kernel positions are taken one by one, so that its (out, kh, kw, in) reading is 2:4 along
-    the inputs and along the outputs. A layer whose output or input channels are no multiple of 4 follows
+    the inputs and along the outputs. A layer whose output or input channels are not a multiple of 4 follows
     NM(2, 4), see `straddling`. Equal sums: the first pattern, in lexicographic order of kept columns.
     """
 

@@ -120,7 +120,7 @@ def build_engine(
         clipping := engine.gradient_clipping(), int | float
     ):  # DeepSpeed finds out at the first step
         raise UserError(
-            f"engine.deepspeed {config.engine.deepspeed}: gradient_clipping {clipping!r} is no number"
+            f"engine.deepspeed {config.engine.deepspeed}: gradient_clipping {clipping!r} is not a number"
         )
     if config.engine.zero_stage == 0:
         # Not earlier: initialize() refuses such weights. Not for ZeRO-1/2: its flat masters undo it.

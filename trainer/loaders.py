@@ -181,7 +181,7 @@ class _Images:
 
     @property
     def _dali(self) -> tuple[Any, ...]:
-        """(device, threads, where images are decoded, what hears of bad files), as DaliImageLoader takes
+        """(device, threads, where images are decoded, what is called for bad files), as DaliImageLoader takes
         them."""
         on_gpu = self.device.type == "cuda"
         if self.data.device == "gpu" and not on_gpu:

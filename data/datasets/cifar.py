@@ -95,7 +95,7 @@ def _read_binary(variant: Variant, path: Path) -> tuple[NDArray[np.uint8], NDArr
     record = variant.label_bytes + PIXELS
     if not content or len(content) % record:
         raise ValueError(
-            f"{path}: {len(content)} bytes are no whole number of {variant.name} records of {record}"
+            f"{path}: {len(content)} bytes are not a whole number of {variant.name} records of {record}"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, record)
     return records[:, variant.label_bytes :], records[:, variant.label_bytes - 1].astype(np.int64)
@@ -122,7 +122,7 @@ def _read(variant: Variant, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{variant.name} is not whole: {path} is missing") from error
+        raise FileNotFoundError(f"{variant.name} is incomplete: {path} is missing") from error
 
 
 class _Unpickler(pickle.Unpickler):

@@ -90,4 +90,4 @@ def _read_archive(path: Path, split: Split) -> dict[str, NDArray[np.uint8]]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in (f"{split}_images", f"{split}_labels")}
     except (KeyError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a whole Fashion-MNIST archive: {error}") from error
+        raise ValueError(f"{path}: not a complete Fashion-MNIST archive: {error}") from error

@@ -89,15 +89,15 @@ def load_image_files(
         classes = classes or named
         numbers = {name: number for number, name in enumerate(classes)}
         if unknown := [name for name in named if name not in numbers]:
-            raise ValueError(f"{folder} has classes that training has not: {_few(unknown)}")
+            raise ValueError(f"{folder} has classes that training does not have: {_few(unknown)}")
         by_class = sorted((here.split("/")[1], here, files) for here, files in found if "/" in here)
         pairs = [(f"{here}/{file}", numbers[name]) for name, here, files in by_class for file in files]
     else:
         label_file = label_file or _find_label_file(root)
         if label_file is None and named:
             raise ValueError(
-                f"{folder} has classes that training has not: {_few(named)}; if these are no classes, give "
-                "data.val_labels=FILE"
+                f"{folder} has classes that training does not have: {_few(named)}; if these are "
+                "not classes, give data.val_labels=FILE"
             )
         inside = [f"{here}/{file}".partition("/")[2] for here, files in found for file in files]
         labels = _labels_of(inside, _read_labels(root, label_file, classes), folder)
@@ -177,7 +177,7 @@ def _labels_of(files: list[str], labels: dict[str, int], folder: Path) -> list[i
     """The label of each file, a path in `folder`: the one that `labels` has for this path, else for the name
     alone. Raises ValueError for files that have none, or for whose name there are several."""
     keys = {file: os.path.splitext(file)[0] for file in files}
-    by_name: dict[str, set[int]] = {}  # labels of what is no file's path
+    by_name: dict[str, set[int]] = {}  # labels of what is not a file's path
     for key in labels.keys() - keys.values():
         by_name.setdefault(_name(key), set()).add(labels[key])
     rest = {file: _name(key) for file, key in keys.items() if key not in labels}

@@ -245,7 +245,7 @@ def test_a_run_in_progress_is_not_resumed_by_a_second_process(tiny_data, tmp_pat
             "model: torchvision's models take 3 input",
         ),
         (["run_root=/dev/null/runs"], "run_root /dev/null/runs: the run folder cannot be written"),
-        (["resume=/nowhere"], "resume /nowhere: no whole training checkpoint in /nowhere/checkpoints"),
+        (["resume=/nowhere"], "resume /nowhere: no whole checkpoint in /nowhere/checkpoints"),
         (["engine.deepspeed=/nowhere.json"], "engine.deepspeed /nowhere.json: "),
         (["optimizer.lrr=1"], "optimizer.lrr: unknown key; did you mean optimizer.lr?"),
     ],

@@ -70,7 +70,7 @@ def read_info(folder: Path) -> dict[str, Any]:
         try:
             actual = sha256(folder / name)
         except OSError as error:
-            raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from error
+            raise CheckpointError(f"{folder} is a damaged or incomplete checkpoint: {error}") from error
         if actual != expected:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
     return manifest["info"]
@@ -93,12 +93,12 @@ def training_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest training state that passes its check; damaged ones are passed over with a warning."""
+    """The newest training state that passes its check; damaged ones are skipped with a warning."""
     for path in reversed(training_checkpoints(folder)):
         try:
             read_info(path)
         except CheckpointError as error:
-            log.warning("passed over: %s", error)
+            log.warning("skipped: %s", error)
         else:
             return path
     return None
@@ -126,7 +126,7 @@ def set_folder_aside(path: Path) -> None:
 def remove_old(folder: Path, keep: int) -> None:
     """Remove all training states but the newest `keep`, and what a killed run left half done."""
     for path in training_checkpoints(folder)[:-keep]:
-        path.rename(path.with_name(f".{path.name}.removed"))  # from here on it is no checkpoint, whole or not
+        path.rename(path.with_name(f".{path.name}.removed"))  # from here on it is not a checkpoint
     for path in folder.glob(".*"):
         shutil.rmtree(path, ignore_errors=True)
 

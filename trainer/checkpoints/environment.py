@@ -70,7 +70,7 @@ def _cpu() -> str:
 def revision(root: Path = ROOT) -> str | None:
     """The git revision of the code, with CHANGES where the tree differs from it; None outside a checkout.
 
-    Records of benchmarks (RECORDS) are no code: writing one changes nothing that the next one measures."""
+    Records of benchmarks (RECORDS) are not code: writing one changes nothing that the next one measures."""
     if not (root / ".git").exists():  # else git would name the repository around an installed package
         return None
     try:

@@ -41,5 +41,5 @@ def load_masks(path: Path) -> dict[str, Tensor]:
                 bits = np.unpackbits(arrays[name], count=int(np.prod(shape)))
                 masks[name] = torch.from_numpy(bits.astype(bool)).view(shape)
     except (zipfile.BadZipFile, KeyError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} is no file of masks: {error}") from error
+        raise ValueError(f"{path} is not a file of masks: {error}") from error
     return masks

@@ -172,7 +172,7 @@ def find_resumed(config: Config, path: Path | None = None) -> tuple[RunDir, Path
     else:
         run, newest = RunDir(path), newest_whole(path / "checkpoints")
         if newest is None:
-            raise UserError(f"resume {config.resume}: no whole training checkpoint in {path / 'checkpoints'}")
+            raise UserError(f"resume {config.resume}: no whole checkpoint in {path / 'checkpoints'}")
         state = newest
     if difference := _other_beginning(run, config):
         raise UserError(f"resume {config.resume}: {difference}; leave that out, or begin a new run")

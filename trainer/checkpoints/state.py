@@ -143,10 +143,10 @@ def _check_parts(state: Any) -> None:
     parts = {"model": dict, "optimizer": dict, "acdc": dict, "position": dict, "data": dict, "ranks": list}
     for name, kind in parts.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
-            raise ValueError(f"it is no training state: {name} is missing")
+            raise ValueError(f"it is not a training state: {name} is missing")
     for name in ("epoch", "step"):
         if not isinstance(state["position"].get(name), int):
-            raise ValueError(f"it is no training state: its {name} is no number")
+            raise ValueError(f"it is not a training state: its {name} is not a number")
 
 
 def _check_optimizer(model: nn.Module, states: Mapping[str, Any]) -> None:

@@ -68,7 +68,7 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"weights {path}: no whole safetensors file: {error}") from error
+        raise ValueError(f"weights {path}: not a complete safetensors file: {error}") from error
 
 
 def _read_torch(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Progress of long work that is no training: a bar with the time left on a terminal, lines elsewhere."""
+"""Progress of long work other than training: a bar with the time left on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-LINE_EVERY = 10.0  # seconds between lines where the output is no terminal
+LINE_EVERY = 10.0  # seconds between lines where the output is not a terminal
 
 
 @contextmanager

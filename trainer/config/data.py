@@ -79,7 +79,7 @@ class ImageNetData(Section):
         epochs = [pair[0] for pair in pairs if len(pair) == 2 and pair[0] >= 0 and pair[1] >= 8]
         if len(epochs) != len(pairs) or epochs != sorted(set(epochs)) or (epochs and epochs[0] != 0):
             raise ValueError(
-                f"{pairs} is no list of [epoch, side] pairs with rising epochs, the first of them 0"
+                f"{pairs} is not a list of [epoch, side] pairs with rising epochs, the first of them 0"
             )
         return pairs
 

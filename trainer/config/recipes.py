@@ -129,7 +129,7 @@ def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return content
     if not isinstance(base, str) or not (path.parent / base).is_file():
-        raise UserError(f"{path}: base {base!r} is no file beside it")
+        raise UserError(f"{path}: base {base!r} is not a file beside it")
     chain = (*below, path.resolve())
     if (path.parent / base).resolve() in chain:
         raise UserError(f"{path}: base {base!r} leads back to itself")
@@ -156,7 +156,7 @@ def override(content: dict[str, Any], assignments: Iterable[str]) -> None:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise UserError(f"{assignment!r} is no override; write key=value, e.g. optimizer.lr=0.1")
+            raise UserError(f"{assignment!r} is not an override; write key=value, e.g. optimizer.lr=0.1")
         if not text.strip():
             raise UserError(f"{assignment!r} gives no value; for none write {key}=null")
         try:

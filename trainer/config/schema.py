@@ -26,7 +26,7 @@ _TRANSPOSABLE = "2:4 transposable"
 
 def _check_duration(value: Any) -> Any:
     if not isinstance(value, str) or _DURATION.fullmatch(value) is None:
-        raise ValueError(f"{value!r} is no duration; write a number of epochs or steps: 1ep, 500st")
+        raise ValueError(f"{value!r} is not a duration; write a number of epochs or steps: 1ep, 500st")
     return value
 
 

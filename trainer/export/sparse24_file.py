@@ -61,7 +61,7 @@ def read_sparse24(path: Path) -> dict[str, Tensor]:
             shapes: dict[str, Any] = json.loads((file.metadata() or {})[SHAPES])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no file of acdc export --format sparse24: {error}") from error
+        raise ValueError(f"{path} is not a file of acdc export --format sparse24: {error}") from error
     for key, (outputs, inputs, *kernel) in shapes.items():
         packed = Packed24(state.pop(f"{key}.values"), state.pop(f"{key}.places"))
         state[key] = unpack24(packed).view(outputs, *kernel, inputs).movedim(-1, 1).contiguous()

@@ -16,7 +16,7 @@ class MobileNetV1(nn.Module):
     """Input (N, in_channels, H, W), at ImageNet 224 x 224; output (N, num_classes) logits.
 
     width: multiplies every number of channels but input and output; 0.25, 0.5, 0.75 and 1 are usual. Raises
-    ValueError where a number of channels would be no whole number.
+    ValueError where a number of channels would not be a whole number.
     """
 
     def __init__(self, num_classes: int = 1000, width: float = 1.0, in_channels: int = 3) -> None:
@@ -54,6 +54,6 @@ def _scaled(channels: int, width: float) -> int:
     scaled = round(channels * width)
     if scaled < 1 or scaled != channels * width:
         raise ValueError(
-            f"width {width}: {channels} channels times it is no whole number; e.g. 0.25, 0.5, 0.75, 1"
+            f"width {width}: {channels} channels times it is not a whole number; e.g. 0.25, 0.5, 0.75, 1"
         )
     return scaled

@@ -94,7 +94,7 @@ def load_original(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
 def read_original(path: Path) -> dict[str, Any]:
     """The checkpoint's dict, with everything but tensors and plain values replaced by inert objects.
 
-    Raises OriginalError when the file is damaged, is no such checkpoint, or asks for anything that such
+    Raises OriginalError when the file is damaged, is not such a checkpoint, or asks for anything that such
     checkpoints do not need; nothing is executed in any case.
     """
     if not path.is_file():
@@ -102,7 +102,7 @@ def read_original(path: Path) -> dict[str, Any]:
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except _UNREADABLE as error:
-        raise OriginalError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
+        raise OriginalError(f"{path} is a damaged or incomplete checkpoint: {_first_line(error)}") from error
     if strange := [name for name in named if _INERT.match(name) is None]:
         raise OriginalError(
             f"{path} asks for {', '.join(strange)}, which no checkpoint needs; nothing was run"
@@ -111,10 +111,10 @@ def read_original(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(_Inert, name) for name in named]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        raise OriginalError(f"{path} is not a whole checkpoint: {_first_line(error)}") from error
+        raise OriginalError(f"{path} is a damaged or incomplete checkpoint: {_first_line(error)}") from error
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise OriginalError(f"{path} is no checkpoint of the original: it has no model_state_dict of tensors")
+        raise OriginalError(f"{path} is not a checkpoint of the original: no model_state_dict of tensors")
     return content
 
 

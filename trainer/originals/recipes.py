@@ -47,7 +47,7 @@ def import_config(path: Path, command: Command) -> dict[str, Any]:
     content = read_yaml(path)
     try:
         if not isinstance(content, Mapping):
-            raise ValueError("it is no mapping of keys to values")
+            raise ValueError("it is not a mapping of keys to values")
         return _translate(content, command)
     except KeyError as error:
         raise ValueError(f"{path}: no {error} where the paper's files have one") from error

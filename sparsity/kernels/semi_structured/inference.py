@@ -65,7 +65,7 @@ def pack_layers(model: nn.Module, names: Iterable[str], dtype: torch.dtype) -> N
     for name in names:
         layer = layers[name]
         if not isinstance(layer, nn.Linear | nn.Conv2d) or not is_24(layer.weight.detach().flatten(1)):
-            raise ValueError(f"layer {name!r} is no 2:4 layer")
+            raise ValueError(f"layer {name!r} is not a 2:4 layer")
         packed = PackedConv24(layer, dtype) if isinstance(layer, nn.Conv2d) else PackedLinear24(layer, dtype)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, packed)

@@ -111,9 +111,9 @@ def reason_unsupported(layer: nn.Module, num_rows: int) -> str | None:
         assert isinstance(layer, nn.Linear)
         outputs, inputs = layer.out_features, layer.in_features
     if outputs % TILE or inputs % TILE:
-        return f"{outputs}x{inputs} is no multiple of {TILE}"
+        return f"{outputs}x{inputs} is not a multiple of {TILE}"
     if num_rows % ROWS:
-        return f"{num_rows} rows are no multiple of {ROWS}"
+        return f"{num_rows} rows are not a multiple of {ROWS}"
     return None
 
 

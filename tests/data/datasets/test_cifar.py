@@ -90,7 +90,12 @@ def test_nothing_in_a_pickle_is_executed(tmp_path, protocol):
         (write_python, "test_batch", lambda content: content[: len(content) // 2], "not a CIFAR-10 batch"),
         (write_python, "test_batch", lambda content: b"", "not a CIFAR-10 batch"),
         (write_python, "test_batch", lambda content: pickle.dumps([1, 2]), "holds no uint8 images"),
-        (write_binary, "test_batch.bin", lambda content: content[:-1], "61459 bytes are no whole number of"),
+        (
+            write_binary,
+            "test_batch.bin",
+            lambda content: content[:-1],
+            "61459 bytes are not a whole",
+        ),
         (write_binary, "test_batch.bin", lambda content: b"\xff" * 3073, "labels run from 255 to 255"),
     ],
 )
@@ -103,5 +108,5 @@ def test_damaged_files_are_named(tmp_path, write, name, damage, message):
 
 def test_a_missing_part_is_named(tmp_path):
     (write_binary(tmp_path, CIFAR10) / "data_batch_3.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is not whole: .*data_batch_3\.bin is missing"):
+    with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is incomplete: .*data_batch_3\.bin is missing"):
         cifar.load(CIFAR10, tmp_path, "train")

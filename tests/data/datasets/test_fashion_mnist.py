@@ -38,7 +38,7 @@ def test_missing_and_damaged_sets_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no Fashion-MNIST .*train-images-idx3-ubyte"):
         fashion_mnist.load(tmp_path, "train")
     (tmp_path / fashion_mnist.ARCHIVE).write_bytes(b"PK\x03\x04 no archive")
-    with pytest.raises(ValueError, match="not a whole Fashion-MNIST archive"):
+    with pytest.raises(ValueError, match="not a complete Fashion-MNIST archive"):
         fashion_mnist.load(tmp_path, "train")
 
 

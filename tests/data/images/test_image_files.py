@@ -80,7 +80,7 @@ def test_flat_val_with_the_distributed_devkit(root):
         ),
         (lambda root: (flat(root) / "val.txt").write_text("a b c\n"), "line 1: 'a b c' is not FILE CLASS"),
         (lambda root: (flat(root) / "val.txt").write_text("a.JPEG 9\n"), "class '9', which is none of"),
-        (lambda root: touch(root / "val" / "n99" / "a.JPEG"), "classes that training has not: n99"),
+        (lambda root: touch(root / "val" / "n99" / "a.JPEG"), "classes that training does not have: n99"),
     ],
 )
 def test_what_is_wrong_is_said(root, prepare, expected):
@@ -206,7 +206,7 @@ def test_nested_val_with_a_label_file(root, rows, expected):
     assert files.labels.tolist() == expected
     assert files.classes == ("n01", "n02")
     (root / "val.txt").rename(root / "elsewhere.txt")
-    with pytest.raises(ValueError, match="classes that training has not: p, q; if these are no classes"):
+    with pytest.raises(ValueError, match="training does not have: p, q; if these are not classes"):
         load_image_files(root, "test")
     assert load_image_files(root, "test", root / "elsewhere.txt").labels.tolist() == expected
 
@@ -241,7 +241,7 @@ def test_class_folders_of_val_need_no_label_file(root):
     (root / "val.txt").write_text("a.JPEG 0\n")
     assert load_image_files(root, "test").labels.tolist() == [1]
     touch(root / "val" / "n99" / "a.JPEG")
-    with pytest.raises(ValueError, match="classes that training has not: n99"):
+    with pytest.raises(ValueError, match="classes that training does not have: n99"):
         load_image_files(root, "test")
 
 

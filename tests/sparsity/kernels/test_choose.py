@@ -84,7 +84,7 @@ def test_candidates_fit_at_every_size():
     assert shapes == {"0": Shape(128, 16, 32)}
     assert reasons == {
         "1": "3x3 kernel",
-        "2": "18 rows are no multiple of 8",
-        "3": "10x48 is no multiple of 16",
+        "2": "18 rows are not a multiple of 8",
+        "3": "10x48 is not a multiple of 16",
         "4": "not run in a forward pass",
     }

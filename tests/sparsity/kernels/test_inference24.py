@@ -42,7 +42,7 @@ def test_packed_layers_answer_the_same(bias):
 
 def test_a_dense_layer_is_refused():
     net = make()
-    with pytest.raises(ValueError, match="layer '6' is no 2:4 layer"):
+    with pytest.raises(ValueError, match="layer '6' is not a 2:4 layer"):
         pack_layers(net, ["6"], torch.float32)
     net[5].weight.data[0, 0:3] = 1.0
     assert packable(net) == ["0"]

@@ -113,8 +113,8 @@ def test_what_does_not_fit_is_said():
     assert reason_unsupported(nn.Conv2d(64, 64, 3), 64) == "3x3 kernel"
     assert reason_unsupported(nn.Conv2d(64, 64, 1, groups=2), 64) == "groups or padding"
     assert reason_unsupported(nn.Conv2d(64, 64, 1, padding=1), 64) == "groups or padding"
-    assert reason_unsupported(nn.Linear(64, 10), 64) == "10x64 is no multiple of 16"
-    assert reason_unsupported(nn.Conv2d(64, 64, 1), 63) == "63 rows are no multiple of 8"
+    assert reason_unsupported(nn.Linear(64, 10), 64) == "10x64 is not a multiple of 16"
+    assert reason_unsupported(nn.Conv2d(64, 64, 1), 63) == "63 rows are not a multiple of 8"
     assert reason_unsupported(nn.Conv2d(64, 32, 1, 2), 64) is None
     assert "a GPU" in missing(torch.device("cpu"))
 

@@ -47,7 +47,7 @@ def test_what_is_no_checkpoint_is_told(tmp_path, saved):
     with pytest.raises(CheckpointError, match=r"is not a checkpoint: no readable manifest\.json"):
         checkpoint.read_info(tmp_path / "nowhere")
     (saved / checkpoint.STATE).unlink()
-    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="is a damaged or incomplete checkpoint"):
         checkpoint.read_info(saved)
     for text in ("[]", "{", '{"format": 1}', '{"format": 1, "sha256": [], "info": {}}'):
         (saved / checkpoint.MANIFEST).write_text(text)

@@ -79,7 +79,7 @@ def test_resolved_configuration_loads_again(tmp_path):
         ),
         (
             "save.every=5",
-            "save.every: 5 is no duration; write a number of epochs or steps: 1ep, 500st",
+            "save.every: 5 is not a duration; write a number of epochs or steps: 1ep, 500st",
         ),
         ("sparsity.target=1.0", "sparsity.target: should be less than 1, not 1.0"),
         ("sparsity.target=null", "sparsity: pattern global needs a target"),
@@ -97,7 +97,7 @@ def test_resolved_configuration_loads_again(tmp_path):
         ("optimizer.momentum=0", "nesterov needs a momentum above 0"),
         ("name=../up", "name: "),
         ("epochs.more=1", "'epochs' holds 14, which has no keys below it"),
-        ("epochs", "'epochs' is no override; write key=value"),
+        ("epochs", "'epochs' is not an override; write key=value"),
         ("epochs=[1", "the value of 'epochs=[1' cannot be read"),
         ("seed=1__0", "seed: should be a valid integer, not '1__0'"),
         ("seed=36893488147419103232", "seed: should be less than or equal to"),
@@ -150,7 +150,7 @@ def test_recipes_build_on_a_base(tmp_path):
     (tmp_path / "_base.yaml").write_text("base: mine.yaml\n")
     assert "leads back to itself" in failure(recipe=str(recipe))
     recipe.write_text("base: nothing.yaml\n")
-    assert "base 'nothing.yaml' is no file beside it" in failure(recipe=str(recipe))
+    assert "base 'nothing.yaml' is not a file beside it" in failure(recipe=str(recipe))
 
 
 def test_yaml_without_its_traps(tmp_path):

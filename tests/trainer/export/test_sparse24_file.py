@@ -44,5 +44,5 @@ def test_another_file_is_refused(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
     (tmp_path / "none.safetensors").write_bytes(b"no file of that kind")
     for name in ("plain", "none"):
-        with pytest.raises(ValueError, match=f"{name}.safetensors is no file of acdc export"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors is not a file of acdc export"):
             read_sparse24(tmp_path / f"{name}.safetensors")

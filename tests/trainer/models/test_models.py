@@ -157,7 +157,7 @@ def test_wide_resnet_is_the_papers_variant():
     [
         ("resnet51", {}, "unknown model 'resnet51'; did you mean 'resnet5"),
         ("resnet20", {"heigth": 3}, "unexpected keyword argument 'heigth'"),
-        ("mobilenetv1", {"width": 0.3}, "32 channels times it is no whole number"),
+        ("mobilenetv1", {"width": 0.3}, "32 channels times it is not a whole number"),
         ("wide_resnet28_10", {"depth": 27}, "WideResNets have 6 n \\+ 4 layers"),
         ("resnet_cifar", {"depth": 8, "width": 0}, "width 0"),
         ("torchvision:resnet19", {}, "torchvision has no classification model 'resnet19'; did you mean"),

@@ -114,7 +114,7 @@ def test_truncated_and_foreign_files(original, tmp_path):
         with pytest.raises(OriginalError, match=r"bad\.ckpt"):
             load_original(path, "resnet20")
     torch.save([1, 2], path)
-    with pytest.raises(OriginalError, match="no checkpoint of the original"):
+    with pytest.raises(OriginalError, match="not a checkpoint of the original"):
         load_original(path, "resnet20")
     with pytest.raises(OriginalError, match="no such file"):
         load_original(tmp_path / "nowhere.ckpt", "resnet20")
