@@ -40,9 +40,9 @@ class DaliFileLoader(DaliImageLoader):
     def _names(self, position: Position, draw: Any) -> list[str]:
         return [self.files.files[file] for file in self._files_at(position, draw.indices)]
 
-    def _failing(self, inputs: tuple[Any, ...], rows: list[int]) -> dict[int, str]:
+    def _failing(self, trial: Any, inputs: tuple[Any, ...]) -> dict[int, str]:
         """Raises OSError where no file of the batch is there."""
-        failing = super()._failing(inputs, rows)
+        failing = super()._failing(trial, inputs)
         paths = inputs[0]
         if len(failing) == len(paths) and not any(os.path.exists(path.tobytes()) for path in paths):
             first = os.fsdecode(paths[0].tobytes())

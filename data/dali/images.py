@@ -102,10 +102,10 @@ class DaliImageLoader(DaliLoader):
     def _skip_failing(self) -> bool:
         """Find what fails in the batches under way; from now on another image stands in there. False: nothing
         does."""
-        position, found = self.position, False
+        position, found, trial = self.position, False, _Trial(self)
         for _ in range(PREFETCH + 1):
             draw = self.stream.draw(*position)
-            failing = self._failing(self._feed(position, draw), list(range(self.stream.batch_size)))
+            failing = self._failing(trial, self._feed(position, draw))
             names = self._names(position, draw) if failing else []
             for i, why in failing.items():
                 place = (*position, i)
@@ -117,15 +117,29 @@ class DaliImageLoader(DaliLoader):
             position = self.after(position)
         return found
 
-    def _failing(self, inputs: tuple[Any, ...], rows: list[int]) -> dict[int, str]:
-        """The rows of a batch's inputs that cannot be decoded, and why: try all, and halves where that
-        fails."""
-        part = tuple([whole[row] for row in rows] for whole in inputs)
+    def _failing(self, trial: _Trial, inputs: tuple[Any, ...]) -> dict[int, str]:
+        """The rows of a batch's inputs that cannot be decoded, and why."""
+        return trial.failing(inputs, list(range(self.stream.batch_size)))
+
+
+class _Trial:
+    """Tries images out, in a pipeline of its own until that has met a bad one: then it is of no more use."""
+
+    def __init__(self, loader: DaliImageLoader) -> None:
+        self._loader, self._serialized = loader, loader.serialize()
+        self._pipeline: Any = None
+
+    def failing(self, inputs: tuple[Any, ...], rows: list[int]) -> dict[int, str]:
+        """The rows that cannot be decoded, and why: all are tried, and halves where that fails."""
+        self._pipeline = self._pipeline or self._loader.deserialize(self._serialized)
         try:
-            self.build(iter([part]), len(rows)).run()
+            for i, whole in enumerate(inputs):
+                self._pipeline.feed_input(str(i), [whole[row] for row in rows])
+            self._pipeline.run()
         except RuntimeError as error:
+            self._pipeline = None
             if len(rows) == 1:
                 return {rows[0]: reason(str(error))}
             half = len(rows) // 2
-            return {**self._failing(inputs, rows[:half]), **self._failing(inputs, rows[half:])}
+            return {**self.failing(inputs, rows[:half]), **self.failing(inputs, rows[half:])}
         return {}
