@@ -1,5 +1,6 @@
 # make train    set up, then train AC/DC on Fashion-MNIST
-# make test     set up, then run the tests
+# make test     set up, then run the tests that are not marked slow (about three minutes)
+# make test-slow  the slow tests: real launches, two ranks, damaged data (several minutes more)
 # make setup    the set-up alone: .venv with pinned dependencies
 # make lint     ruff and mypy
 # make gpu-check  what needs a GPU: tests and all benchmarks, within 9 minutes, with what is installed
@@ -9,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: setup train test lint claims gpu-check clean
+.PHONY: setup train test test-slow lint claims gpu-check clean
 setup: $(INSTALLED)
 
 # First what one file serves on every machine, by its hash; then torch, whose build is the machine's; then the rest.
@@ -27,7 +28,10 @@ train: setup
 	$(BIN)/acdc train quickstart --devices 1
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .

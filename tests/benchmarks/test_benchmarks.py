@@ -55,6 +55,7 @@ def test_overhead(monkeypatch, tmp_path, capsys):
     assert "ours / stock" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_throughput(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(turns, "QUIET", 0.05)
     small = ["resnet20", "--batch", "8", "--turns", "2", "--steps", "3", "--warmup", "1"]
@@ -144,6 +145,7 @@ def test_phase_switch(monkeypatch, tmp_path):
         assert result["compress"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_kernels24(monkeypatch, tmp_path, capsys):
     record = run(kernels24, monkeypatch, tmp_path, "--most", "1")
     assert record["reference"]
@@ -152,6 +154,7 @@ def test_kernels24(monkeypatch, tmp_path, capsys):
     assert "no 2:4 kernels on this machine" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_inference_of_a_24_model(monkeypatch, tmp_path, tiny_data, capsys):
     model = ["model.name=mobilenetv1", "model.arguments={width: 0.25}"]
     pruned = [

@@ -250,6 +250,7 @@ def test_the_fingerprint_names_what_shapes_the_stream(tree):
     assert other(tree).fingerprint() != loader.fingerprint()
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same(tree):
     alone, workers = other(tree), other(tree, workers=2)
     for a, b in zip(alone.epoch(0), workers.epoch(0), strict=True):
@@ -257,6 +258,7 @@ def test_worker_processes_give_the_same(tree):
         assert torch.equal(a.labels, b.labels)
 
 
+@pytest.mark.slow
 def test_a_damaged_part_counts_only_where_it_is_needed(tmp_path):
     """Truncated files serve crops above the damage: what a batch holds depends on its own draw, not on what
     was met before, nor on the number of ranks. Portraits, squares, landscapes."""
@@ -301,6 +303,7 @@ def test_a_lost_mount_is_told_at_once(tmp_path):
         list(loader.epoch(0))
 
 
+@pytest.mark.slow
 def test_a_process_ends_though_its_loader_is_in_use(tree):
     program = (
         "import sys, torch\n"

@@ -225,6 +225,7 @@ def test_export_is_plain_and_equal():
     assert torch.equal(exported(x), net.eval()(x))
 
 
+@pytest.mark.slow
 def test_phase_switches_do_not_recompile():
     """Four compressions and three decompressions: one graph for training, one for evaluation."""
     torch._dynamo.reset()

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from sparsity import ACDC, NM, GlobalMagnitude, PhaseSchedule, UniformMagnitude, num_leaked
+from tests.slow import slow
 from trainer.models import get_model
 
 COMPRESS_AT = (3, 9)
@@ -23,7 +24,7 @@ def recorded_masks(reference, step, acdc):
         yield name, torch.from_numpy(bits.astype(bool)).view(mask.shape)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["global90", *slow(*(case for case in CASES if case != "global90"))])
 def test_recorded_trajectory(case, golden):
     pattern, nesterov = CASES[case]
     inputs, reference = np.load(golden / "trajectory_inputs.npz"), np.load(golden / f"trajectory_{case}.npz")

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from tests.slow import slow
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.saved_model import load_model
@@ -68,7 +69,7 @@ def interrupted(both, tmp_path, step):
     return run
 
 
-@pytest.mark.parametrize("step", [50, 56, None])
+@pytest.mark.parametrize("step", [None, *slow(50, 56)])
 def test_an_interrupted_branch_is_resumed(both, tiny_data, tmp_path, capsys, step):
     run = interrupted(both, tmp_path, step)
     options = ["finetune_dense=true", "save.every=4st", "save.keep=9"]
@@ -84,6 +85,7 @@ def test_an_interrupted_branch_is_resumed(both, tiny_data, tmp_path, capsys, ste
     assert "is finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_dense_twin_gets_another_branch(both, tiny_data, tmp_path):
     run = interrupted(both, tmp_path, None)
     point = checkpoint.step_folder(run / "checkpoints", 40)
@@ -112,7 +114,9 @@ def stop_at(monkeypatch, path_ends, step):
     monkeypatch.setattr(Trainer, "train_batch", watched)
 
 
-@pytest.mark.parametrize(("where", "step"), [("", 60), ("finetuned_dense", 53)])
+@pytest.mark.parametrize(
+    ("where", "step"), [("", 60), pytest.param("finetuned_dense", 53, marks=pytest.mark.slow)]
+)
 def test_a_signal_before_or_within_the_branch(both, tiny_data, tmp_path, monkeypatch, capsys, where, step):
     with monkeypatch.context() as patch:
         stop_at(patch, where, step)
@@ -145,6 +149,7 @@ def test_resume_does_not_take_another_beginning(both, tiny_data, tmp_path, capsy
     assert f"that run began with checkpoint={point}, not with {other}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_shared_warm_up(tiny_data, tmp_path):
     """As the paper's runs without first and last layer: from another run's dense warm-up, with other layers
     and another sparsity. It is the run that a fresh start with that recipe would have been."""
@@ -158,6 +163,7 @@ def test_a_shared_warm_up(tiny_data, tmp_path):
         assert_equal_states(a[key], b[key], key)
 
 
+@pytest.mark.slow
 def test_a_branch_within_a_sparse_phase_takes_the_masks_along(tiny_data, tmp_path):
     schedule = "sparsity.schedule=dense 1, sparse 5"
     first = run_here(tiny_data, tmp_path / "a", schedule, "save.every=10st", "save.keep=9")
@@ -213,7 +219,7 @@ def first_loss(run):
 ONE = ["epochs=1", "sparsity={schedule: dense 1}", "optimizer.lr=1e-12", "lr.warmup_epochs=0"]
 
 
-@pytest.mark.parametrize("form", ["run", "checkpoint", "torch", "nested", "safetensors"])
+@pytest.mark.parametrize("form", ["run", *slow("checkpoint", "torch", "nested", "safetensors")])
 def test_weights_alone(both, tiny_data, tmp_path, form):
     """A run that starts from weights and hardly learns ends where they were."""
     state = weights(both / "checkpoints" / "sparse")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from sparsity import ACDC, NM, GlobalMagnitude, PhaseSchedule, UniformMagnitude, num_leaked
+from tests.slow import slow
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
 from trainer.engine import build_engine, deepspeed_config
@@ -38,7 +39,7 @@ class Loss(nn.Module):
         return functional.cross_entropy(self.model(x), y)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, *slow(1, 2)])
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_trajectory(case, stage, golden):
     device = start()

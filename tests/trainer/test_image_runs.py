@@ -7,6 +7,7 @@ import pytest
 
 from data.images.files import EXCLUSIONS, load_image_files
 from tests.data.photographs import make_tree
+from tests.slow import slow
 from tests.trainer.runs import assert_equal_states, tiny_images
 from trainer.checkpoints import checkpoint
 from trainer.cli.main import main as acdc_command
@@ -29,7 +30,7 @@ def state(run, step):
     return checkpoint.read(checkpoint.step_folder(run / "checkpoints", step), checkpoint.STATE)
 
 
-@pytest.mark.parametrize("backend", ["dali", "torch", "synthetic"])
+@pytest.mark.parametrize("backend", ["dali", "synthetic", *slow("torch")])
 def test_an_imagenet_recipe_runs(tree, tmp_path, backend, capsys):
     options = [
         f"data.backend={backend}",
@@ -49,7 +50,7 @@ def test_an_imagenet_recipe_runs(tree, tmp_path, backend, capsys):
         assert f"{result['sparse']['top1']:.2f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("form", ["folders", "webdataset"])
+@pytest.mark.parametrize("form", ["folders", *slow("webdataset")])
 def test_resumed_within_an_epoch_equals_uninterrupted(tree, tmp_path, form):
     options = ["save.every=4st", "save.keep=20", "data.image_sizes=[[0, 24], [2, 32]]", f"data.format={form}"]
     if form == "webdataset":
@@ -64,6 +65,7 @@ def test_resumed_within_an_epoch_equals_uninterrupted(tree, tmp_path, form):
     assert_equal_states(expected, state(run, 36))
 
 
+@pytest.mark.slow
 def test_another_stream_is_refused_by_name(tree, tmp_path, capsys):
     assert main(tiny_images(tree, tmp_path / "runs", "save.every=4st")) == 0
     run = newest(tmp_path)
@@ -77,6 +79,7 @@ def test_another_stream_is_refused_by_name(tree, tmp_path, capsys):
         assert f"another stream of training data: {expected}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
     files = load_image_files(tree, "train")
     path = tree / files.files[30]
@@ -105,6 +108,7 @@ def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
     assert [record["bad_files"] for record in records if record["kind"] == "epoch"] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_bad_packed_image_saves_and_stops_and_can_be_skipped(tree, tmp_path, capsys):
     packed = tmp_path / "packed"
     assert acdc_command(["prepare", "shards", str(tree), str(packed), "--workers", "1"]) == 0
@@ -130,6 +134,7 @@ def test_a_bad_packed_image_saves_and_stops_and_can_be_skipped(tree, tmp_path, c
         assert_equal_states({key: stopped[key]}, {key: state(newest(tmp_path), 36)[key]})
 
 
+@pytest.mark.slow
 def test_a_bad_file_in_evaluation_is_not_counted(tree, tmp_path, capsys):
     files = load_image_files(tree, "test")
     (tree / files.files[7]).write_bytes(b"no image")

@@ -11,6 +11,7 @@ from sparsity.kernels.interface import Shape
 from sparsity.kernels.measure import Measured, Timing
 from sparsity.kernels.semi_structured.kernel import Family24
 from sparsity.kernels.semi_structured.operator import DTYPES
+from tests.slow import slow
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
 from trainer import kernels
 from trainer.checkpoints import checkpoint
@@ -62,7 +63,7 @@ def test_precision_is_part_of_what_is_needed(tiny_data, tmp_path, able, capsys):
     assert "needs bf16: engine.precision=bf16" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "2:4 transposable"])
+@pytest.mark.parametrize("pattern", ["2:4", *slow("2:4 transposable")])
 def test_a_run_with_24_kernels(tiny_data, tmp_path, able, capsys, pattern):
     wanted = [*options(pattern), "engine.precision=bf16", "save.every=5st", "save.keep=99"]
     run = run_here(tiny_data, tmp_path / "runs", *wanted)
@@ -121,6 +122,7 @@ def test_the_gain_counts_what_was_chosen():
     assert gain(choices) == {"dense_us": 24.0, "chosen_us": 3.0 + 6.0 + 8.0}
 
 
+@pytest.mark.slow
 def test_require_is_an_error_where_a_kernel_fails(tiny_data, tmp_path, able, monkeypatch, capsys):
     broken = Measured(Timing(2.0, None, None, "no kernel image"))
     monkeypatch.setattr(Family24, "measure", lambda family, shape: broken)
@@ -136,6 +138,7 @@ def test_require_is_an_error_where_a_kernel_fails(tiny_data, tmp_path, able, mon
     assert "dense: no kernel image" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_memory_to_measure_is_no_end(tiny_data, tmp_path, able, monkeypatch, capsys):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -53,6 +53,7 @@ def test_recomputed_statistics_are_plain_averages(num_batches):
     assert not module.norm.weight.grad
 
 
+@pytest.mark.slow
 def test_a_run_with_recomputed_statistics_resumes_exactly(tiny_data, tmp_path):
     options = ["sparsity.recompute_batch_norm=7st", "save.every=20st", "save.keep=9"]
     whole = run_here(tiny_data, tmp_path / "whole", *options)

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.datasets.cifar import CIFAR10
 from sparsity.layers import MaskedConv2d
 from tests.data.datasets.test_cifar import write_python
+from tests.slow import slow
 from tests.trainer.runs import (
     NUM_STEPS,
     StopAfter,
@@ -124,7 +125,7 @@ def test_eval_finds_the_accuracies_again(finished, capsys):
     assert f"{result['sparse']['top1']:.2f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stop_at", [7, 10, 13, 20, 44, 50])
+@pytest.mark.parametrize("stop_at", [13, *slow(7, 10, 20, 44, 50)])
 def test_resumed_anywhere_equals_uninterrupted(finished, tiny_data, tmp_path, stop_at):
     """Within and at the end of dense and sparse epochs; what follows is the same bit for bit."""
     trainer = build_trainer(load_config("quickstart", tiny(tiny_data, tmp_path)[1:]), start())
@@ -184,6 +185,7 @@ def test_a_finished_training_without_its_result_gets_one(finished, tiny_data, tm
     }
 
 
+@pytest.mark.slow
 def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(tiny_data, tmp_path):
     """A finished run, gone on with from step 30 and stopped at 35: 35 is what a further resume finds."""
     run = run_here(tiny_data, tmp_path, "save.keep=4")
@@ -204,6 +206,7 @@ def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(tiny_data
     assert_equal_states(final_state(run), state)
 
 
+@pytest.mark.slow
 def test_a_run_in_progress_is_not_resumed_by_a_second_process(tiny_data, tmp_path, capsys):
     trainer = build_trainer(load_config("quickstart", tiny(tiny_data, tmp_path)[1:]), start())
     trainer.acdc.before_step = StopAfter(trainer, 11)
@@ -335,6 +338,7 @@ def test_divergence_ends_with_code_4_and_only_good_checkpoints_are_kept(
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
+@pytest.mark.slow
 def test_divergence_of_a_resumed_run_names_where_it_came_from(tiny_data, tmp_path, capsys):
     arguments = ["lr.kind=constant", "lr.warmup_epochs=0"]
     first = run_here(tiny_data, tmp_path, *arguments, "save.every=20st", "save.keep=9")
@@ -372,6 +376,7 @@ def test_users_own_deepspeed_file_is_merged_and_conflicts_are_refused(tiny_data,
         assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_accumulated_batches_make_the_same_steps(finished, tiny_data, tmp_path):
     """Other BatchNorm batches, so other numbers; the same switches, sparsity and order of images."""
     run = run_here(tiny_data, tmp_path, "engine.accumulation_steps=2")
@@ -409,6 +414,7 @@ def test_a_cifar_recipe_runs_from_distributed_files(tmp_path):
     assert (result["sparse"]["num_weights"], result["sparse"]["num_kept"]) == (268_336, 26_834)
 
 
+@pytest.mark.slow
 def test_bf16_autocast_keeps_fp32_weights(tiny_data, tmp_path):
     run = run_here(tiny_data, tmp_path, "engine.precision=bf16", "steps_per_epoch=2")
     state = final_state(run, 12)

@@ -17,6 +17,7 @@ from data.images.shards import write_shards
 from data.loader import PADDING_LABEL
 from data.stream import EvalStream
 from tests.data.photographs import make_tree
+from tests.slow import slow
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 CPU = torch.device("cpu")
@@ -144,7 +145,7 @@ def test_evaluation_sees_every_image_once(packed, kind, world_size):
     assert sorted(label for label, _ in seen) == [0] * 5 + [1] * 5 + [2] * 5
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [FORMATS[0], *slow(*FORMATS[1:])])
 def test_positions_with_and_without_a_state(packed, kind):
     """What follows is the same bit for bit, whether DALI's state is at hand or the epoch is read up to
     there."""
@@ -223,6 +224,7 @@ def spoil(root, images):
     return names
 
 
+@pytest.mark.slow
 def test_another_image_of_the_batch_stands_in_for_a_bad_one(packed, tmp_path):
     good = [batch for epoch in range(2) for batch in train(packed, "webdataset").epoch(epoch)]
     shutil.copytree(packed / "webdataset", tmp_path / "webdataset")
@@ -263,6 +265,7 @@ def test_a_bad_image_does_not_count_in_evaluation(packed, tmp_path):
     assert (labels != PADDING_LABEL).sum() == 14
 
 
+@pytest.mark.slow
 def test_nothing_that_can_be_decoded_ends_the_run(packed, tmp_path):
     shutil.copytree(packed / "webdataset", tmp_path / "webdataset")
     for tar in (tmp_path / "webdataset" / "train").glob("*.tar"):

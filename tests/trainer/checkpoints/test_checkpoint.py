@@ -116,6 +116,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_while_writing_there_is_always_a_whole_one(tmp_path):
     generator = random.Random(1)
     for _ in range(4):

@@ -38,6 +38,7 @@ def uninterrupted(tiny_data, tmp_path_factory) -> Path:
     return run_here(tiny_data, tmp_path_factory.mktemp("uninterrupted"), "save.every=7st")
 
 
+@pytest.mark.slow
 def test_the_launchers_command_compiles_two_graphs_over_all_phases(tiny_data, tmp_path):
     """Three compressions and two decompressions: a graph for training, one for evaluation, no more."""
     done = execute(launcher(*tiny(tiny_data, tmp_path, "engine.compile=true")))
@@ -59,6 +60,7 @@ def test_the_launchers_command_compiles_two_graphs_over_all_phases(tiny_data, tm
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_ranks(stage, tiny_data, tmp_path):
     """For ZeRO 0, 1 and 2: equal masks on both ranks, no leak, momentum reset, exact resume."""
@@ -77,6 +79,7 @@ def test_two_ranks(stage, tiny_data, tmp_path):
         assert seen["num_kept"] == 1946
 
 
+@pytest.mark.slow
 def test_acdc_train_with_two_devices(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # the usual way to ask for the CPU
     done = execute(command("train", *tiny(tiny_data, tmp_path), "--devices", "2"))
@@ -85,6 +88,7 @@ def test_acdc_train_with_two_devices(tiny_data, tmp_path, monkeypatch):
     assert done.stdout.count("test: loss") == 6  # one voice
 
 
+@pytest.mark.slow
 def test_two_ranks_finish_the_dense_twin_with_all_options(tiny_data, tmp_path):
     options = ["finetune_dense=true", "engine.zero_stage=1", "save.mask_history=true"]
     options += ["sparsity.recompute_batch_norm=4st", "log.weight_histograms=true"]
@@ -98,6 +102,7 @@ def test_two_ranks_finish_the_dense_twin_with_all_options(tiny_data, tmp_path):
     assert "dense, finetuned" in done.stdout
 
 
+@pytest.mark.slow
 def test_one_of_two_ranks_meets_a_bad_file(tmp_path):
     root = make_tree(tmp_path / "tree", 2, 16, 4, around=40)
     bad = sorted((root / "train").glob("*/*.JPEG"))[5]
@@ -115,6 +120,7 @@ def test_one_of_two_ranks_meets_a_bad_file(tmp_path):
     assert json.loads((run / "result.json").read_text())["sparse"]["num_images"] == 8
 
 
+@pytest.mark.slow
 def test_mistakes_keep_their_exit_code_through_the_launcher(tiny_data, tmp_path):
     done = execute(launcher(*tiny(tiny_data, tmp_path, "optimizer.lrr=1"), devices=2))
     assert done.returncode == 2
@@ -122,6 +128,7 @@ def test_mistakes_keep_their_exit_code_through_the_launcher(tiny_data, tmp_path)
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_first_rank_alone_is_told_once(tiny_data, tmp_path):
     done = execute(command("train", *tiny(tiny_data, tmp_path, "run_root=/dev/null/runs"), "--devices", "2"))
     assert done.returncode == 2
@@ -142,6 +149,7 @@ def start_and_wait(arguments: list[str], run_root: Path, step: int) -> subproces
     raise AssertionError(f"the run did not come to step {step}: {process.communicate()[0]}")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_run_goes_on_where_it_was(uninterrupted, tiny_data, tmp_path):
     arguments = tiny(tiny_data, tmp_path, "save.every=7st")
     process = start_and_wait(command("train", *arguments, "--devices", "1"), tmp_path, 24)
@@ -174,6 +182,7 @@ def test_a_signal_saves_and_stops(uninterrupted, tiny_data, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_is_no_success(tiny_data, tmp_path):
     """DeepSpeed's runner reports success then, and leaves the rank running."""
     process = start_and_wait(command("train", *tiny(tiny_data, tmp_path), "--devices", "1"), tmp_path, 4)

@@ -20,6 +20,7 @@ def saved(tmp_path):
     return tmp_path / "sparse"
 
 
+@pytest.mark.slow
 def test_onnx_computes_the_same_logits_for_any_batch(saved, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")

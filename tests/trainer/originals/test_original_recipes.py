@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from sparsity import ACDC
+from tests.slow import slow
 from tests.trainer.config.test_recipes import RECIPES
 from tests.trainer.runs import starts
 from trainer.cli.main import main
@@ -16,6 +17,7 @@ from trainer.models import get_model
 from trainer.originals.recipes import Command, import_config
 
 KINDS = ("pruners", "recyclers")
+FIRST, *OTHERS = RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def layers(config):
     return list(acdc.layers), acdc.actions
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [FIRST, *slow(*OTHERS)])
 def test_import_gives_our_recipe(recipe, recorded, tmp_path, capsys):
     record, ours = recorded[RECIPES[recipe]], load_config(recipe, starts(recipe))
     path = write(tmp_path / "theirs.yaml", original(record))
