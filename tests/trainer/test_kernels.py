@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from sparsity import Run24
 from sparsity.kernels.choose import LayerChoice, Measurements, gain
@@ -16,12 +17,39 @@ from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
 from trainer import kernels
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.checkpoint import write_text
+from trainer.models import MODELS
 from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-SHORT = ["model.name=mobilenetv1", "model.arguments={width: 0.25}", "steps_per_epoch=3"]
+SHORT = ["model.name=pointwise", "model.arguments={}", "steps_per_epoch=3"]
 LAST = 18  # step
+
+
+class Pointwise(nn.Module):
+    """1x1 convolutions, two of one shape, as 2:4 kernels run them, and a 3x3 one that none runs."""
+
+    def __init__(self, num_classes: int, in_channels: int = 1) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, 32, 3, 4, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 1),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 1),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 1),
+        )
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layers(x).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _pointwise(monkeypatch):
+    monkeypatch.setitem(MODELS, "pointwise", Pointwise)
 
 
 @pytest.fixture
