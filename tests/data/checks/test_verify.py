@@ -9,7 +9,7 @@ import subprocess
 import sys
 import types
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -137,6 +137,7 @@ def run(root, manifest=None, workers=2, on_progress=quiet):
 
 
 def test_four_hundred_damaged_files_are_found(tmp_path):
+    """With a manifest all of them; without one all but 77 of the 100 single flipped bits."""
     random = np.random.default_rng(0)
     good = {f"val/{name}": content for name, content in good_images().items()}
     options = [{}, {"optimize": True}, {"subsampling": 0}, {"restart_marker_blocks": 5}]
@@ -157,6 +158,7 @@ def test_four_hundred_damaged_files_are_found(tmp_path):
     assert {problem.file for problem in without} <= files.keys()
     found = Counter(problem.file.split("/")[1] for problem in without if problem.bad)
     assert (found["truncated"], found["garbage"], found["zeroed"]) == (100, 100, 100)
+    assert found["one_bit_flipped"] >= 23
     kinds = Counter(problem.kind for problem in without if problem.file.startswith("train/truncated"))
     assert kinds["truncated"] >= 95  # of the rest, not even two bytes are left
 
@@ -182,21 +184,30 @@ def test_zeros_up_to_the_end_are_named():
     )
 
 
+def with_zeros(content, at):
+    return content[:at] + bytes(64) + content[at + 64 :]
+
+
 def test_zeros_on_a_white_ground_are_told_from_damage():
-    """Both hold long runs of zeros, but only one has as many blocks as its picture."""
-    random = np.random.default_rng(1)
-    for seed in range(10):
-        content = encode(on_white(seed), optimize=True)
+    """Both hold long runs of zeros, but only one has as many blocks as its picture: 316 of 335 are
+    found. The codes of the zeros may stand for as many blocks as those that they replace."""
+    num_damaged = num_found = 0
+    for seed in range(8):
+        content = encode(on_white(seed), optimize=True, subsampling=seed % 3)
         assert diagnose(content, "a.JPEG") is None
-        picture_part = content.index(SOS) + len(content[content.index(SOS) :]) // 2
-        at = picture_part + int(random.integers(-500, 500))
-        damaged = content[:at] + bytes(64) + content[at + 64 :]
-        assert damaged == content or diagnose(damaged, "a.JPEG")[0] == "garbage"
+        begin = content.index(SOS) + 14
+        for at in range(begin, len(content) - 64, 97):
+            if (damaged := with_zeros(content, at)) != content:
+                num_damaged += 1
+                num_found += diagnose(damaged, "a.JPEG") is not None
+    assert num_damaged == 335
+    assert num_found >= 316
 
 
 def test_zeros_are_found_in_progressive_scans():
-    """Wherever a scan begins to describe coefficients; one that refines them bit by bit hides zeros."""
-    num_damaged = num_missed = 0
+    """300 of 316, wherever a scan begins to describe coefficients; one that refines them bit by bit hides
+    zeros."""
+    num_damaged = num_found = 0
     for seed in range(8):
         content = encode(on_white(seed), progressive=True, subsampling=seed % 3)
         begins = [match.start() for match in re.finditer(SOS, content)]
@@ -205,12 +216,26 @@ def test_zeros_are_found_in_progressive_scans():
             if content[after_header - 1] >> 4:
                 continue
             for at in range(after_header, end - 64, 48):
-                damaged = content[:at] + bytes(64) + content[at + 64 :]
-                if damaged != content:
+                if (damaged := with_zeros(content, at)) != content:
                     num_damaged += 1
-                    num_missed += diagnose(damaged, "a.JPEG") is None
-    assert num_damaged > 300
-    assert num_missed < 10  # the blocks of the zeros may be as many as those that they replace
+                    num_found += diagnose(damaged, "a.JPEG") is not None
+    assert num_damaged == 316
+    assert num_found >= 300
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_blocks": 5}])
+def test_zeros_that_the_usual_codes_cannot_mean_are_found(options):
+    """Wherever they begin, as many blocks as they may stand for."""
+    content = encode(picture(2), **options)
+    for at in range(content.index(SOS) + 14, len(content) - 66, 53):
+        assert diagnose(with_zeros(content, at), "a.JPEG")[0] == "garbage", at
+
+
+def test_zeros_beside_the_usual_codes_of_a_thumbnail_are_let_pass():
+    """The codes of the picture are others, with which its white is zeros."""
+    content = encode(on_white(0), optimize=True, exif=exif_with_thumbnail())
+    assert bytes(64) in content[content.rindex(SOS) :]
+    assert diagnose(content, "a.JPEG") is None
 
 
 def test_a_chance_end_marker_does_not_hide_what_follows():
@@ -218,12 +243,61 @@ def test_a_chance_end_marker_does_not_hide_what_follows():
     middle = content.index(SOS) + (len(content) - content.index(SOS)) // 2
     kind, detail = diagnose(content[:middle] + b"\xff\xd9" + content[middle:], "a.JPEG")
     assert kind == "garbage"
-    assert detail.startswith("the data end in unit ")
+    assert detail.endswith("premature end of data segment")
+
+
+def replaced(content, marker, offset, value):
+    at = content.index(marker) + offset
+    return content[:at] + value + content[at + len(value) :]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        replaced(encode(picture(1)), b"JFIF", 5, b"\5"),  # a version that nobody knows
+        replaced(encode(picture(1), subsampling=0), b"\xff\xc0", 14, b"\x13"),  # of chroma
+        encode(picture(1))[:2] + b"\xff" * 5 + encode(picture(1))[2:],  # fill bytes before a marker
+        encode(picture(1))[:-2] + bytes(3) + encode(picture(1))[-2:],
+        encode(picture(1)) + encode(picture(2))[:-500],
+        encode(picture(1), icc_profile=b"none" * 9),
+        encode(picture(1), format="MPO", save_all=True, append_images=[picture(2)]),
+    ],
+)
+def test_unusual_pictures_are_let_pass(content):
+    assert diagnose(content, "a.JPEG") is None
+
+
+def test_all_variants_of_photographs_are_let_pass():
+    photographs = pytest.importorskip("tests.data.photographs", reason="scikit-image is not installed")
+    for number, (quality, subsampling, progressive, optimize, interval) in enumerate(
+        product((30, 95), (0, 1, 2), (False, True), (False, True), (0, 3))
+    ):
+        image = photographs.photograph(number, *photographs.odd_size(number, 120))
+        content = encode(
+            image,
+            quality=quality,
+            subsampling=subsampling,
+            progressive=progressive,
+            optimize=optimize,
+            restart_marker_blocks=interval,
+        )
+        assert diagnose(content, "a.JPEG") is None
+        inks = encode(image.convert("CMYK"), progressive=progressive)
+        assert diagnose(inks, "a.JPEG")[0] == "cmyk"
+        assert diagnose(replaced(inks, b"Adobe", 11, b"\2"), "a.JPEG")[0] == "cmyk"  # YCCK
 
 
 def zero_table(content, marker):
-    at = content.index(marker) + 5
-    return content[:at] + bytes(64) + content[at + 64 :]
+    return replaced(content, marker, 5, bytes(64))
+
+
+def test_what_decodes_all_the_same_only_a_manifest_finds(tree):
+    """Steps of quantisation of zero: the data are well-formed, the picture is grey."""
+    manifest = make_manifest(tree, 1, quiet)
+    file = tree / "val/0.JPEG"
+    file.write_bytes(zero_table(file.read_bytes(), b"\xff\xdb"))
+    assert run(tree) == []
+    assert [(problem.file, problem.kind) for problem in run(tree, manifest)] == [("val/0.JPEG", "changed")]
 
 
 @pytest.mark.parametrize(
@@ -242,8 +316,12 @@ def zero_table(content, marker):
         (encode(picture(1)), "a.png", "wrong name", "the content is JPEG"),
         (encode(picture(1).convert("CMYK")), "a.jpg", "cmyk", "four inks"),
         (encode(picture(1).convert("CMYK"))[:-9], "a.jpg", "truncated", "end-of-image marker"),
-        (zero_table(encode(picture(1)), b"\xff\xdb"), "a.JPEG", "garbage", "a quantisation step of zero"),
-        (zero_table(encode(picture(1), optimize=True), b"\xff\xc4"), "a.JPEG", "garbage", "a code table"),
+        (
+            zero_table(encode(picture(1), optimize=True), b"\xff\xc4"),
+            "a.JPEG",
+            "garbage",
+            "cannot be decoded",
+        ),
         (encode(picture(1), format="PNG")[:-100] + bytes(100), "a.png", "garbage", "cannot be decoded"),
     ],
 )
