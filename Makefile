@@ -3,6 +3,7 @@
 # make test-slow  the slow tests: real launches, two ranks, damaged data (several minutes more)
 # make setup    the set-up alone: .venv with pinned dependencies
 # make lint     ruff and mypy
+# make docs     the documentation as a site, in site/
 # make gpu-check  what needs a GPU: tests and all benchmarks, within 9 minutes, with what is installed
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: setup train test test-slow lint claims gpu-check clean
+.PHONY: setup train test test-slow lint docs claims gpu-check clean
 setup: $(INSTALLED)
 
 # First what one file serves on every machine, by its hash; then torch, whose build is the machine's; then the rest.
@@ -37,6 +38,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 claims: setup
 	$(BIN)/python -m benchmarks.quickstart

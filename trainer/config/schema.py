@@ -65,10 +65,10 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["sgd"] = "sgd"
+    name: Literal["sgd"] = Field(default="sgd", description="the optimizer")
     lr: float = Field(gt=0, description="base learning rate, for the whole batch_size")
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    nesterov: bool = False
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="0: none")
+    nesterov: bool = Field(default=False, description="Nesterov's momentum, which must then be above 0")
     weight_decay: float = Field(default=0.0, ge=0, description="on all parameters, as in the paper")
 
     @model_validator(mode="after")
@@ -79,7 +79,9 @@ class OptimizerConfig(Section):
 
 
 class LRConfig(Section):
-    kind: Literal["cosine", "step", "constant"] = "cosine"
+    kind: Literal["cosine", "step", "constant"] = Field(
+        default="cosine", description="how the learning rate falls after the warm-up"
+    )
     warmup_epochs: int = Field(
         default=0, ge=0, description="lr * (epoch + 1) / warmup_epochs for these epochs"
     )
@@ -211,7 +213,7 @@ class LogConfig(Section):
 
 class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the folder under run_root")
-    run_root: str = "runs"
+    run_root: str = Field(default="runs", description="the folder of all runs")
     resume: str | None = Field(
         default=None, description="a run folder or a checkpoint in it, or auto: the newest run"
     )
@@ -222,8 +224,10 @@ class Config(Section):
     finetune_dense: bool = Field(
         default=False, description="afterwards, train the dense twin densely over the epochs that it missed"
     )
-    seed: int = Field(default=1, ge=0, le=2**63 - 1)
-    epochs: int = Field(ge=1)
+    seed: int = Field(
+        default=1, ge=0, le=2**63 - 1, description="of weights, order of images, crops, flips, dropout"
+    )
+    epochs: int = Field(ge=1, description="of the whole run; the phases must fill them")
     steps_per_epoch: int | None = Field(
         default=None, ge=1, description="end every epoch after so many optimizer steps"
     )
