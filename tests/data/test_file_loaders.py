@@ -129,7 +129,7 @@ def test_any_position_can_be_resumed_bit_for_bit(tree):
         through = dali(tree, **shard)
         whole = [(e, i, batch) for e in range(3) for i, batch in enumerate(through.epoch(e))]
         assert len(whole) == 18
-        for stop in random.choice(18, 10 if world_size == 2 else 20):
+        for stop in set(random.choice(18, 10 if world_size == 2 else 20).tolist()):
             epoch, index, _ = whole[stop]
             resumed = dali(tree, **shard)
             for k, batch in enumerate(resumed.epoch(epoch, index)):

@@ -202,6 +202,16 @@ def test_a_resumed_run_keeps_its_kernels():
         other.accelerate({"nowhere": Run24.FORWARD})
 
 
+def test_a_state_of_an_earlier_version_names_its_kernels_run24():
+    acdc, _ = make(Net(), "dense 1, sparse 1", RUN)
+    state = acdc.state_dict()
+    state["run24"] = state.pop("kernels")
+    assert set(state["run24"].values()) == {"2:4 forward", "2:4 forward and input gradient"}
+    other, _ = make(Net(), "dense 1, sparse 1", {})
+    other.load_state_dict(state)
+    assert other.kernels == RUN
+
+
 def test_export_forgets_how_layers_ran():
     net = Net()
     acdc, optimizer = make(net, "dense 1, sparse 1", RUN)

@@ -60,16 +60,25 @@ def test_the_launchers_command_compiles_two_graphs_over_all_phases(tiny_data, tm
     assert "\x1b" not in done.stdout
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tiny_data, tmp_path_factory) -> Path:
+    """One launch for all ZeRO stages: what both ranks saw, in a folder of each stage."""
+    out = tmp_path_factory.mktemp("two-ranks")
+    module = "tests.trainer.distributed.rank_check"
+    done = execute(launcher(str(out), *tiny(tiny_data, out), devices=2, module=module))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_two_ranks(stage, tiny_data, tmp_path):
+def test_two_ranks(stage, two_ranks):
     """For ZeRO 0, 1 and 2: equal masks on both ranks, no leak, momentum reset, exact resume."""
-    arguments = tiny(tiny_data, tmp_path / "runs", f"engine.zero_stage={stage}")
-    done = execute(
-        launcher(str(tmp_path), *arguments, devices=2, module="tests.trainer.distributed.rank_check")
+    (folder,) = two_ranks.glob(f"stage{stage}/quickstart/*")
+    assert json.loads((folder / "deepspeed.json").read_text())["zero_optimization"]["stage"] == stage
+    first, second = (
+        json.loads((two_ranks / f"stage{stage}" / f"rank{rank}.json").read_text()) for rank in range(2)
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first["masks"] == second["masks"]
     assert len(first["masks"]) == 3
     for seen in (first, second):
@@ -80,26 +89,20 @@ def test_two_ranks(stage, tiny_data, tmp_path):
 
 
 @pytest.mark.slow
-def test_acdc_train_with_two_devices(tiny_data, tmp_path, monkeypatch):
+def test_acdc_train_with_two_devices_and_all_options(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # the usual way to ask for the CPU
-    done = execute(command("train", *tiny(tiny_data, tmp_path), "--devices", "2"))
-    assert done.returncode == 0, done.stderr
-    assert "2 x cpu" in done.stdout
-    assert done.stdout.count("test: loss") == 6  # one voice
-
-
-@pytest.mark.slow
-def test_two_ranks_finish_the_dense_twin_with_all_options(tiny_data, tmp_path):
     options = ["finetune_dense=true", "engine.zero_stage=1", "save.mask_history=true"]
     options += ["sparsity.recompute_batch_norm=4st", "log.weight_histograms=true"]
-    done = execute(launcher(*tiny(tiny_data, tmp_path, *options), devices=2))
+    done = execute(command("train", *tiny(tiny_data, tmp_path, *options), "--devices", "2"))
     assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    assert done.stdout.count("test: loss") == 6 + 1  # one voice; the last one is the dense branch's
+    assert "dense, finetuned" in done.stdout
     run = newest_run(tmp_path)
     result = json.loads((run / "result.json").read_text())
     assert result["finetuned_dense"]["epoch"] == 5
     assert result["finetuned_dense"]["num_images"] == 150
     assert len(list((run / "masks").iterdir())) == 3
-    assert "dense, finetuned" in done.stdout
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""Under the launcher, on every rank: benchmarks.invariants, then the same run resumed from its middle,
-compared.
+"""Under the launcher, on every rank and for each ZeRO stage: benchmarks.invariants, then the same run resumed
+from its middle, compared.
 
 deepspeed --num_gpus 2 --module tests.trainer.distributed.rank_check OUT RECIPE [key=value ...]
 """
@@ -11,6 +11,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from benchmarks.invariants import Watch, launcher_arguments
@@ -25,7 +26,12 @@ RESUME_AT = 26  # in the middle of an epoch of a dense phase, with a compression
 
 def main(out: Path, recipe: str, overrides: list[str]) -> None:
     device = ranks.start()
-    overrides = [*overrides, f"save.every={RESUME_AT}st", "save.keep=9"]
+    for stage in range(3):
+        check(out / f"stage{stage}", recipe, [*overrides, f"engine.zero_stage={stage}"], device)
+
+
+def check(out: Path, recipe: str, overrides: list[str], device: torch.device) -> None:
+    overrides = [*overrides, f"run_root={out}", f"save.every={RESUME_AT}st", "save.keep=9"]
     trainer = build_trainer(load_config(recipe, overrides), device)
     watch = Watch(trainer)
     trainer.fit()
