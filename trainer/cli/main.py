@@ -105,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {missing_part(error)}", file=sys.stderr)
         return EnvironmentFailure.exit_code
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """Subcommands other than train, in this process."""
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
+from threading import Timer
 
 import pytest
+from PIL import Image
 
 from data.datasets import fashion_mnist
 from tests.conftest import write_fashion_idx
@@ -29,6 +34,17 @@ def test_prepare_then_train_data_is_the_full_set(tmp_path, monkeypatch, capsys):
     assert len(fashion_mnist.load(None, "train")) == 64
     assert main(["prepare", "fashion-mnist", str(tmp_path)]) == 2
     assert "no Fashion-MNIST " in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_pass_over_the_images(tmp_path, capsys):
+    """While a process decodes an image for longer than the interruption takes to come."""
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (9000, 9000)).save(tmp_path / "val/a.JPEG", progressive=True)
+    interruption = Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    interruption.start()
+    assert main(["verify-data", str(tmp_path)]) == 130
+    assert "bad files" not in capsys.readouterr().out
+    assert not multiprocessing.active_children()
 
 
 def write_metrics(run: Path) -> None:
