@@ -15,6 +15,7 @@ from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+SHORT = ["epochs=2", "sparsity.schedule=dense 1, sparse 1"]  # 18 steps
 
 
 @pytest.fixture
@@ -35,8 +36,7 @@ def test_an_imagenet_recipe_runs(tree, tmp_path, backend, capsys):
     options = [
         f"data.backend={backend}",
         "data.num_threads=1",
-        "epochs=2",
-        "sparsity.schedule=dense 1, sparse 1",
+        *SHORT,
     ]
     if backend == "synthetic":
         options += ["steps_per_epoch=9"]
@@ -67,7 +67,7 @@ def test_resumed_within_an_epoch_equals_uninterrupted(tree, tmp_path, form):
 
 @pytest.mark.slow
 def test_another_stream_is_refused_by_name(tree, tmp_path, capsys):
-    assert main(tiny_images(tree, tmp_path / "runs", "save.every=4st")) == 0
+    assert main(tiny_images(tree, tmp_path / "runs", *SHORT, "save.every=4st")) == 0
     run = newest(tmp_path)
     for change, expected in (
         ("data.min_area=0.3", "min_area was 0.08, is 0.3"),
@@ -75,7 +75,7 @@ def test_another_stream_is_refused_by_name(tree, tmp_path, capsys):
         ("data.image_size=40", "sizes was [[0, 32]], is [[0, 40]]"),
         ("seed=3", "seed was 1, is 3"),
     ):
-        assert main(tiny_images(tree, tmp_path / "runs", f"resume={run}", change)) == 2
+        assert main(tiny_images(tree, tmp_path / "runs", *SHORT, f"resume={run}", change)) == 2
         assert f"another stream of training data: {expected}" in capsys.readouterr().err
 
 
@@ -84,8 +84,7 @@ def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
     files = load_image_files(tree, "train")
     path = tree / files.files[30]
     path.write_bytes(path.read_bytes()[:100])
-    short = ["epochs=2", "sparsity.schedule=dense 1, sparse 1"]
-    assert main(tiny_images(tree, tmp_path / "runs", *short)) == 2
+    assert main(tiny_images(tree, tmp_path / "runs", *SHORT)) == 2
     error = capsys.readouterr().err
     assert f"{files.files[30]} cannot be decoded" in error
     assert f"acdc verify-data {tree}" in error
@@ -96,10 +95,10 @@ def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
     assert 1 <= checkpoint.read_info(saved)["step"] <= 9
 
     (tree / EXCLUSIONS).write_text(f"{files.files[30]}\ttruncated\n")
-    assert main(tiny_images(tree, tmp_path / "runs", *short, f"resume={run}")) == 0
+    assert main(tiny_images(tree, tmp_path / "runs", *SHORT, f"resume={run}")) == 0
     excluded = state(run, 18)
     (tree / EXCLUSIONS).unlink()
-    assert main(tiny_images(tree, tmp_path / "runs", *short, "data.on_error=skip")) == 0
+    assert main(tiny_images(tree, tmp_path / "runs", *SHORT, "data.on_error=skip")) == 0
     skipping = newest(tmp_path)
     assert skipping != run
     for key in ("model", "optimizer", "acdc"):  # stopping, excluding, skipping: the same training
@@ -118,7 +117,7 @@ def test_a_bad_packed_image_saves_and_stops_and_can_be_skipped(tree, tmp_path, c
     content = bytearray(tar.read_bytes())
     content[image.offset_data : image.offset_data + 200] = bytes(200)
     tar.write_bytes(content)
-    options = ["data.format=webdataset", "save.every=4st"]
+    options = ["data.format=webdataset", "save.every=4st", *SHORT]
     assert main(tiny_images(packed, tmp_path / "runs", *options)) == 2
     error = capsys.readouterr().err
     assert f"{tar}:" in error
@@ -127,19 +126,19 @@ def test_a_bad_packed_image_saves_and_stops_and_can_be_skipped(tree, tmp_path, c
     run = newest(tmp_path)
     assert f"resume={run}" in error
     assert main(tiny_images(packed, tmp_path / "runs", *options, "data.on_error=skip", f"resume={run}")) == 0
-    stopped = state(run, 36)
+    stopped = state(run, 18)
     assert main(tiny_images(packed, tmp_path / "runs", *options, "data.on_error=skip")) == 0
     assert newest(tmp_path) != run
     for key in ("model", "optimizer", "acdc"):
-        assert_equal_states({key: stopped[key]}, {key: state(newest(tmp_path), 36)[key]})
+        assert_equal_states({key: stopped[key]}, {key: state(newest(tmp_path), 18)[key]})
 
 
 @pytest.mark.slow
 def test_a_bad_file_in_evaluation_is_not_counted(tree, tmp_path, capsys):
     files = load_image_files(tree, "test")
     (tree / files.files[7]).write_bytes(b"no image")
-    assert main(tiny_images(tree, tmp_path / "runs")) == 2
+    assert main(tiny_images(tree, tmp_path / "runs", *SHORT)) == 2
     assert f"{files.files[7]} cannot be decoded" in capsys.readouterr().err
-    assert main(tiny_images(tree, tmp_path / "runs", "data.on_error=skip")) == 0
+    assert main(tiny_images(tree, tmp_path / "runs", *SHORT, "data.on_error=skip")) == 0
     result = json.loads((newest(tmp_path) / "result.json").read_text())
     assert result["sparse"]["num_images"] == 14
