@@ -48,6 +48,7 @@ def run(benchmark, monkeypatch, tmp_path, *arguments):
     return record
 
 
+@pytest.mark.slow
 def test_overhead(monkeypatch, tmp_path, capsys):
     small = ["resnet20", "--batch", "8", "--turns", "2", "--steps", "1"]
     result = run(overhead, monkeypatch, tmp_path, *small)["overhead"]["resnet20"]

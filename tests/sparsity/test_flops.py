@@ -11,6 +11,7 @@ from data.torchvision_import import import_torchvision
 from sparsity import count_flops
 from sparsity.flops import ModelFlops
 from sparsity.layers import mask_layers
+from tests.slow import slow
 from trainer.models import get_model
 
 
@@ -61,13 +62,9 @@ def products(flops: ModelFlops) -> int:
     [
         "vit_b_16",  # 17.56, of which 11.28 are in calls of layers
         "swin_t",  # 4.49; 2.97
-        "swin_v2_t",
-        "maxvit_t",
         "convnext_tiny",
-        "efficientnet_b0",
-        "mobilenet_v3_large",
-        "regnet_y_400mf",
         "resnet50",
+        *slow("swin_v2_t", "maxvit_t", "efficientnet_b0", "mobilenet_v3_large", "regnet_y_400mf"),
     ],
 )
 def test_products_are_as_many_as_torchvision_states(name):

@@ -8,6 +8,7 @@ from torch import nn
 
 from sparsity import ACDC, GlobalMagnitude, PhaseSchedule, num_leaked
 from sparsity.masters import masters_of
+from tests.slow import slow
 
 STEPS = 4  # per epoch
 BETAS = (0.9, 0.96)  # second moments decay to nothing within a long phase of 300 steps
@@ -91,7 +92,7 @@ def test_dropped_weights_stay_zero_after_every_step(make_optimizer):
     assert moved > STEPS
 
 
-@pytest.mark.parametrize("sparse_steps", [3, 300], ids=["short phase", "long phase"])
+@pytest.mark.parametrize("sparse_steps", [3, *slow(300)], ids=["short phase", "long phase"])
 @pytest.mark.parametrize(
     "make_optimizer",
     [

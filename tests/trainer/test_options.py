@@ -94,6 +94,7 @@ def test_short_epochs(tiny_data, tmp_path):
     assert [record["phase"] for record in epochs] == ["dense", "sparse"] * 2
 
 
+@pytest.mark.slow
 def test_a_layer_without_weights_has_no_histogram(tiny_data, tmp_path):
     options = ["log.weight_histograms=true", "sparsity.target=0.999", "epochs=2"]
     run = run_here(tiny_data, tmp_path, *options, "sparsity.schedule=dense 1, sparse 1")

@@ -265,6 +265,7 @@ def wait_until_writing(process, folder):
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_finished_by_the_next(tree, tmp_path):
     process, folder = start_slowly(tree, tmp_path)
     wait_until_writing(process, folder)
@@ -286,6 +287,7 @@ def test_a_killed_run_is_finished_by_the_next(tree, tmp_path):
     assert sum(shards.samples_per_shard) == 61
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_parent_is_killed(tree, tmp_path):
     process, folder = start_slowly(tree, tmp_path)
     wait_until_writing(process, folder)
