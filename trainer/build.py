@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from data.atomic import write_text
 from trainer.checkpoints import checkpoint, run_dir
 from trainer.checkpoints.run_dir import DENSE_TWIN, RunDir
 from trainer.checkpoints.state import Position, branch_off, check_branch, restore
@@ -79,7 +80,7 @@ def _open_folder(config: Config, resumed: tuple[RunDir, Path] | None, path: Path
     """The run's folder, locked and known to be writable."""
     folder = resumed[0] if resumed else run_dir.create(config, path)
     with as_user_error(f"run folder {folder.path}"):
-        checkpoint.write_text(folder.path / ".writable", "")
+        write_text(folder.path / ".writable", "")
         (folder.path / ".writable").unlink()
     folder.lock()
     return folder

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from rich.table import Table
 
+from data.atomic import write_text
 from data.places import data_home
 from sparsity import ACDC, Transposable24
 from sparsity.kernels.choose import LayerChoice, Measurements, NoKernelError, choose_kernels, gain
@@ -17,7 +18,6 @@ from sparsity.kernels.measure import Timing
 from sparsity.kernels.semi_structured.kernel import Family24
 from sparsity.kernels.semi_structured.operator import missing
 from sparsity.transposable import is_24
-from trainer.checkpoints.checkpoint import write_text
 from trainer.config.schema import Config
 from trainer.distributed import ranks
 from trainer.engine import precision

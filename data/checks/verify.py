@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import ImageFile
 
+from data.atomic import write_text
 from data.checks.damage import diagnose
 from data.checks.processes import Died, apply
 from data.images.files import EXTENSIONS, FOLDERS, find_images
@@ -111,7 +112,7 @@ def write_manifest(path: Path, manifest: Mapping[str, str]) -> None:
     hold."""
     for file in manifest:
         _check_name(file)
-    _write_atomically(path, "".join(f"{manifest[file]}  {file}\n" for file in sorted(manifest)))
+    write_text(path, "".join(f"{manifest[file]}  {file}\n" for file in sorted(manifest)))
 
 
 def read_manifest(path: Path) -> dict[str, str]:
@@ -154,7 +155,7 @@ def write_exclusions(path: Path, problems: Iterable[Problem]) -> None:
     lines = {line.partition("\t")[0]: line for line in former if line.strip() and not line.startswith("#")}
     for file, reason in added.items():
         lines[file] = f"{file}\t{' '.join(reason.split())}"
-    _write_atomically(path, "\n".join([_HEADER, *comments, *(lines[file] for file in sorted(lines))]) + "\n")
+    write_text(path, "\n".join([_HEADER, *comments, *(lines[file] for file in sorted(lines))]) + "\n")
 
 
 def _find(root: Path) -> tuple[list[str], list[Problem]]:
@@ -212,15 +213,3 @@ def _check_name(file: str) -> None:
     """Raises ValueError for a file name that a line of a list cannot hold."""
     if not file.isprintable() or "\\" in file or file.startswith("#"):
         raise ValueError(f"{file!r} cannot be written into a list of files: rename it")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

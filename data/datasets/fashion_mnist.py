@@ -7,7 +7,6 @@ idx files; otherwise the subset bundled here: the first 1,200 training and 200 t
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data.atomic import whole
 from data.datasets.arrays import ImageArrays
 from data.datasets.idx import Split, read_idx_set
 from data.places import data_home
@@ -73,15 +73,8 @@ def prepare(source: Path | None, home: Path) -> Path:
 
 def write_archive(path: Path, arrays: Mapping[str, NDArray[np.uint8]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
     return path
 
 

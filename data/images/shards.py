@@ -19,7 +19,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 from pathlib import Path
@@ -28,10 +28,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from data.atomic import PARTIAL, whole
 from data.images.files import EXTENSIONS, ImageFiles
 
 FORMAT = 1
-PLAN, MANIFEST, PARTIAL = "plan.json", "manifest.json", ".partial"
+PLAN, MANIFEST = "plan.json", "manifest.json"
 SHARD_BYTES = 256 * 10**6
 Json = dict[str, Any]
 
@@ -200,7 +201,7 @@ def _make_shard(root: Path, base: Path, samples: list[_Sample]) -> Json:
         kept = idx.read_bytes() == index and tsv.read_bytes() == record
     if not kept:
         (base.parent / MANIFEST).unlink(missing_ok=True)  # it vouches for what is replaced here
-        with _whole(tar) as file:
+        with whole(tar) as file:
             index, record, entry = _describe(tar.name, samples, _blocks(root, samples, file))
         _write(idx, index)
         _write(tsv, record)
@@ -265,26 +266,9 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, that appears as `path` once it is whole and on the disk, and else not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _write(path: Path, data: bytes) -> None:
     if not path.exists() or path.read_bytes() != data:
-        with _whole(path) as file:
+        with whole(path) as file:
             file.write(data)
 
 

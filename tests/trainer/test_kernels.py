@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data.atomic import write_text
 from sparsity import Run24
 from sparsity.kernels.choose import LayerChoice, Measurements, gain
 from sparsity.kernels.interface import Shape
@@ -16,7 +17,6 @@ from tests.slow import slow
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
 from trainer import kernels
 from trainer.checkpoints import checkpoint
-from trainer.checkpoints.checkpoint import write_text
 from trainer.models import MODELS
 from trainer.train import main
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from data.atomic import sync_folder, write_text
+
 log = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -131,30 +133,12 @@ def remove_old(folder: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file at once: never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

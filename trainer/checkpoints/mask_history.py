@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from data.atomic import whole
 
 _SHAPE = ".shape"
 
@@ -20,12 +21,8 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
         arrays[name] = np.packbits(mask.cpu().numpy())
         arrays[name + _SHAPE] = np.asarray(mask.shape, np.int64)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with whole(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # no name is allow_pickle
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load_masks(path: Path) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.checkpoints.checkpoint import STATE, CheckpointError, newest_whole, read, write_text
+from data.atomic import write_text
+from trainer.checkpoints.checkpoint import STATE, CheckpointError, newest_whole, read
 from trainer.checkpoints.environment import environment
 from trainer.config.recipes import dump_recipe, read_yaml
 from trainer.config.schema import Config

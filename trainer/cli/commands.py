@@ -88,7 +88,7 @@ def import_original(options: argparse.Namespace) -> int:
 
 
 def _import_recipe(path: Path, out: Path, options: argparse.Namespace) -> int:
-    from trainer.checkpoints.checkpoint import write_text
+    from data.atomic import write_text
     from trainer.config.load import load_config, parse_config
     from trainer.originals.recipes import Command, import_config, recipe_text
 

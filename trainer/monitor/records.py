@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from trainer.checkpoints.checkpoint import write_text
+from data.atomic import write_text
 from trainer.checkpoints.run_dir import RunDir
 from trainer.monitor.screen import Screen
 

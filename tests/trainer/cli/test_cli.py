@@ -40,7 +40,7 @@ def test_ctrl_c_ends_a_pass_over_the_images(tmp_path, capsys):
     """While a process decodes an image for longer than the interruption takes to come."""
     (tmp_path / "val").mkdir()
     Image.new("RGB", (9000, 9000)).save(tmp_path / "val/a.JPEG", progressive=True)
-    interruption = Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    interruption = Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     interruption.start()
     assert main(["verify-data", str(tmp_path)]) == 130
     assert "bad files" not in capsys.readouterr().out
