@@ -456,7 +456,9 @@ def test_processes_that_cannot_start_end_the_pass(tree, monkeypatch):
     exec("def examine(root, item): pass", absent.__dict__)
     monkeypatch.setitem(sys.modules, absent.__name__, absent)
     monkeypatch.setattr(module, "_examine", absent.examine)
-    with pytest.raises(RuntimeError, match="a worker process ended before its first item"):
+    with pytest.raises(
+        RuntimeError, match="a worker process ended before its first item, with exit status 1"
+    ):
         run(tree)
     assert not multiprocessing.active_children()
 
