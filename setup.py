@@ -19,8 +19,7 @@ TRAIN = [
     "psutil>=5.9",
     "rich>=13.7",
     "matplotlib>=3.9",
-    "simplejpeg>=1.8",
-    "pebble>=5.0",
+    "simplejpeg>=1.9",
 ]
 ONNX = ["onnx>=1.17", "onnxscript>=0.5"]
 DOCS = ["mkdocs-material>=9.5"]
