@@ -1,6 +1,7 @@
 """Records: spreads that say what they are, and the commit that they come from."""
 
 import json
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -11,6 +12,18 @@ from benchmarks import record
 from trainer.checkpoints.environment import RECORDS, revision
 
 COMMIT = "6e5c088e2204dd23d38aba46a6e78c9ae8d16242"
+
+
+def test_the_document_names_the_records_of_changed_trees():
+    changed = {
+        path.stem
+        for path in record.RESULTS.glob("[!.]*.json")
+        if not path.name.endswith(".dirty.json")
+        and json.loads(path.read_text())["environment"]["revision"].endswith("+changes")
+    }
+    page = (record.RESULTS.parents[1] / "docs" / "benchmarks.md").read_text()
+    told = page.partition("as their `revision` says: ")[2].partition(".\n")[0]
+    assert set(re.findall(r"`(\w+)`", told)) == changed
 
 
 @pytest.mark.parametrize("count", [2, 3, 20, 96])
