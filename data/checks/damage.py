@@ -5,8 +5,8 @@ JPEGs go through libjpeg-turbo by simplejpeg, which makes an error of every warn
 notices data that end too early or too late, codes that do not exist, and markers out of place.
 
 Out of reach without a checksum is damage that leaves the data well-formed: most single flipped bits, and some
-overwritten blocks. Stray bytes between segments count as damage, though most decoders show such a picture;
-fewer than ten of them before the end are common, and let pass.
+overwritten blocks. Stray bytes before the end of the picture, up to nine, are common and let pass, as are
+up to 99 of them between segments of the header.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ _PNG_END = b"IEND\xae\x42\x60\x82"  # the last chunk and its checksum, which Pil
 # write; its shortest code, of two zero bits, is no end of block, so it takes all zeros for coefficients of -1
 _USUAL_CODES = bytes([0, 2, 1, 3, 3, 2, 4, 3, 5, 5, 4, 4, 0, 0, 1, 125, 1])
 # what TurboJPEG does not know, need not, or what cameras leave before the end-of-image marker
-_HARMLESS = re.compile(r"subsampling|JFIF|Adobe|ICC|data: \d extraneous bytes before marker 0xd9")
+_HARMLESS = re.compile(
+    r"subsampling|JFIF|Adobe|ICC|SOS parameters|data: \d extraneous bytes before marker 0xd9"
+    r"|data: \d\d? extraneous bytes before marker 0x(db|e.|fe)"
+)
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 
 Finding = tuple[str, str]  # kind, detail
@@ -83,8 +86,8 @@ def _decode(content: bytes) -> tuple[str, str]:
 
 
 def _decode_jpeg(content: bytes, image: Image.Image) -> None:
-    try:  # of all coefficients the codes are read, of grey in an eighth of the size few pixels are computed
-        simplejpeg.decode_jpeg(content, "GRAY", min_factor=8, strict=True)
+    try:  # the codes of all coefficients are read; of grey, fewer pixels are computed
+        simplejpeg.decode_jpeg(content, "GRAY", strict=True)
     except ValueError as error:
         if not _HARMLESS.search(str(error)):
             raise
@@ -93,7 +96,8 @@ def _decode_jpeg(content: bytes, image: Image.Image) -> None:
     while not content.startswith(_JPEG_SCAN, at):
         code, end = content[at + 1], at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
         usual |= code == 0xC4 and _USUAL_CODES in content[at:end]
-        at = at + 1 if code == 0xFF else end  # any number of FF may precede a marker
+        # any number of FF may precede a marker, and what was let pass above
+        at = content.index(b"\xff", at + 1 if code == 0xFF else end)
     last = _END_OF_SCAN.search(content, at + 2)
     zeros = content.find(_ZEROS, at, last.start() if last else None)
     if usual and zeros >= 0:

@@ -267,6 +267,14 @@ def test_unusual_pictures_are_let_pass(content):
     assert diagnose(content, "a.JPEG") is None
 
 
+@pytest.mark.parametrize("count", [2, 40])
+def test_a_few_stray_bytes_in_the_header_are_let_pass(count):
+    """As data sets in the wild have them before a quantisation table, marker DB."""
+    content = encode(picture(1), format="JPEG")
+    at = content.index(b"\xff\xdb")
+    assert diagnose(content[:at] + bytes(count) + content[at:], "a.jpg") is None
+
+
 def test_all_variants_of_photographs_are_let_pass():
     photographs = pytest.importorskip("tests.data.photographs", reason="scikit-image is not installed")
     for number, (quality, subsampling, progressive, optimize, interval) in enumerate(

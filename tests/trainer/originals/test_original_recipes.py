@@ -78,7 +78,7 @@ def test_import_gives_our_recipe(recipe, recorded, tmp_path, capsys):
 
 def test_the_number_of_epochs_is_asked_for_where_the_file_does_not_tell(recorded, tmp_path):
     name = RECIPES["cifar100/wide_resnet_freq20_50"]
-    with pytest.raises(ValueError, match=r"prunes in epoch 170.*say how many with --epochs"):
+    with pytest.raises(ValueError, match=r"prunes in epoch 170.*give their number with --epochs"):
         import_config(write(tmp_path / "theirs.yaml", original(recorded[name])), Command())
 
 
@@ -114,7 +114,7 @@ def test_what_has_no_counterpart_is_named(recorded, tmp_path, change, expected):
 
 
 def test_what_is_no_recipe_is_refused(tmp_path, capsys):
-    for text, expected in (("- 1", "no mapping"), ("a: [", "expected"), ("a: 1", "has no counterpart")):
+    for text, expected in (("- 1", "not a mapping"), ("a: [", "expected"), ("a: 1", "has no counterpart")):
         path = tmp_path / "theirs.yaml"
         path.write_text(text)
         assert main(["import", str(path)]) == 2
