@@ -47,7 +47,11 @@ def test_ctrl_c_ends_a_pass_over_the_images(tmp_path, monkeypatch, capsys):
     (tmp_path / "val").mkdir()
     for name in "abc":
         Image.new("RGB", (64, 64)).save(tmp_path / f"val/{name}.JPEG")
-    assert main(["verify-data", str(tmp_path)]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran in this process before
+    try:
+        assert main(["verify-data", str(tmp_path)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "bad files" not in capsys.readouterr().out
     assert not multiprocessing.active_children()
 
