@@ -217,7 +217,7 @@ def test_another_file_stands_in_for_a_bad_one(tmp_path, make, damage):
         differ = (ours.labels != then).nonzero().flatten().tolist()
         assert set(differ) <= ({3} if index == 1 else set())
         assert ours.labels[3] == (files.labels[(number + 1) % 20] if index == 1 else then[3])
-    # excluding it changes nothing but that nobody is told
+    # excluding it changes nothing but that nothing is reported
     (root / EXCLUSIONS).write_text(f"{files.files[number]}\treason\n")
     for a, b in zip(make(root).epoch(0), batches, strict=True):
         assert torch.equal(a.images, b.images)

@@ -54,7 +54,7 @@ def _pointwise(monkeypatch):
 
 @pytest.fixture
 def able(monkeypatch, tmp_path):
-    """As on a machine with kernels; the reference runs in their place, and it is told to win."""
+    """As on a machine with kernels; the reference runs in their place, and its times are made to win."""
     monkeypatch.setenv("ACDC_DATA", str(tmp_path / "home"))
     fits = lambda device, dtype: None if dtype in DTYPES else "bf16: engine.precision=bf16"  # noqa: E731
     monkeypatch.setattr(kernels, "missing", fits)

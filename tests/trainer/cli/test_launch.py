@@ -223,7 +223,7 @@ def test_a_process_that_nobody_reaped_is_not_alive():
     ],
 )
 def test_devices_are_the_visible_ones(visible, devices, options, left, monkeypatch):
-    """What the launcher is told on a GPU machine; a machine without one can check no more."""
+    """The launcher's options on a GPU machine; a machine without one can check no more."""
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible.split(",")) if visible else 4)
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
