@@ -257,17 +257,20 @@ class ACDC:
         self._previous = {
             name: mask.to(layers[name].mask.device) for name, mask in state["previous_masks"].items()
         }
-        names = state.get("kernels", state.get("run24", {}))  # the latter in states of earlier versions
-        self.accelerate({layer: KERNELS[name] for layer, name in names.items()})
+        self.accelerate({layer: KERNELS[name] for layer, name in _kernel_names(state).items()})
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Whether load_state_dict can take the state. Raises ValueError when this schedule has another phase
-        at that step than the one the masks belong to, or other steps per epoch. A schedule that differs only
-        later is fine."""
+        at that step than the one the masks belong to, other steps per epoch, or kernels unknown here. A
+        schedule that differs only later is fine."""
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
                 f"the saved run had {state['steps_per_epoch']} steps per epoch, this one has "
                 f"{self.steps_per_epoch}: its phases would shift; use the same data and batch size"
+            )
+        if unknown := set(_kernel_names(state).values()) - KERNELS.keys():
+            raise ValueError(
+                f"the saved run had kernels that this version does not have: {', '.join(sorted(unknown))}"
             )
         now = self._phase_after(int(state["step"]))
         if now.kind != state["phase"]:
@@ -316,6 +319,11 @@ class ACDC:
         if self._masters is None:
             raise RuntimeError("call acdc.attach(optimizer) first")
         return self._masters
+
+
+def _kernel_names(state: Mapping[str, Any]) -> dict[str, str]:
+    """Layer -> name of its kernel, in states of earlier versions, too."""
+    return state.get("kernels", state.get("run24", {}))
 
 
 def _actions(

@@ -212,6 +212,14 @@ def test_a_state_of_an_earlier_version_names_its_kernels_run24():
     assert other.kernels == RUN
 
 
+def test_a_kernel_of_a_later_version_is_refused_by_name():
+    acdc, _ = make(Net(), "dense 1, sparse 1", RUN)
+    state = {**acdc.state_dict(), "kernels": {"fc": "3:7 forward"}}
+    with pytest.raises(ValueError, match="kernels that this version does not have: 3:7 forward"):
+        acdc.load_state_dict(state)
+    assert acdc.kernels == RUN
+
+
 def test_export_forgets_how_layers_ran():
     net = Net()
     acdc, optimizer = make(net, "dense 1, sparse 1", RUN)
