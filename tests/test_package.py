@@ -39,6 +39,7 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_all_that_runs_and_no_tests(wheel):
     files = {
         path.relative_to(TREE).as_posix()

@@ -34,6 +34,7 @@ def test_evaluation_and_no_probability_change_nothing():
     assert isinstance(Dropout(0.3), nn.Dropout)
 
 
+@pytest.mark.slow
 def test_compiled_is_uncompiled():
     layer, x = Dropout(0.3), torch.randn(4, 16, 8, 8)
     torch.manual_seed(3)
