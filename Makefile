@@ -9,6 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PARALLEL = --numprocesses auto --dist loadfile --durations 10
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: setup train test test-slow lint docs claims gpu-check clean
@@ -29,10 +30,10 @@ train: setup
 	$(BIN)/acdc train quickstart --devices 1
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 lint: setup
 	$(BIN)/ruff check .

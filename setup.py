@@ -28,6 +28,7 @@ DEV = [
     "mypy==2.4.1",
     "onnxruntime>=1.20",
     "pytest>=8.3",
+    "pytest-xdist>=3.6",
     "ruff==0.17.6",
     "scikit-image>=0.24",
     "setuptools>=77",

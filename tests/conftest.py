@@ -8,6 +8,11 @@ from pathlib import Path
 if "ACDC_TEST_GPU" not in os.environ:  # make gpu-check sets it, for tests/gpu
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: the others compare bits, on the CPU
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # gw0, gw1, ...
+    # each on a core of its own: runs that share cores slow each other down far more than twofold
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray

@@ -251,6 +251,7 @@ def test_the_fingerprint_names_what_shapes_the_stream(tree):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores
 def test_worker_processes_give_the_same(tree):
     alone, workers = other(tree), other(tree, workers=2)
     for a, b in zip(alone.epoch(0), workers.epoch(0), strict=True):

@@ -38,28 +38,6 @@ def uninterrupted(tiny_data, tmp_path_factory) -> Path:
     return run_here(tiny_data, tmp_path_factory.mktemp("uninterrupted"), "save.every=7st")
 
 
-@pytest.mark.slow
-def test_the_launchers_command_compiles_two_graphs_over_all_phases(tiny_data, tmp_path):
-    """Three compressions and two decompressions: a graph for training, one for evaluation, no more."""
-    done = execute(launcher(*tiny(tiny_data, tmp_path, "engine.compile=true")))
-    assert done.returncode == 0, done.stderr
-    run = newest_run(tmp_path)
-    assert json.loads((run / "result.json").read_text())["compile"] == {"graphs": 2, "recompilations": 0}
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["graphs"] for record in records if record["kind"] == "epoch"] == [2] * 6
-    lines = done.stdout.splitlines()
-    assert sum(line.startswith("epoch ") and "test: loss" in line for line in lines) == 6
-    for word in (
-        "run folder",
-        "phases",
-        "dense twin",
-        "sparse model",
-        "2 graphs, 0 more after the first epoch",
-    ):
-        assert word in done.stdout, word
-    assert "\x1b" not in done.stdout
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tiny_data, tmp_path_factory) -> Path:
     """One launch for all ZeRO stages: what both ranks saw, in a folder of each stage."""
