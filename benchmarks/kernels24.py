@@ -18,9 +18,8 @@ from torch import nn
 
 from benchmarks.record import console, parse, write_record
 from sparsity import count_flops
-from sparsity.kernels.interface import Shape
 from sparsity.kernels.measure import Measured
-from sparsity.kernels.semi_structured.kernel import Family24
+from sparsity.kernels.semi_structured.kernel import Family24, Shape
 from sparsity.kernels.semi_structured.operator import DTYPES, ROWS, TILE, missing
 from trainer.cli.progress import progress
 from trainer.models import get_model
@@ -73,7 +72,7 @@ def _network(name: str, batch: int | None) -> list[tuple[str, str, Shape]]:
         module = layers[layer.name]
         assert isinstance(module, nn.Conv2d | nn.Linear)
         outputs, inputs = module.weight.shape[0], module.weight[0].numel()
-        shape = Shape(max(layer.calls) * (batch or usual), inputs, outputs)
+        shape = Shape(max(call.outputs for call in layer.calls) * (batch or usual), inputs, outputs)
         if not (inputs % TILE or outputs % TILE or shape.rows % ROWS):
             kernel = "x".join(map(str, getattr(module, "kernel_size", ())))
             found.setdefault(shape, f"{layer.name} {kernel}".strip())

@@ -29,15 +29,14 @@ from torch import Tensor, nn
 
 from sparsity.gradual import CubicSparsity
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
-from sparsity.kernels.interface import Kernel
-from sparsity.kernels.semi_structured.kernel import FORWARD, TRANSPOSED
+from sparsity.kernels.families import kernel_named
+from sparsity.kernels.interface import Kernel, KernelUnavailableError
 from sparsity.layers import mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
 from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import relative_mask_difference
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (FORWARD, TRANSPOSED)}  # states name them
 LOOKS = 4  # whether masks hold, at the most in a phase: one after a step that is seen is enough
 
 log = logging.getLogger(__name__)
@@ -185,13 +184,22 @@ class ACDC:
         unknown = [name for name in kernels if name not in self.layers]
         if unknown:
             raise KeyError(f"not a masked layer: {', '.join(unknown)}")
-        self.kernels = {name: kernel for name, kernel in kernels.items() if kernel is not None}
+        self.kernels = {
+            name: kernel.of(self.layers[name]) for name, kernel in kernels.items() if kernel is not None
+        }
         self._use_kernels(self.step > 0 and self.phase.kind == "sparse")
 
     def _use_kernels(self, compressed: bool) -> None:
         chosen = self._runnable() if compressed else {}
         for name, layer in self.layers.items():
             layer.kernel = chosen.get(name)
+            try:
+                if layer.kernel is not None:
+                    layer.kernel.prepare(layer)
+            except KernelUnavailableError as error:
+                log.warning("layer %s runs dense: %s", name, error)
+                layer.kernel = None
+                del self.kernels[name]
 
     def _runnable(self) -> dict[str, Kernel]:
         """self.kernels as far as the masks in force allow: those of another pattern may be (a run resumed
@@ -257,7 +265,7 @@ class ACDC:
         self._previous = {
             name: mask.to(layers[name].mask.device) for name, mask in state["previous_masks"].items()
         }
-        self.accelerate({layer: KERNELS[name] for layer, name in _kernel_names(state).items()})
+        self.accelerate({layer: kernel_named(name) for layer, name in _kernel_names(state).items()})
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Whether load_state_dict can take the state. Raises ValueError when this schedule has another phase
@@ -268,7 +276,8 @@ class ACDC:
                 f"the saved run had {state['steps_per_epoch']} steps per epoch, this one has "
                 f"{self.steps_per_epoch}: its phases would shift; use the same data and batch size"
             )
-        if unknown := set(_kernel_names(state).values()) - KERNELS.keys():
+        unknown = {name for name in _kernel_names(state).values() if kernel_named(name) is None}
+        if unknown:
             raise ValueError(
                 f"the saved run had kernels that this version does not have: {', '.join(sorted(unknown))}"
             )

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,27 @@ from torch.utils.flop_counter import flop_registry
 TRAINING_FACTOR = 3  # forward, gradient of the input, gradient of the weight
 
 
+class Call(NamedTuple):
+    """Of a layer, for one image. outputs: per kernel (output positions). height, width: of the input, 1 and the number
+    of rows for a linear layer."""
+
+    outputs: int
+    height: int
+    width: int
+
+
 @dataclass(frozen=True)
 class LayerFlops:
     """A convolution or linear layer.
 
-    products: of its weight, dense. bias: of all calls. calls: outputs per kernel (output positions) of each
-    call; a weight that is used past its layer's forward pass has products that belong to no call.
+    products: of its weight, dense. bias: of all calls; a weight that is used past its layer's forward pass has
+    products that belong to no call.
     """
 
     name: str
     products: int
     bias: int
-    calls: tuple[int, ...]
+    calls: tuple[Call, ...]
 
     def flops(self, density: float = 1.0) -> float:
         return self.products * density + self.bias
@@ -84,7 +93,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._products: dict[str | None, int] = defaultdict(int)  # None: of no layer
         self._bias: dict[str, int] = defaultdict(int)
-        self._calls: dict[str, list[int]] = defaultdict(list)
+        self._calls: dict[str, list[Call]] = defaultdict(list)
         self._other = {"norm": 0, "relu": 0, "pooling": 0}
         self._running: list[str] = []
         self._owners: dict[int, str] = {}
@@ -131,8 +140,12 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _end(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear):
             self._running.pop()
-            channels = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-            self._calls[name].append(output.numel() // channels)
+            if isinstance(module, nn.Conv2d):
+                call = Call(output[0, 0].numel(), *inputs[0].shape[-2:])
+            else:
+                rows = output.numel() // module.out_features
+                call = Call(rows, 1, rows)
+            self._calls[name].append(call)
             self._bias[name] += output.numel() if module.bias is not None else 0
         elif isinstance(module, nn.BatchNorm2d):
             self._other["norm"] += 2 * output.numel()

@@ -15,7 +15,7 @@ from trainer.config.schema import Config
 from trainer.distributed import ranks
 from trainer.engine import build_engine, deepspeed_config
 from trainer.errors import Finished, UserError, as_user_error
-from trainer.kernels import reason_unused
+from trainer.kernels import find_family
 from trainer.loop import Trainer
 from trainer.models.classifier import Classifier
 from trainer.monitor.records import Monitor
@@ -31,7 +31,8 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
     """
     resumed = ranks.on_main(lambda: run_dir.find_resumed(config, path))
     task = build_task(config, device, weights=config.model.weights if resumed is None else None)
-    reason_unused(config, device)  # raises where the recipe requires kernels that this machine does not have
+    if config.sparsity.accelerate == "require":
+        find_family(config, device)  # raises where this machine does not have them
     settings = deepspeed_config(config, device)
     branch = None
     if resumed is None and config.checkpoint is not None:

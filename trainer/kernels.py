@@ -12,12 +12,11 @@ from rich.table import Table
 
 from data.atomic import write_text
 from data.places import data_home
-from sparsity import ACDC, Transposable24
+from sparsity import ACDC
+from sparsity.flops import Call
 from sparsity.kernels.choose import LayerChoice, Measurements, NoKernelError, choose_kernels, gain
-from sparsity.kernels.measure import Timing
-from sparsity.kernels.semi_structured.kernel import Family24
-from sparsity.kernels.semi_structured.operator import missing
-from sparsity.transposable import is_24
+from sparsity.kernels.families import family_for
+from sparsity.kernels.interface import KernelFamily
 from trainer.config.schema import Config
 from trainer.distributed import ranks
 from trainer.engine import precision
@@ -26,46 +25,47 @@ from trainer.errors import EnvironmentFailure
 log = logging.getLogger(__name__)
 
 
-def reason_unused(config: Config, device: torch.device) -> str | None:
-    """Why this run uses no kernels but dense ones, or None. Raises EnvironmentFailure where the recipe
-    requires them."""
-    setting = config.sparsity.accelerate
-    if setting == "off" or not is_24(config.sparsity.build_pattern()):
-        return "not asked for"  # a recipe that requires them has a 2:4 pattern, see trainer.config.schema
-    needed = missing(device, precision(config, device))
-    if needed is not None and setting == "require":
+def find_family(config: Config, device: torch.device) -> KernelFamily | str:
+    """The kernels that this run may use, or why it uses none but dense ones. Raises EnvironmentFailure where the
+    recipe requires them."""
+    if config.sparsity.accelerate == "off":
+        return "not asked for"
+    family = family_for(config.sparsity.build_pattern(), device, precision(config, device))
+    if isinstance(family, str) and config.sparsity.accelerate == "require":
         raise EnvironmentFailure(
-            f"sparsity.accelerate=require: 2:4 execution needs {needed}; with auto the run goes on with "
-            "masked dense layers"
+            f"sparsity.accelerate=require: kernels for {config.sparsity.pattern} masks need {family}; with auto the "
+            "run goes on with masked dense layers"
         )
-    return needed
+    return family
 
 
 def accelerate(
-    config: Config, acdc: ACDC, device: torch.device, positions: Mapping[str, list[int]]
+    config: Config, acdc: ACDC, device: torch.device, calls: Mapping[str, list[Call]]
 ) -> list[LayerChoice]:
     """Choose on rank 0, tell the layers on every rank; what was chosen and why. Call it in a sparse phase.
 
-    positions: as sparsity.kernels.choose.candidates takes them. A resumed run keeps the kernels it had, and
+    calls: as sparsity.kernels.choose.candidates takes them. A resumed run keeps the kernels it had, and
     nothing is chosen; where there are no kernels all layers run masked dense."""
-    if (reason := reason_unused(config, device)) is not None:
+    family = find_family(config, device)
+    if isinstance(family, str):
         if acdc.kernels:
-            log.warning("2:4 kernels that ran before cannot run here: they need %s", reason)
+            log.warning("the kernels that ran before cannot run here: they need %s", family)
+        elif device.type == "cpu" and config.sparsity.accelerate != "off":
+            log.warning("sparse phases run masked dense layers, no faster than dense phases: kernels need %s", family)
         acdc.accelerate({})
         return []
     if acdc.kernels:
         return []
     images = config.data.batch_size // (ranks.world_size() * config.engine.accumulation_steps)
-    family = Family24(device, precision(config, device), isinstance(acdc.pattern, Transposable24))
     required = config.sparsity.accelerate == "require"
 
     def choose() -> list[LayerChoice]:
-        known = Measurements(data_home() / "kernels24.json", family.key, write_text)
+        known = Measurements(data_home() / "kernels.json", family.key, write_text)
         try:
-            return choose_kernels(family, acdc.layers, positions, images, known, required)
+            return choose_kernels(family, acdc.layers, calls, images, known, required)
         except NoKernelError as error:
             raise EnvironmentFailure(
-                f"sparsity.accelerate=require: 2:4 kernels: {error}; with auto they run masked dense"
+                f"sparsity.accelerate=require: kernels for {acdc.pattern} masks: {error}; with auto they run masked dense"
             ) from error
 
     choices = ranks.on_main(choose)
@@ -77,33 +77,33 @@ def choice_table(choices: list[LayerChoice]) -> Table:
     """Layer, shape, dense and sparse microseconds, choice."""
     sums = gain(choices)
     table = Table(
-        title="2:4 execution in compressed phases",
-        caption=f"measured kernels of a step: dense {sums['dense_us']:,.0f} µs, as chosen "
+        title="kernels of compressed phases",
+        caption=f"measured products of a step: dense {sums['dense_us']:,.0f} µs, as chosen "
         f"{sums['chosen_us']:,.0f} µs",
     )
-    for column in ("layer", "rows x in x out", "dense µs", "2:4 µs", "choice"):
+    for column in ("layer", "shape", "dense µs", "sparse µs", "choice"):
         table.add_column(column, justify="right" if "µs" in column else "left")
     for choice in choices:
         if choice.measured is None or choice.shape is None:
             table.add_row(choice.layer, "", "", "", f"dense: {choice.reason}")
             continue
-        both = [choice.measured.forward, choice.measured.gradient]
         dense, sparse = (
-            " + ".join(_us(getattr(timing, kind)) for timing in both if timing is not None)
+            " + ".join(_us(getattr(timing, kind)) for timing in choice.measured.timings)
             for kind in ("dense", "sparse")
         )
-        shape = " x ".join(f"{size:,}" for size in choice.shape)
-        table.add_row(choice.layer, shape, dense, sparse, _verdict(choice, choice.measured.forward))
+        table.add_row(choice.layer, str(choice.shape), dense, sparse, _verdict(choice))
     return table
 
 
-def _verdict(choice: LayerChoice, forward: Timing) -> str:
+def _verdict(choice: LayerChoice) -> str:
     if choice.kernel is not None:
         return choice.kernel.name
-    if forward.failure is not None:
-        return f"dense: {forward.failure}"
-    return "dense" if forward.right else f"dense: 2:4 is off by {forward.error:.3f}"
+    assert choice.measured is not None
+    wrong = next((timing for timing in choice.measured.timings if not timing.right), None)
+    if wrong is None:
+        return "dense"
+    return f"dense: {wrong.failure}" if wrong.failure is not None else f"dense: sparse is off by {wrong.error:.3f}"
 
 
 def _us(microseconds: float | None) -> str:
-    return "-" if microseconds is None else f"{microseconds:,.1f}"
+    return "-" if microseconds is None else f"{microseconds:,.0f}"

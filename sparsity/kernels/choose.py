@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparsity.flops import Call
 from sparsity.kernels.interface import Kernel, KernelFamily, Shape
 from sparsity.kernels.measure import Measured
 
@@ -38,10 +39,21 @@ class LayerChoice:
         return {
             "layer": self.layer,
             "choice": "dense" if self.kernel is None else self.kernel.name,
-            "shape": None if self.shape is None else self.shape._asdict(),
+            "shape": None if self.shape is None else self.shape._asdict(),  # type: ignore[attr-defined]
             "microseconds": None if self.measured is None else self.measured.as_dict(),
             "reason": self.reason,
         }
+
+    def microseconds(self, kernel: Kernel | None) -> float:
+        """Of a step with this kernel, or with None dense; 0 where nothing was measured."""
+        if self.measured is None:
+            return 0.0
+        forward, *gradients = self.measured.timings
+        sparse = [kernel is not None, *(kernel is not None and kernel.sparse_gradient for _ in gradients)]
+        pairs = zip(self.measured.timings, sparse, strict=True)
+        return sum(
+            timing.sparse if chosen and timing.sparse is not None else timing.dense for timing, chosen in pairs
+        )
 
 
 class Measurements:
@@ -67,66 +79,87 @@ class Measurements:
 
 
 def _shape(text: str) -> Shape:
-    return Shape(*map(int, text.split("x")))
+    return tuple(map(int, text.split("x")))
 
 
 def choose_kernels(
     family: KernelFamily,
     layers: Mapping[str, nn.Module],
-    positions: Mapping[str, Iterable[int]],
+    calls: Mapping[str, Sequence[Call]],
     images: int,
-    measurements: Measurements,
+    measurements: Measurements | None = None,
     required: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerChoice]:
-    """A choice for each masked layer. positions, images: as candidates takes them. required: take kernels
+    """A choice for each masked layer. calls, images: as KernelFamily.shape takes them. required: take kernels
     that are right, faster or not; raises NoKernelError where a layer that should run one cannot."""
-    shapes, reasons = candidates(family, layers, positions, images)
-    known = measurements.known
+    shapes, reasons = candidates(family, layers, calls, images)
+    known = {} if measurements is None else measurements.known
     torch.cuda.empty_cache()  # training holds most of the memory
-    for unknown in sorted(set(shapes.values()) - known.keys()):
+    unknown = sorted(set(shapes.values()) - known.keys())
+    for done, shape in enumerate(unknown):
         try:
-            known[unknown] = family.measure(unknown)
+            known[shape] = family.measure(shape)
         except torch.OutOfMemoryError:
-            crowded = [name for name, shape in shapes.items() if shape == unknown]
+            crowded = [name for name, other in shapes.items() if other == shape]
             reasons.update(dict.fromkeys(crowded, "no memory left to measure it"))
             shapes = {name: shape for name, shape in shapes.items() if name not in crowded}
+        on_progress(done + 1, len(unknown))
     torch.cuda.empty_cache()
-    measurements.write()
+    if measurements is not None and unknown:
+        measurements.write()
     if required:
         _check_required(shapes, reasons, known)
     choices = []
     for name in layers:
-        shape = shapes.get(name)
-        measured = None if shape is None else known[shape]
+        layer_shape = shapes.get(name)
+        measured = None if layer_shape is None else known[layer_shape]
         kernel = None if measured is None else family.choose(measured, required)
-        choices.append(LayerChoice(name, kernel, shape, measured, reasons.get(name, "")))
-    return choices
+        choices.append(LayerChoice(name, kernel, layer_shape, measured, reasons.get(name, "")))
+    return choices if required else best_region(choices)
 
 
 def candidates(
-    family: KernelFamily,
-    layers: Mapping[str, nn.Module],
-    positions: Mapping[str, Iterable[int]],
-    images: int,
+    family: KernelFamily, layers: Mapping[str, nn.Module], calls: Mapping[str, Sequence[Call]], images: int
 ) -> tuple[dict[str, Shape], dict[str, str]]:
-    """(layer -> the shape to measure, layer -> why it runs dense), over masked layers.
-
-    positions: output positions of one image, by layer, for every call at every image size that is trained
-    on; a layer must fit at all of them and is measured at the greatest. images: of a step on one device.
-    """
+    """(layer -> the shape to measure, layer -> why it runs dense), over masked layers."""
     shapes, reasons = {}, {}
     for name, layer in layers.items():
-        counts = sorted(positions.get(name, ()))
-        if not counts:
-            reasons[name] = "not run in a forward pass"
-            continue
-        why = next(filter(None, (family.reason_unsupported(layer, n * images) for n in counts)), None)
-        if why is not None:
-            reasons[name] = why
-            continue
-        outputs, inputs = layer.weight.shape[:2]  # type: ignore[index]
-        shapes[name] = Shape(counts[-1] * images, int(inputs), int(outputs))
+        found = "not run in a forward pass"
+        if calls.get(name):
+            found = family.shape(layer, calls[name], images)
+        if isinstance(found, str):
+            reasons[name] = found
+        else:
+            shapes[name] = found
     return shapes, reasons
+
+
+def best_region(choices: list[LayerChoice]) -> list[LayerChoice]:
+    """Without the kernels that cost more than they gain once changes of the memory format are counted.
+
+    Within a region, a run of layers in the model's order, activations keep the kernels' format: a layer that runs
+    dense there pays for changing it both ways. At the region's ends it is changed once. All but the best region
+    runs dense.
+    """
+    conversion = [0.0 if each.measured is None else each.measured.conversion for each in choices]
+    gains = [
+        max(each.microseconds(None) - each.microseconds(each.kernel), -change) if each.kernel else -change
+        for each, change in zip(choices, conversion, strict=True)
+    ]
+    best, begin, end = 0.0, 0, 0
+    for first in range(len(choices)):
+        total = 0.0
+        for last in range(first, len(choices)):
+            total += gains[last]
+            gain = total - (conversion[first] + conversion[last]) / 2
+            if choices[first].kernel and choices[last].kernel and gain > best:
+                best, begin, end = gain, first, last + 1
+    return [
+        each if begin <= index < end and (each.kernel is None or gains[index] > -conversion[index])
+        else replace(each, kernel=None)
+        for index, each in enumerate(choices)
+    ]
 
 
 def _check_required(
@@ -144,14 +177,8 @@ def _check_required(
 
 def gain(choices: Iterable[LayerChoice]) -> dict[str, float]:
     """Microseconds a step of the measured kernels, all dense and as chosen."""
-    dense = chosen = 0.0
-    for choice in choices:
-        if choice.measured is None:
-            continue
-        kernel, measured = choice.kernel, choice.measured
-        both = (measured.forward, kernel is not None), (measured.gradient, kernel and kernel.sparse_gradient)
-        for timing, sparse in both:
-            if timing is not None:
-                dense += timing.dense
-                chosen += timing.sparse if sparse and timing.sparse is not None else timing.dense
-    return {"dense_us": dense, "chosen_us": chosen}
+    measured = [choice for choice in choices if choice.measured is not None]
+    return {
+        "dense_us": sum(choice.microseconds(None) for choice in measured),
+        "chosen_us": sum(choice.microseconds(choice.kernel) for choice in measured),
+    }

@@ -6,23 +6,28 @@ chooses between it and dense, layer by layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from sparsity.flops import Call
 from sparsity.kernels.measure import Measured
 
 
-class Kernel(ABC):
-    """One object for all layers that run it: compiled code compares with it.
+class KernelUnavailableError(RuntimeError):
+    """A kernel that cannot run on this machine; the message says why."""
 
-    name: unique, for people, records and training states. sparse_gradient: whether the input gradient skips
-    dropped weights, too. fallback: what runs where the mask does not fit; None: the masked dense product,
-    which is right for every mask.
+
+class Kernel(ABC):
+    """Compiled code compares with the object: a layer keeps one from phase to phase.
+
+    name: for people, records and training states, which make the kernel anew from it (see
+    sparsity.kernels.families). sparse_gradient: whether the input gradient skips dropped weights, too. fallback:
+    what runs where the mask does not fit; None: the masked dense product, which is right for every mask.
     """
 
-    name: ClassVar[str]
+    name: str
     sparse_gradient: ClassVar[bool] = False
     fallback: ClassVar[Kernel | None] = None
 
@@ -34,6 +39,13 @@ class Kernel(ABC):
     def fits(self, mask: Tensor) -> Tensor:
         """Whether the kernel is right for a layer with this keep-mask: bool, (), not read from the device."""
 
+    def of(self, layer: nn.Module) -> Kernel:
+        """The kernel of this layer alone, where it keeps something of the layer's; else itself."""
+        return self
+
+    def prepare(self, layer: Any) -> None:
+        """Called before the kernel runs, each time the layer's mask has changed. Raises KernelUnavailableError."""
+
     def chain(self) -> Iterator[Kernel]:
         """The kernel, its fallback, and so on."""
         yield self
@@ -41,13 +53,8 @@ class Kernel(ABC):
             yield from self.fallback.chain()
 
 
-class Shape(NamedTuple):
-    """Of a layer's product. rows: images times output positions of a step on one device. inputs, outputs:
-    channels."""
-
-    rows: int
-    inputs: int
-    outputs: int
+# What tells apart the times of layers: a family's own named tuple of whole numbers
+Shape = tuple[int, ...]
 
 
 class KernelFamily(Protocol):
@@ -57,10 +64,12 @@ class KernelFamily(Protocol):
     def key(self) -> str:
         """Tells apart what was measured for one device, precision and library from what was for others."""
 
-    def reason_unsupported(self, layer: nn.Module, num_rows: int) -> str | None:
-        """Why a layer cannot run these kernels over so many rows, or None."""
+    def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
+        """What to measure for a masked layer, or why it runs dense. calls: of the layer for one image, at every size
+        that is trained on; a layer must fit at all of them and is measured at the greatest. images: of a step on one
+        device."""
 
-    def measure(self, shape: Shape) -> Measured:
+    def measure(self, shape: Any) -> Measured:
         """Time one shape, and compare results with the dense product's. Raises torch.OutOfMemoryError where
         there is no room for its operands."""
 

@@ -5,9 +5,8 @@ import torch
 from torch.nn import functional
 
 from sparsity import NM, Run24, Transposable24
-from sparsity.kernels.interface import Shape
 from sparsity.kernels.measure import TOLERANCE
-from sparsity.kernels.semi_structured.kernel import Family24
+from sparsity.kernels.semi_structured.kernel import Family24, Shape
 from sparsity.kernels.semi_structured.operator import DTYPES, compress24, matmul24, missing, mm24
 
 CUDA = torch.device("cuda")

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from data.atomic import write_text
 from sparsity import Run24
 from sparsity.kernels.choose import LayerChoice, Measurements, gain
-from sparsity.kernels.interface import Shape
 from sparsity.kernels.measure import Measured, Timing
-from sparsity.kernels.semi_structured.kernel import Family24
+from sparsity.kernels.semi_structured.kernel import Family24, Shape
 from sparsity.kernels.semi_structured.operator import DTYPES
 from tests.slow import slow
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
@@ -77,7 +76,7 @@ def test_without_kernels_auto_is_off_and_require_is_an_error(tiny_data, tmp_path
     auto = run_here(tiny_data, tmp_path / "auto", *options())
     off = run_here(tiny_data, tmp_path / "off", *options(setting="off"))
     assert_equal_states(final_state(auto, LAST), final_state(off, LAST))
-    assert not (auto / "kernels24.json").exists()
+    assert not (auto / "kernels.json").exists()
     assert main(tiny(tiny_data, tmp_path / "runs", *options(setting="require"))) == 3
     error = capsys.readouterr().err
     assert "2:4 execution needs a GPU" in error
@@ -99,7 +98,7 @@ def test_a_run_with_24_kernels(tiny_data, tmp_path, able, capsys, pattern):
     assert "2:4 execution in compressed phases" in table
     assert "3x3 kernel" in table
     expected = Run24.TRANSPOSED if "transposable" in pattern else Run24.FORWARD
-    records = json.loads((run / "kernels24.json").read_text())
+    records = json.loads((run / "kernels.json").read_text())
     chosen = [record["layer"] for record in records if record["choice"] == expected.name]
     assert chosen
     assert len(able) == len(set(able)) == len({tuple(r["shape"].values()) for r in records if r["shape"]})
@@ -174,6 +173,6 @@ def test_no_memory_to_measure_is_no_end(tiny_data, tmp_path, able, monkeypatch, 
     monkeypatch.setattr(Family24, "measure", full)
     run = run_here(tiny_data, tmp_path / "runs", *options(), "engine.precision=bf16")
     assert final_state(run, LAST)["acdc"]["kernels"] == {}
-    assert "no memory left to measure it" in (run / "kernels24.json").read_text()
-    kept = json.loads((tmp_path / "home" / "kernels24.json").read_text())
+    assert "no memory left to measure it" in (run / "kernels.json").read_text()
+    kept = json.loads((tmp_path / "home" / "kernels.json").read_text())
     assert all(not entries for entries in kept.values())  # another run tries again

@@ -10,7 +10,7 @@ runs/<name>/<time>/  config.yaml     the resolved configuration
                      finetuned_dense/  a run folder of its own: the dense twin, trained on (finetune_dense)
                      result.json     the closing table's figures
                      report.html     curves
-                     kernels24.json  2:4 against dense, a layer each, where 2:4 kernels were tried
+                     kernels.json    sparse against dense, a layer each, where kernels were measured
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
         self.report = path / "report.html"
-        self.kernels24 = path / "kernels24.json"
+        self.kernels = path / "kernels.json"
         self.masks = path / "masks"
         self.finetuned_dense = path / FINETUNED_DENSE
         self._lock: IO[str] | None = None
@@ -88,7 +88,7 @@ class RunDir:
         write_text(self.result, json.dumps(result, indent=1) + "\n")
 
     def write_kernels(self, records: list[dict[str, Any]]) -> None:
-        write_text(self.kernels24, json.dumps(records, indent=1) + "\n")
+        write_text(self.kernels, json.dumps(records, indent=1) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line cut short by a crash is left out."""

@@ -121,8 +121,8 @@ class SparsityConfig(Section):
     gradual: GradualConfig | None = Field(default=None, description="gradual magnitude pruning, not AC/DC")
     accelerate: Literal["auto", "off", "require"] = Field(
         default="auto",
-        description="2:4 kernels in compressed phases; auto: where they are measured to win; require: in "
-        "every layer that can, or an error",
+        description="sparse kernels in compressed phases: any mask on a CPU, 2:4 on a GPU; auto: where they are "
+        "measured to win; require: in every layer that can, or an error",
     )
     recompute_batch_norm: Duration | None = Field(
         default=None, description="after each compression, recompute BatchNorm statistics over so much data"
@@ -136,10 +136,8 @@ class SparsityConfig(Section):
 
     @model_validator(mode="after")
     def _pattern_and_target(self) -> SparsityConfig:
-        pattern = self.build_pattern()
+        self.build_pattern()
         self.build_gradual()
-        if self.accelerate == "require" and not is_24(pattern):
-            raise ValueError(f"accelerate: require needs pattern 2:4 or {_TRANSPOSABLE}, not {self.pattern}")
         return self
 
     def build_pattern(self) -> Pattern:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sparsity import ModelFlops, count_flops
-from sparsity.flops import TRAINING_FACTOR
+from sparsity.flops import TRAINING_FACTOR, Call
 from trainer.checkpoints.state import Position
 from trainer.config.data import DataConfig, ImageNetData
 
@@ -35,9 +35,9 @@ class RunFlops:
         """Of an image that the epoch trains on."""
         return next(flops for begin, flops in reversed(self.sizes) if begin <= epoch)
 
-    def calls(self) -> dict[str, list[int]]:
-        """Layer -> output positions of each of its calls for one image, at every size that is trained on."""
-        found: dict[str, list[int]] = {}
+    def calls(self) -> dict[str, list[Call]]:
+        """Layer -> its calls for one image, at every size that is trained on."""
+        found: dict[str, list[Call]] = {}
         for _, flops in self.sizes:
             for layer in flops.layers:
                 found.setdefault(layer.name, []).extend(layer.calls)

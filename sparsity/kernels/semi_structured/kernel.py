@@ -6,14 +6,16 @@ are transposable the input gradient likewise. The weight gradient is dense eithe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsity.kernels.interface import Kernel, Shape
+from sparsity.flops import Call
+from sparsity.kernels.interface import Kernel
 from sparsity.kernels.measure import Measured, compare
 from sparsity.kernels.semi_structured.operator import conv24, linear24, mm24, reason_unsupported
 from sparsity.kernels.semi_structured.packing import fits_24
@@ -63,6 +65,15 @@ class Run24:
     NOT, FORWARD, TRANSPOSED = None, FORWARD, TRANSPOSED
 
 
+class Shape(NamedTuple):
+    """Of a layer's product. rows: images times output positions of a step on one device. inputs, outputs:
+    channels."""
+
+    rows: int
+    inputs: int
+    outputs: int
+
+
 @dataclass(frozen=True)
 class Family24:
     """See sparsity.kernels.interface. transposable: whether all masks are."""
@@ -78,8 +89,11 @@ class Family24:
         kind = "transposable" if self.transposable else "row-wise"
         return f"{name}, torch {torch.__version__}, cuSPARSELt {library}, {self.dtype}, {kind}"
 
-    def reason_unsupported(self, layer: nn.Module, num_rows: int) -> str | None:
-        return reason_unsupported(layer, num_rows)
+    def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
+        rows = sorted(call.outputs * images for call in calls)
+        reasons = filter(None, (reason_unsupported(layer, count) for count in rows))
+        outputs, inputs = layer.weight.shape[:2]
+        return next(reasons, None) or Shape(rows[-1], int(inputs), int(outputs))
 
     def measure(self, shape: Shape) -> Measured:
         random = torch.Generator(self.device).manual_seed(0)

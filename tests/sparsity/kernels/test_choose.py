@@ -6,11 +6,11 @@ from torch import nn
 
 from sparsity import Run24, mask_layers
 from sparsity.kernels import measure
+from sparsity.flops import Call
 from sparsity.kernels.choose import candidates
-from sparsity.kernels.interface import Shape
 from sparsity.kernels.measure import Measured, Timing
 from sparsity.kernels.semi_structured import kernel
-from sparsity.kernels.semi_structured.kernel import Family24
+from sparsity.kernels.semi_structured.kernel import Family24, Shape
 
 SHAPE = Shape(32, 48, 64)
 CPU = torch.device("cpu")
@@ -79,8 +79,9 @@ def test_candidates_fit_at_every_size():
     layers = mask_layers(net)
     net.append(nn.Linear(16, 16))  # which nothing runs
     layers |= mask_layers(net, include=["4"])
-    positions = {"0": [64, 36], "1": [64, 36], "2": [64, 9], "3": [1, 1]}
-    shapes, reasons = candidates(Family24(CPU, torch.bfloat16, False), layers, positions, images=2)
+    sizes = {"0": [64, 36], "1": [64, 36], "2": [64, 9], "3": [1, 1]}
+    calls = {name: [Call(size, 1, size) for size in given] for name, given in sizes.items()}
+    shapes, reasons = candidates(Family24(CPU, torch.bfloat16, False), layers, calls, images=2)
     assert shapes == {"0": Shape(128, 16, 32)}
     assert reasons == {
         "1": "3x3 kernel",

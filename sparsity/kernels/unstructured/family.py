@@ -1,0 +1,189 @@
+"""How sparse kernels are measured and chosen: tiles by the time they take, and sparse against dense by the sum."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsity.flops import Call
+from sparsity.kernels.measure import Measured, Timing, median_seconds, relative_error
+from sparsity.kernels.unstructured import kernel, operator
+from sparsity.kernels.unstructured.library import instructions
+from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
+
+LONGEST_PLANE = 2**31 - 1  # bytes of a channel's maps: offsets in native/ have 32 bits
+
+
+class Shape(NamedTuple):
+    """Of a layer in a step on one device: what its times depend on. percent: of weights kept."""
+
+    images: int
+    inputs: int
+    outputs: int
+    kernel_y: int
+    kernel_x: int
+    stride_y: int
+    stride_x: int
+    padding_y: int
+    padding_x: int
+    dilation_y: int
+    dilation_x: int
+    groups: int
+    height: int
+    width: int
+    percent: int
+
+    @property
+    def convolution(self) -> Convolution:
+        pairs = [(self[i], self[i + 1]) for i in (3, 5, 7, 9)]
+        return Convolution(*pairs, self.groups)
+
+
+@dataclass(frozen=True)
+class SparseFamily:
+    """See sparsity.kernels.interface."""
+
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> str:
+        flags = " ".join(instructions()) or platform.machine()
+        return f"CPU {_cpu_name()}, {flags}, {torch.get_num_threads()} threads, torch {torch.__version__}, {self.dtype}"
+
+    def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
+        if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+            return f"padding mode {layer.padding_mode}"
+        if layer.padding == "same" if isinstance(layer, nn.Conv2d) else False:
+            if any(d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)):
+                return "uneven padding"
+        greatest = max(calls, key=lambda call: call.outputs)
+        if isinstance(layer, nn.Linear):
+            height, width, images = 1, 1, images * greatest.width
+        else:
+            height, width = greatest.height, greatest.width
+        if 4 * images * height * width > LONGEST_PLANE:
+            return "images are too large"
+        convolution = Convolution.of(layer)
+        inputs, outputs = layer.weight.shape[1] * convolution.groups, layer.weight.shape[0]
+        numbers = [number for pair in convolution[:4] for number in pair]
+        percent = _round(100 * layer.mask.float().mean().item())
+        return Shape(images, inputs, outputs, *numbers, convolution.groups, height, width, percent)
+
+    def measure(self, shape: Shape) -> Measured:
+        return _Trial(shape, self.dtype).run()
+
+    @staticmethod
+    def choose(measured: Measured, required: bool = False) -> kernel.SparseKernel | None:
+        """Sparse where all three products are right and faster together; within a region of sparse layers, see
+        choose.best_region, a little slower is still a gain."""
+        if not all(timing.right for timing in measured.timings):
+            return None
+        dense = sum(timing.dense for timing in measured.timings)
+        sparse = sum(timing.sparse or 0.0 for timing in measured.timings)
+        return kernel.from_name(measured.kernel) if required or sparse < dense + measured.conversion else None
+
+
+def _round(percent: float) -> int:
+    """To two of the 24 numbers between 10 and 100, or so: layers that differ less are measured as one."""
+    steps = (1, 2, 3, 4, 5, 7, 10, 14, 20, 28, 40, 56, 75, 100)
+    return min(steps, key=lambda step: abs(step - percent) / step)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith(("model name", "cpu family", "model\t", "CPU part"))]
+    except OSError:
+        return platform.processor()
+    return ", ".join(dict.fromkeys(line.partition(":")[2].strip() for line in lines))
+
+
+class _Trial:
+    """One shape's operands, with random weights and a random mask."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        self.shape, self.dtype, self.convolution = shape, dtype, shape.convolution
+        random = torch.Generator().manual_seed(0)
+        size = (shape.outputs, shape.inputs // shape.groups, *self.convolution.kernel)
+        self.mask = torch.rand(size, generator=random) < shape.percent / 100
+        self.weight = torch.randn(size, generator=random) * self.mask
+        out = (shape.images, shape.outputs, *self.convolution.output_size(shape.height, shape.width))
+        maps = torch.randn(shape.images, shape.inputs, shape.height, shape.width, generator=random)
+        self.dense_maps = maps.to(dtype).contiguous(memory_format=torch.channels_last)
+        self.dense_gradient = torch.randn(out, generator=random).to(dtype).contiguous(memory_format=torch.channels_last)
+        self.dense_weight = self.weight.to(dtype).contiguous(memory_format=torch.channels_last)
+        self.maps = operator.to_innermost(self.dense_maps).permute(1, 2, 3, 0)
+        self.gradient = operator.to_innermost(self.dense_gradient).permute(1, 2, 3, 0)
+
+    def run(self) -> Measured:
+        forward = self._best(self._dense_forward, lambda plan: plan.forward(self.maps, self.weight), 0)
+        height, width = self.shape.height, self.shape.width
+        gradient = self._best(
+            lambda: self._dense_backward(0),
+            lambda plan: plan.input_gradient(self.gradient, self.weight, height, width),
+            1,
+        )
+        weight_gradient = self._best(
+            lambda: self._dense_backward(1),
+            lambda plan: plan.weight_gradient(self.maps, self.gradient, self.weight),
+            2,
+        )
+        tiles = Tiles(forward[1], gradient[1], weight_gradient[1])
+        name = kernel.SparseKernel(tiles, self.dtype).name
+        return Measured(forward[0], gradient[0], weight_gradient[0], self._conversion(), name)
+
+    def _dense_forward(self) -> Tensor:
+        _, stride, padding, dilation, groups = self.convolution
+        return functional.conv2d(self.dense_maps, self.dense_weight, None, stride, padding, dilation, groups)
+
+    def _dense_backward(self, which: int) -> Tensor:
+        _, stride, padding, dilation, groups = self.convolution
+        wanted = [which == 0, which == 1, False]
+        gradients = torch.ops.aten.convolution_backward(
+            self.dense_gradient,
+            self.dense_maps,
+            self.dense_weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            (0, 0),
+            groups,
+            wanted,
+        )
+        result: Tensor = gradients[which]
+        return result
+
+    def _best(self, dense: Callable[[], Tensor], sparse: Callable[[Plan], Tensor], which: int) -> tuple[Timing, Tile]:
+        """The fastest tile of one product."""
+        expected = dense().float()
+        if which < 2:
+            expected = expected.permute(1, 2, 3, 0)
+        else:
+            expected = expected * self.mask
+        dense_us = 1e6 * median_seconds(dense)
+        times: dict[Tile, float] = {}
+        error = 0.0
+        for tile in candidates(self.shape, self.dtype, which):
+            plan = Plan(self.convolution, self.mask, self.weight.stride(), Tiles(tile, tile, tile), self.dtype)
+            error = max(error, relative_error(sparse(plan), expected))
+            times[tile] = 1e6 * median_seconds(lambda plan=plan: sparse(plan))  # type: ignore[misc]
+        best = min(times, key=lambda tile: times[tile])
+        return Timing(dense_us, times[best], error), best
+
+    def _conversion(self) -> float:
+        """Of maps and their gradient, in and out of the format, at both ends of the layer."""
+        ends = (self.dense_maps, self.dense_gradient)
+        return sum(2e6 * median_seconds(lambda maps=maps: operator.to_innermost(maps)) for maps in ends)  # type: ignore[misc]
+
+
+def candidates(shape: Shape, dtype: torch.dtype, which: int) -> list[Tile]:
+    """Tiles that are worth measuring for one of the three products (forward, input gradient, weight gradient)."""
+    return [Tile(1, 7, 1, 40000)]

@@ -1,0 +1,84 @@
+"""The kernel of one layer on a CPU, with any mask: forward, input gradient and weight gradient skip what is dropped."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.kernels.interface import Kernel
+from sparsity.kernels.unstructured import operator
+from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+_numbers = itertools.count()
+
+
+class SparseKernel(Kernel):
+    """tiles: how it computes, see plan.Tile; results differ between them only by rounding. dtype: of activations,
+    autocast's or float32; weights and sums are float32, weights are rounded to dtype before they multiply."""
+
+    sparse_gradient = True
+
+    def __init__(self, tiles: Tiles, dtype: torch.dtype) -> None:
+        self.tiles, self.dtype = tiles, dtype
+        precision = next(name for name, known in DTYPES.items() if known == dtype)
+        self.name = f"sparse {precision} " + " ".join(map(_as_text, tiles))
+        self.plan: Plan | None = None
+        self.number = next(_numbers)  # stands for the kernel in compiled code
+        operator.PLANNED[self.number] = self
+
+    def __deepcopy__(self, memo: Any) -> SparseKernel:
+        """Of a copied layer, whose mask may become another."""
+        copied = SparseKernel(self.tiles, self.dtype)
+        copied.plan = self.plan
+        return copied
+
+    def __reduce__(self) -> Any:
+        return from_name, (self.name,)  # without its plan
+
+    def of(self, layer: nn.Module) -> SparseKernel:
+        return SparseKernel(self.tiles, self.dtype)
+
+    def prepare(self, layer: Any) -> None:
+        strides = tuple(layer.weight.stride())
+        self.plan = Plan(Convolution.of(layer), layer.mask, strides, self.tiles, self.dtype)
+
+    def fits(self, mask: Tensor) -> Tensor:
+        return mask.new_ones(())
+
+    def __call__(self, layer: Any, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            input = input.to(torch.get_autocast_dtype("cpu"))
+        if isinstance(layer, nn.Linear):
+            rows = input.flatten(0, -2)[:, :, None, None]
+            output = self._convolve(rows, layer.weight, 1, 1).flatten(1).unflatten(0, input.shape[:-1])
+            return output if layer.bias is None else output + layer.bias.to(output.dtype)
+        height, width = Convolution.of(layer).output_size(*input.shape[-2:])
+        output = self._convolve(input, layer.weight, height, width)
+        return output if layer.bias is None else output + layer.bias.to(output.dtype)[:, None, None]
+
+    def _convolve(self, maps: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+        if not operator.is_innermost(maps):
+            maps = operator.to_innermost(maps)
+        return operator.gather(maps, weight, height, width, self.number)
+
+
+def _as_text(tile: Tile) -> str:
+    return f"{tile.rows}x{tile.columns}x{tile.units}/{tile.slab_bytes}"
+
+
+def from_name(name: str) -> SparseKernel | None:
+    """The kernel that has this name, for one layer; None for a name of another kind."""
+    words = name.split(" ")
+    if len(words) != 5 or words[0] != "sparse" or words[1] not in DTYPES:
+        return None
+    numbers = [re.fullmatch(r"(\d+)x(\d+)x(\d+)/(\d+)", word) for word in words[2:]]
+    if not all(numbers):
+        return None
+    tiles = Tiles(*(Tile(*map(int, match.groups())) for match in numbers if match))
+    return SparseKernel(tiles, DTYPES[words[1]])

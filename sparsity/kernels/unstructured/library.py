@@ -1,0 +1,143 @@
+"""The C++ of this room, built for this machine at its first use, and its functions by ctypes.
+
+A build takes some seconds and lies beside torch.compile's, by a name that tells source, compiler and instructions
+apart: another machine, or another version, has another file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from sparsity.kernels.interface import KernelUnavailableError
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "native"
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared")
+TIMEOUT = 300.0  # seconds
+
+_int32, _int64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class Geometry(ctypes.Structure):
+    """See native/layer.cpp."""
+
+    _fields_ = (
+        *((name, _int32) for name in ("outputs", "inputs", "groups", "height", "width")),
+        *((f"{name}_{axis}", _int32) for name in ("stride", "padding", "dilation") for axis in "yx"),
+        ("strides", _int64 * 4),
+    )
+
+
+class Size(ctypes.Structure):
+    """See native/layer.cpp."""
+
+    _fields_ = (
+        ("images", _int64),
+        *((name, _int32) for name in ("in_height", "in_width", "out_height", "out_width")),
+    )
+
+
+class Tile(ctypes.Structure):
+    """See native/plan.h."""
+
+    _fields_ = tuple((name, _int32) for name in ("rows", "columns", "units", "slab_bytes"))
+
+
+class Strides(ctypes.Structure):
+    """See native/transpose.h."""
+
+    _fields_ = tuple((name, _int64) for name in ("image", "channel", "pixel"))
+
+
+class BuildError(KernelUnavailableError):
+    """There is no compiler, or it failed; the message says which and why."""
+
+
+def instructions() -> tuple[str, ...]:
+    """Compiler flags for the vector instructions that torch uses here: ATEN_CPU_CAPABILITY counts."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512":
+        flags = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
+        return (*flags, "-mavx512bf16") if torch.cpu._is_avx512_bf16_supported() else flags
+    return ("-mavx2", "-mfma") if capability == "AVX2" else ()
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that torch.compile uses, too, or None."""
+    known = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
+    return next(filter(None, map(shutil.which, known)), None)
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Build where that was not done before, and load. Raises BuildError; later calls raise it at once."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError("no C++ compiler (g++ or clang++)")
+    command = [compiler, *FLAGS, *instructions(), str(SOURCES / "layer.cpp")]
+    path = _cache_folder() / f"acdc-kernels-{_digest(command)}.so"
+    if not path.exists():
+        _build(command, path)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path}: {error}") from error
+    _declare(library)
+    return library
+
+
+def _cache_folder() -> Path:
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    return Path(given) if given else Path(tempfile.gettempdir()) / f"acdc-kernels-{os.getuid()}"
+
+
+def _digest(command: list[str]) -> str:
+    version = subprocess.run([command[0], "--version"], capture_output=True, timeout=TIMEOUT, check=False).stdout
+    digest = hashlib.sha256(repr(command).encode() + version)
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _build(command: list[str], path: Path) -> None:
+    began = time.monotonic()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder) / path.name
+            result = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, timeout=TIMEOUT)
+            if result.returncode:
+                raise BuildError(f"{command[0]} failed: {_first_error(result.stderr)}")
+            os.replace(built, path)  # several processes may build at once
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]}: {error}") from error
+    log.info("sparse CPU kernels built in %.0f s", time.monotonic() - began)
+
+
+def _first_error(text: str) -> str:
+    lines = text.strip().splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line), lines[-1])
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    library.layer_new.restype = _pointer
+    library.layer_new.argtypes = (_pointer, _pointer, _pointer, ctypes.c_int)
+    library.layer_free.restype = None
+    library.layer_free.argtypes = (_pointer,)
+    products = (_pointer, _pointer, _pointer, _pointer, _pointer, ctypes.c_int, ctypes.c_int)
+    library.layer_forward.argtypes = library.layer_input_gradient.argtypes = products
+    library.layer_weight_gradient.argtypes = (*products[:5], ctypes.c_int)
+    library.transpose_maps.restype = None
+    library.transpose_maps.argtypes = (*(_pointer,) * 3, *(_int64,) * 3, *(ctypes.c_int,) * 3)

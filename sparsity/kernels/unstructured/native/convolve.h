@@ -1,0 +1,259 @@
+// Sparse gathers over maps of activations that have their images innermost: (channels, height, width, images).
+//
+// Outputs: for each tile, for each block of channels: pack the slab, then for each output walk its kept weights and add
+// weight * slab to the sums in the registers, one for each unit of the tile. Sums that several blocks add to wait
+// in `partial` meanwhile.
+// Weight gradients: for each tile, pack the slab, load the output gradient's tile into registers, and for each kept
+// weight take the dot product with what it multiplied. Tiles are divided into shares that do not depend on the number
+// of threads, each share has sums of its own, and these are added in order: so are results, bit for bit.
+#pragma once
+#include <cstdlib>
+#include <memory>
+
+#include "plan.h"
+
+struct Map {  // bytes between neighbours; images lie side by side
+    char* data;
+    int64_t channel, row, column;
+    int32_t height, width;
+    int64_t images;
+    bool flat;  // a column is one unit of all that lies side by side: `images` of these
+};
+
+// What differs from tile to tile: what is copied into the slab, and where its units lie in the output.
+template <class E>
+struct Layout {
+    struct Move {
+        int32_t from, to, bytes;
+    };
+    std::vector<Move> whole, part;
+    std::vector<int32_t> zero;
+    std::vector<int32_t> at;     // of each output unit
+    std::vector<int32_t> bytes;  // of it that are inside the map
+    bool inside;                 // all are
+
+    static int32_t valid(const Map& map, int64_t column, int64_t unit) {  // bytes of a unit
+        int64_t left = map.flat ? map.images - column * E::IMAGES : map.images - unit * E::IMAGES;
+        return int32_t(std::clamp<int64_t>(left, 0, E::IMAGES)) * E::SIZE;
+    }
+
+    void set(const Gather& plan, const Map& in, const Map& out, int32_t y, int32_t x, int32_t unit) {
+        whole.clear(), part.clear(), zero.clear(), at.clear(), bytes.clear();
+        for (int32_t r = 0; r < plan.slab_rows; r++)
+            for (int32_t q = 0; q < plan.slab_columns; q++)
+                for (int32_t u = 0; u < plan.tile.units; u++) {
+                    int32_t row = y * plan.stride_y + plan.first_dy + r, column = x * plan.stride_x + plan.first_dx + q;
+                    int32_t to = int32_t(r * plan.row_bytes) + (plan.column_at[q] * plan.tile.units + u) * UNIT;
+                    bool within = row >= 0 && row < in.height && column >= 0 && column < in.width;
+                    int32_t count = within ? valid(in, column, unit + u) : 0;
+                    int32_t from = int32_t(row * in.row + column * in.column) + (unit + u) * UNIT;
+                    if (count == UNIT) whole.push_back({from, to, count});
+                    else zero.push_back(to);
+                    if (count > 0 && count < UNIT) part.push_back({from, to, count});
+                }
+        inside = true;
+        for (int32_t r = 0; r < plan.tile.rows; r++)
+            for (int32_t c = 0; c < plan.tile.columns; c++)
+                for (int32_t u = 0; u < plan.tile.units; u++) {
+                    bool within = y + r < out.height && x + c < out.width;
+                    at.push_back(int32_t((y + r) * out.row + (x + c) * out.column) + (unit + u) * UNIT);
+                    bytes.push_back(within ? valid(out, x + c, unit + u) : 0);
+                    inside = inside && bytes.back() == UNIT;
+                }
+    }
+
+    void pack(const Gather& plan, const Block& block, const Map& in, char* slab) const {
+        const char* source = in.data + block.channel * in.channel;
+        for (int32_t c = 0; c < block.channels; c++, source += in.channel, slab += plan.channel_bytes) {
+            for (const Move& move : whole) store(slab + move.to, load<Words>(source + move.from));
+            for (int32_t to : zero) store(slab + to, Words{});
+            for (const Move& move : part) memcpy(slab + move.to, source + move.from, move.bytes);
+        }
+    }
+};
+
+enum Ending { KEEP, STORE, STREAM, STORE_PART };  // what happens to the sums of a row behind its block
+
+// ROWS x RUN units of a tile at once. partial: one place for each output.
+template <class E, int ROWS, int RUN>
+void multiply(const Gather& plan, const Block& block, const char* slab, char* partial, const Map& out,
+              const Layout<E>& layout, bool first, Ending ending) {
+    constexpr int NUM = ROWS * RUN, SUMS = NUM * E::PARTS;
+    const Kept* kept = plan.kept.data() + block.kept;
+    const int64_t step = plan.step_bytes();
+    const int32_t* at = layout.at.data();
+    for (const Row *row = &plan.rows[block.row], *end = row + block.rows; row < end; row++) {
+        char* mine = partial + int64_t(row->output) * (SUMS * UNIT);
+        Floats sum[SUMS];
+        UNROLL for (int i = 0; i < SUMS; i++) sum[i] = first ? Floats{} : load<Floats>(mine + i * UNIT);
+        for (const Kept* last = kept + row->count; kept < last; kept++) {
+            const char* from = slab + kept->offset;
+            const typename E::Factor factor(kept->value);
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                UNROLL for (int k = 0; k < RUN; k++) {
+                    factor.add_product(load<Words>(from + r * step + k * UNIT), sum + (r * RUN + k) * E::PARTS);
+                }
+            }
+        }
+        if (ending == KEEP) {
+            UNROLL for (int i = 0; i < SUMS; i++) store(mine + i * UNIT, sum[i]);
+            continue;
+        }
+        char* to = out.data + row->output * out.channel;
+        if (ending == STREAM) {
+            UNROLL for (int i = 0; i < NUM; i++) stream(to + at[i], E::round(sum + i * E::PARTS));
+        } else if (ending == STORE) {
+            UNROLL for (int i = 0; i < NUM; i++) store(to + at[i], E::round(sum + i * E::PARTS));
+        } else {
+            UNROLL for (int i = 0; i < NUM; i++) {
+                Words unit = E::round(sum + i * E::PARTS);
+                if (layout.bytes[i] > 0) memcpy(to + at[i], &unit, layout.bytes[i]);
+            }
+        }
+    }
+}
+
+// gradients: of the block's kept weights; added to.
+template <class E, int ROWS, int RUN>
+void correlate(const Gather& plan, const Block& block, const char* slab, const Map& out, const Layout<E>& layout,
+               float* gradients) {
+    constexpr int NUM = ROWS * RUN;
+    const Kept* kept = plan.kept.data() + block.kept;
+    const int64_t step = plan.step_bytes();
+    const int32_t* at = layout.at.data();
+    Floats waiting[LANES];  // products of kept weights whose lanes are still to be summed
+    int count = 0;
+    const Row *row = plan.rows.data() + block.row, *end = row + block.rows;
+    for (; row < end; row++) {
+        const char* from = out.data + row->output * out.channel;
+        Words of_output[NUM];
+        if (layout.inside) {
+            const char* next = out.data + row[row + 3 < end ? 3 : 0].output * out.channel;
+            UNROLL for (int i = 0; i < NUM; i++) __builtin_prefetch(next + at[i]);
+            UNROLL for (int i = 0; i < NUM; i++) of_output[i] = load<Words>(from + at[i]);
+        } else {
+            UNROLL for (int i = 0; i < NUM; i++) {
+                Words unit{};
+                if (layout.bytes[i] > 0) memcpy(&unit, from + at[i], layout.bytes[i]);
+                of_output[i] = unit;
+            }
+        }
+        for (const Kept* last = kept + row->count; kept < last; kept++) {
+            const char* input = slab + kept->offset;
+            Floats sum[2] = {};
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                UNROLL for (int k = 0; k < RUN; k++) {
+                    int i = r * RUN + k;
+                    sum[i % 2] = E::dot(sum[i % 2], of_output[i], load<Words>(input + r * step + k * UNIT));
+                }
+            }
+            waiting[count++] = sum[0] + sum[1];
+            if (count == LANES) {
+                store(gradients, load<Floats>(gradients) + sums(waiting));
+                gradients += LANES;
+                count = 0;
+            }
+        }
+    }
+    if (count > 0) {
+        for (int i = count; i < LANES; i++) waiting[i] = Floats{};
+        Floats last = sums(waiting);
+        for (int i = 0; i < count; i++) gradients[i] += last[i];
+    }
+}
+
+inline char* workspace(int which, size_t bytes) {  // this thread's, kept from call to call
+    struct Buffer {
+        std::unique_ptr<char, decltype(&std::free)> data{nullptr, &std::free};
+        size_t bytes = 0;
+    };
+    static thread_local Buffer buffers[3];
+    Buffer& buffer = buffers[which];
+    if (buffer.bytes < bytes) {
+        constexpr size_t page = 4096;
+        buffer.bytes = (bytes + page - 1) / page * page;
+        buffer.data.reset(static_cast<char*>(std::aligned_alloc(page, buffer.bytes)));
+        if (!buffer.data) std::abort();
+    }
+    return buffer.data.get();
+}
+
+struct Tiles {  // of one output map
+    int64_t down, across, units;
+
+    Tiles(const Gather& plan, const Map& out, int images_of_unit) {
+        auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
+        down = parts(out.height, plan.tile.rows), across = parts(out.width, plan.tile.columns);
+        units = out.flat ? 1 : parts(out.images, int64_t(plan.tile.units) * images_of_unit);
+    }
+
+    int64_t count() const { return down * across * units; }
+};
+
+template <class E>
+void set_layout(Layout<E>& layout, const Gather& plan, const Tiles& tiles, int64_t tile, const Map& in, const Map& out) {
+    int64_t unit = tile % tiles.units, x = tile / tiles.units % tiles.across, y = tile / tiles.units / tiles.across;
+    layout.set(plan, in, out, int32_t(y * plan.tile.rows), int32_t(x * plan.tile.columns), int32_t(unit * plan.tile.units));
+}
+
+template <class E, int ROWS, int RUN>
+void outputs_of(const Gather& plan, const Map& in, const Map& out, bool past_caches, int threads) {
+    const Tiles tiles(plan, out, E::IMAGES);
+    const size_t last = plan.blocks.size() - 1;
+#pragma omp parallel num_threads(threads)
+    {
+        char* slab = workspace(0, plan.slab_bytes());
+        char* partial = last > 0 ? workspace(1, size_t(plan.outputs) * ROWS * RUN * E::PARTS * UNIT) : nullptr;
+        Layout<E> layout;
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t tile = 0; tile < tiles.count(); tile++) {
+            set_layout(layout, plan, tiles, tile, in, out);
+            Ending ending = !layout.inside ? STORE_PART : past_caches ? STREAM : STORE;
+            for (size_t b = 0; b <= last; b++) {
+                layout.pack(plan, plan.blocks[b], in, slab);
+                multiply<E, ROWS, RUN>(plan, plan.blocks[b], slab, partial, out, layout, b == 0, b == last ? ending : KEEP);
+            }
+        }
+        end_of_stream();
+    }
+}
+
+// gradient: dense, as the weight lies in memory; dropped weights' are 0.
+template <class E, int ROWS, int RUN>
+void weight_gradient_of(const Gather& plan, const Map& in, const Map& out, float* gradient, int64_t numel, int threads) {
+    constexpr int64_t MOST_SHARES = 32, MOST_SUMS = 1 << 21;  // sums: 8 MB, not to be written and read for little
+    const Tiles tiles(plan, out, E::IMAGES);
+    const int64_t kept = int64_t(plan.kept.size()), blocks = int64_t(plan.blocks.size());
+    const int64_t shares = std::clamp<int64_t>(MOST_SUMS / (kept + 1), 1, std::min(tiles.count(), MOST_SHARES));
+    const int64_t block_shares = std::min(blocks, (MOST_SHARES + shares - 1) / shares);
+    float* sums = reinterpret_cast<float*>(workspace(2, size_t(shares * kept) * sizeof(float)));
+#pragma omp parallel num_threads(threads)
+    {
+        char* slab = workspace(0, plan.slab_bytes());
+        Layout<E> layout;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t share = 0; share < shares * block_shares; share++) {
+            int64_t of_tiles = share / block_shares, of_blocks = share % block_shares;
+            int64_t first_block = blocks * of_blocks / block_shares, end_block = blocks * (of_blocks + 1) / block_shares;
+            float* mine = sums + of_tiles * kept;
+            std::fill(mine + plan.blocks[first_block].kept, mine + (end_block < blocks ? plan.blocks[end_block].kept : kept), 0.f);
+            for (int64_t tile = tiles.count() * of_tiles / shares; tile < tiles.count() * (of_tiles + 1) / shares; tile++) {
+                set_layout(layout, plan, tiles, tile, in, out);
+                for (int64_t b = first_block; b < end_block; b++) {
+                    const Block& block = plan.blocks[b];
+                    if (block.rows == 0) continue;
+                    layout.pack(plan, block, in, slab);
+                    correlate<E, ROWS, RUN>(plan, block, slab, out, layout, mine + block.kept);
+                }
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < numel; i++) gradient[i] = 0;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < kept; i++) {
+            float sum = 0;
+            for (int64_t share = 0; share < shares; share++) sum += sums[share * kept + i];
+            gradient[plan.weights[i]] = sum;
+        }
+    }
+}

@@ -1,0 +1,157 @@
+"""Operators of masked layers on a CPU: acdc::gather and its gradients, by a layer's plan; and between memory formats.
+
+Activations have torch's shape, (images, channels, height, width), and lie in memory with their images innermost.
+torch.compile keeps that format through what works element by element, so that it is converted to where the first such
+layer stands, and from behind the last.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparsity.kernels.unstructured import library
+from sparsity.kernels.unstructured.plan import Plan
+
+
+class Planned(Protocol):
+    """What a number stands for in compiled code: its plan may change, the number does not."""
+
+    plan: Plan | None
+
+
+PLANNED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def _plan(number: int) -> Plan:
+    plan: Plan | None = PLANNED[number].plan
+    if plan is None:
+        raise RuntimeError("the kernel has no plan yet: acdc.compress() makes it from the layer's mask")
+    return plan
+
+
+def is_innermost(maps: Tensor) -> bool:
+    """Whether (N, C, H, W) lies in memory as (C, H, W, N), without gaps."""
+    return maps.permute(1, 2, 3, 0).is_contiguous()
+
+
+def _maps(maps: Tensor) -> Tensor:
+    """(C, H, W, N), contiguous, of (N, C, H, W)."""
+    return (maps if is_innermost(maps) else to_innermost(maps)).permute(1, 2, 3, 0)
+
+
+def _empty(like: Tensor, images: int, channels: int, height: int, width: int) -> Tensor:
+    return like.new_empty(channels, height, width, images).permute(3, 0, 1, 2)
+
+
+@torch.library.custom_op("acdc::gather", mutates_args=())
+def gather(maps: Tensor, weight: Tensor, height: int, width: int, number: int) -> Tensor:
+    """The convolution of maps (N, C, H, W) with a masked weight; height, width: of the output. number: see PLANNED."""
+    return _plan(number).forward(_maps(maps), weight.detach()).permute(3, 0, 1, 2)
+
+
+@gather.register_fake
+def _(maps: Tensor, weight: Tensor, height: int, width: int, number: int) -> Tensor:
+    return _empty(maps, maps.shape[0], weight.shape[0], height, width)
+
+
+@torch.library.custom_op("acdc::gather_input_gradient", mutates_args=())
+def input_gradient(gradient: Tensor, weight: Tensor, channels: int, height: int, width: int, number: int) -> Tensor:
+    return _plan(number).input_gradient(_maps(gradient), weight, height, width).permute(3, 0, 1, 2)
+
+
+@input_gradient.register_fake
+def _(gradient: Tensor, weight: Tensor, channels: int, height: int, width: int, number: int) -> Tensor:
+    return _empty(gradient, gradient.shape[0], channels, height, width)
+
+
+@torch.library.custom_op("acdc::gather_weight_gradient", mutates_args=())
+def weight_gradient(maps: Tensor, gradient: Tensor, weight: Tensor, number: int) -> Tensor:
+    return _plan(number).weight_gradient(_maps(maps), _maps(gradient), weight)
+
+
+@weight_gradient.register_fake
+def _(maps: Tensor, gradient: Tensor, weight: Tensor, number: int) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, int], output: Tensor) -> None:
+    maps, weight, _, _, ctx.number = inputs
+    ctx.save_for_backward(maps, weight)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    maps, weight = ctx.saved_tensors
+    of_maps = of_weight = None
+    if ctx.needs_input_grad[0]:
+        of_maps = input_gradient(gradient, weight, *maps.shape[1:], ctx.number)
+    if ctx.needs_input_grad[1]:
+        of_weight = weight_gradient(maps, gradient, weight, ctx.number)
+    return of_maps, of_weight, None, None, None
+
+
+gather.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("acdc::to_innermost", mutates_args=())
+def to_innermost(maps: Tensor) -> Tensor:
+    """(N, C, H, W) of any format, with its images innermost."""
+    output = _empty(maps, *maps.shape)
+    if not (maps.is_contiguous() or maps.is_contiguous(memory_format=torch.channels_last)):
+        maps = maps.contiguous(memory_format=torch.channels_last)
+    _transpose(maps, output, True)
+    return output
+
+
+@to_innermost.register_fake
+def _(maps: Tensor) -> Tensor:
+    return _empty(maps, *maps.shape)
+
+
+@torch.library.custom_op("acdc::from_innermost", mutates_args=())
+def from_innermost(maps: Tensor, channels_last: bool) -> Tensor:
+    """Back, to channels_last or to (N, C, H, W)."""
+    output = torch.empty_like(maps, memory_format=_format(channels_last))
+    if not is_innermost(maps):
+        return output.copy_(maps)
+    _transpose(output, maps, False)
+    return output
+
+
+@from_innermost.register_fake
+def _(maps: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty_like(maps, memory_format=_format(channels_last))
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _transpose(maps: Tensor, innermost: Tensor, to: bool) -> None:
+    images, channels, height, width = maps.shape
+    channels_last = not maps.is_contiguous()
+    pixels = height * width
+    strides = library.Strides(channels * pixels, 1 if channels_last else pixels, channels if channels_last else 1)
+    library.load().transpose_maps(
+        maps.data_ptr(),
+        ctypes.byref(strides),
+        innermost.data_ptr(),
+        images,
+        channels,
+        pixels,
+        maps.element_size(),
+        to,
+        torch.get_num_threads(),
+    )
+
+
+def _save_format(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.channels_last = not inputs[0].is_contiguous()
+
+
+to_innermost.register_autograd(lambda ctx, gradient: from_innermost(gradient, ctx.channels_last), setup_context=_save_format)
+from_innermost.register_autograd(lambda ctx, gradient: (to_innermost(gradient), None))

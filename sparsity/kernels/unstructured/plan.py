@@ -1,0 +1,138 @@
+"""What one layer runs: its kept weights laid out for tiles, in memory of the C++ library."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.kernels.interface import KernelUnavailableError
+from sparsity.kernels.unstructured import library
+
+PAST_CACHES = 4 << 20  # bytes of an output from which on it is written past the caches
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Tile(NamedTuple):
+    """rows x columns output pixels of `units` vectors of images, over blocks of input channels that take at most
+    slab_bytes; see native/plan.h."""
+
+    rows: int
+    columns: int
+    units: int
+    slab_bytes: int
+
+
+class Tiles(NamedTuple):
+    """Of a layer's three products."""
+
+    forward: Tile
+    input_gradient: Tile
+    weight_gradient: Tile
+
+
+class Convolution(NamedTuple):
+    """What a layer does with maps, besides its weight. A linear layer is one of 1 x 1."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d | nn.Linear) -> Convolution:
+        if isinstance(layer, nn.Linear):
+            return cls((1, 1), (1, 1), (0, 0), (1, 1), 1)
+        kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+        if layer.padding == "valid":
+            padding: Any = (0, 0)
+        elif layer.padding == "same":
+            padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
+        else:
+            padding = layer.padding
+        return cls(kernel, stride, padding, dilation, layer.groups)  # type: ignore[arg-type]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        sizes = zip((height, width), *self[:4], strict=True)
+        height, width = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
+        return height, width
+
+
+class Plan:
+    """Of one layer, for one mask. weight: (outputs, inputs / groups, *kernel), or (outputs, inputs); its strides count,
+    not its values, which are read at each product. Products do not depend on the number of threads.
+
+    Activations are in `dtype`, with their images innermost: (channels, height, width, images), without gaps."""
+
+    def __init__(
+        self, convolution: Convolution, mask: Tensor, strides: tuple[int, ...], tiles: Tiles, dtype: torch.dtype
+    ) -> None:
+        self.convolution, self.tiles, self.dtype, self.strides = convolution, tiles, dtype, strides
+        outputs, inputs = mask.shape[:2]
+        self.outputs, self.inputs = int(outputs), int(inputs) * convolution.groups
+        pairs = (*convolution.stride, *convolution.padding, *convolution.dilation)
+        filled = (*strides, *(1,) * (4 - len(strides)))
+        self._library = library.load()
+        geometry = library.Geometry(
+            self.outputs, self.inputs, convolution.groups, *convolution.kernel, *pairs, (ctypes.c_int64 * 4)(*filled)
+        )
+        if not all(self._library.has_tile(tile.rows, tile.columns * tile.units) for tile in tiles):
+            raise KernelUnavailableError(f"no code for the tiles {tiles} with the instructions of this machine")
+        mask = mask.contiguous()
+        tile_array = (library.Tile * 3)(*(library.Tile(*tile) for tile in tiles))
+        self._layer = self._library.layer_new(
+            ctypes.byref(geometry), mask.data_ptr(), ctypes.byref(tile_array), dtype == torch.bfloat16
+        )
+        weakref.finalize(self, self._library.layer_free, self._layer)
+
+    def forward(self, maps: Tensor, weight: Tensor) -> Tensor:
+        """maps: (inputs, H, W, N). Returns (outputs, H', W', N)."""
+        size = self._size(maps.shape[1:])
+        output = maps.new_empty(self.outputs, size.out_height, size.out_width, size.images)
+        self._run(self._library.layer_forward, size, maps, weight, output)
+        return output
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+        """gradient: (outputs, H', W', N). Returns (inputs, height, width, N)."""
+        size = self._size((height, width, gradient.shape[3]))
+        output = gradient.new_empty(self.inputs, height, width, size.images)
+        self._run(self._library.layer_input_gradient, size, gradient, weight, output)
+        return output
+
+    def weight_gradient(self, maps: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+        """As forward and input_gradient take them. Returns a tensor like weight: 0 where the mask drops."""
+        output = torch.empty_like(self._as_planned(weight))
+        size = self._size(maps.shape[1:])
+        status = self._library.layer_weight_gradient(
+            self._layer, ctypes.byref(size), maps.data_ptr(), gradient.data_ptr(), output.data_ptr(), torch.get_num_threads()
+        )
+        assert status == 0
+        return output
+
+    def _run(self, product: Any, size: library.Size, source: Tensor, weight: Tensor, output: Tensor) -> None:
+        past_caches = output.numel() * output.element_size() >= PAST_CACHES
+        weight = self._as_planned(weight)
+        status = product(
+            self._layer,
+            ctypes.byref(size),
+            source.data_ptr(),
+            weight.data_ptr(),
+            output.data_ptr(),
+            past_caches,
+            torch.get_num_threads(),
+        )
+        assert status == 0
+
+    def _size(self, shape: tuple[int, ...]) -> library.Size:
+        height, width, images = shape
+        return library.Size(images, height, width, *self.convolution.output_size(height, width))
+
+    def _as_planned(self, weight: Tensor) -> Tensor:
+        """With the strides that the plan was made for."""
+        if weight.stride() == self.strides:
+            return weight
+        return torch.empty_strided(weight.shape, self.strides, dtype=weight.dtype).copy_(weight)

@@ -1,0 +1,227 @@
+"""Sparse CPU kernels against conv2d and autograd over masked weights; plans, formats, and the operators' rules."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sparsity import MaskedConv2d, mask_layers
+from sparsity.kernels.families import kernel_named
+from sparsity.kernels.interface import KernelUnavailableError
+from sparsity.kernels.unstructured import library, operator
+from sparsity.kernels.unstructured.family import candidates
+from sparsity.kernels.unstructured.kernel import SparseKernel
+from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
+
+needs_compiler = pytest.mark.skipif(library.find_compiler() is None, reason="no C++ compiler")
+pytestmark = needs_compiler
+
+FP32, BF16 = torch.float32, torch.bfloat16
+GRIDS = ((1, 4), (1, 7), (2, 4)) if library.instructions()[:1] == ("-mavx512f",) else ((1, 2), (1, 4), (2, 3))
+
+
+def drawn(seed):
+    """A convolution, sizes, a density and a tile, anything that may be asked for."""
+    draw = random.Random(seed)
+    kernel = draw.choice([(1, 1), (3, 3), (1, 3), (3, 1), (5, 5), (2, 2), (7, 7)])
+    stride = draw.choice([(1, 1), (2, 2), (1, 2), (3, 2)])
+    padding = (draw.randint(0, kernel[0] // 2), draw.randint(0, kernel[1] // 2))
+    dilation, groups = draw.choice([(1, 1), (1, 1), (2, 1)]), draw.choice([1, 1, 1, 2, 4])
+    height, width = (draw.randint(1, 15) + d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+    rows, run = draw.choice(GRIDS)
+    units = draw.choice([number for number in (1, 2, 4) if run % number == 0])
+    return {
+        "convolution": Convolution(kernel, stride, padding, dilation, groups),
+        "channels": (4 * draw.randint(1, 8), 4 * draw.randint(1, 8)),
+        "size": (height, width),
+        "images": draw.choice([1, 2, 7, 16, 31, 32, 33, 64, 65]),
+        "density": draw.choice([0, 0.02, 0.1, 0.5, 1]),
+        "tile": Tile(rows, run // units, units, draw.choice([100, 3000, 40000])),
+        "dtype": draw.choice([FP32, BF16]),
+        "format": draw.choice([torch.channels_last, torch.contiguous_format]),
+    }
+
+
+class Case:
+    """Operands of a layer, its plan, and what conv2d and autograd give in float32 over the same rounded values."""
+
+    def __init__(self, seed, **given):
+        case = {**drawn(seed), **given}
+        random_ = torch.Generator().manual_seed(seed)
+        self.convolution, self.dtype = case["convolution"], case["dtype"]
+        inputs, outputs = case["channels"]
+        size = (outputs, inputs // self.convolution.groups, *self.convolution.kernel)
+        self.mask = torch.rand(size, generator=random_) < case["density"]
+        self.weight = (torch.randn(size, generator=random_) * self.mask).contiguous(memory_format=case["format"])
+        maps = torch.randn(case["images"], inputs, *case["size"], generator=random_).to(self.dtype)
+        self.tiles = Tiles(*[case["tile"]] * 3)
+        self.plan = Plan(self.convolution, self.mask, self.weight.stride(), self.tiles, self.dtype)
+        reference = maps.float().requires_grad_()
+        weight = self.weight.to(self.dtype).float().requires_grad_()
+        output = functional.conv2d(reference, weight, None, *self.convolution[1:])
+        gradient = torch.randn(output.shape, generator=random_).to(self.dtype)
+        output.backward(gradient.float())
+        self.maps, self.gradient = innermost(maps), innermost(gradient)
+        self.expected = (innermost(output.detach()), innermost(reference.grad), weight.grad * self.mask)
+
+    def products(self):
+        height, width = self.maps.shape[1:3]
+        return (
+            self.plan.forward(self.maps, self.weight),
+            self.plan.input_gradient(self.gradient, self.weight, height, width),
+            self.plan.weight_gradient(self.maps, self.gradient, self.weight),
+        )
+
+
+def innermost(maps):
+    return maps.permute(1, 2, 3, 0).contiguous()
+
+
+def error(found, expected):
+    return ((found.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_products_equal_conv2d_and_autograd_over_masked_weights(seed):
+    case = Case(seed)
+    output, of_input, of_weight = case.products()
+    for found, expected in ((output, case.expected[0]), (of_input, case.expected[1])):
+        assert found.shape == expected.shape
+        if case.dtype == FP32:
+            assert error(found, expected) <= 1e-5
+        else:  # rounded once: by half of the last of 8 bits, besides the sums' own rounding
+            allowed = expected.abs() * 2**-8 + 1e-5 * expected.abs().max()
+            assert ((found.float() - expected).abs() <= allowed).all()
+    assert error(of_weight, case.expected[2]) <= 2e-5
+    assert (of_weight[~case.mask] == 0).all()
+    assert of_weight.stride() == case.weight.stride()
+
+
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_products_do_not_depend_on_the_number_of_threads(seed, monkeypatch):
+    case = Case(seed, density=0.3)
+    for_threads = []
+    for count in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        for_threads.append(case.products())
+    for others in for_threads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(for_threads[0], others, strict=True))
+
+
+def test_nan_and_infinity_arrive():
+    case = Case(0, dtype=BF16, density=1, images=32)
+    case.maps[:] = float("nan")
+    assert case.products()[0].isnan().any()
+    plan = Plan(Convolution.of(nn.Conv2d(1, 1, 1)), torch.ones(1, 1, 1, 1, dtype=torch.bool), (1, 1, 1, 1), case.tiles, BF16)
+    largest = torch.full((1, 1, 1, 32), 3e38, dtype=BF16)
+    assert plan.forward(largest, torch.full((1, 1, 1, 1), 2.0)).isinf().all()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("shape", [(32, 64, 7, 5), (33, 5, 1, 7), (1, 3, 16, 16), (65, 40, 3, 3), (2, 1, 4, 4), (4, 3, 1, 1)])
+def test_formats_are_changed_without_loss(dtype, shape):
+    maps = torch.randn(shape).to(dtype)
+    for before in (maps, maps.contiguous(memory_format=torch.channels_last), maps[:, :, ::2]):
+        inside = operator.to_innermost(before)
+        assert operator.is_innermost(inside)
+        assert torch.equal(inside, before)
+        for channels_last in (True, False):
+            after = operator.from_innermost(inside, channels_last)
+            assert torch.equal(after, before)
+            assert after.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def sparse_layer(layer, tile=Tile(*GRIDS[0], 1, 40000), dtype=FP32):
+    """Masked, at a density of a half, and running a kernel."""
+    net = nn.Sequential(layer)
+    mask_layers(net)
+    layer.mask.copy_(torch.rand(layer.mask.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
+    with torch.no_grad():
+        layer.weight.mul_(layer.mask)
+    layer.kernel = SparseKernel(Tiles(tile, tile, tile), dtype)
+    layer.kernel.prepare(layer)
+    return net
+
+
+LAYERS = {
+    "conv": (lambda: nn.Conv2d(8, 12, 3, 2, 1), (5, 8, 9, 9)),
+    "same": (lambda: nn.Conv2d(8, 12, 3, padding="same", bias=False), (5, 8, 9, 9)),
+    "linear": (lambda: nn.Linear(8, 12), (5, 8)),
+    "tokens": (lambda: nn.Linear(8, 12), (5, 7, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_is_its_masked_dense_self(kind, autocast):
+    torch.manual_seed(0)
+    make, size = LAYERS[kind]
+    net = sparse_layer(make(), dtype=BF16 if autocast else FP32)
+    images = torch.randn(size, requires_grad=True)
+    results = []
+    for kernel in (net[0].kernel, None):
+        net[0].kernel = kernel
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            output = net(images)
+        output.float().square().sum().backward()
+        results.append((output, images.grad, *(parameter.grad for parameter in net.parameters())))
+        images.grad = None
+        net.zero_grad()
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        assert error(found, expected.float()) <= (2e-2 if autocast else 1e-5)
+
+
+def test_evaluation_is_dense():
+    net = sparse_layer(nn.Conv2d(8, 12, 3)).eval()
+    images = torch.randn(2, 8, 6, 6)
+    assert torch.equal(net(images), functional.conv2d(images, net[0].weight, net[0].bias))
+
+
+def test_the_operators_keep_torchs_rules():
+    """Schema, fake tensors, autograd and compilation."""
+    layer = sparse_layer(nn.Conv2d(8, 12, 3))[0]
+    maps = operator.to_innermost(torch.randn(2, 8, 6, 6)).requires_grad_()
+    assert isinstance(layer, MaskedConv2d)
+    weight = layer.weight.detach().requires_grad_()
+    torch.library.opcheck(operator.gather, (maps, weight, 4, 4, layer.kernel.number))
+    torch.library.opcheck(operator.to_innermost, (torch.randn(2, 3, 4, 5).requires_grad_(),))
+    torch.library.opcheck(operator.from_innermost, (maps, True))
+
+
+def test_a_plan_reads_weights_of_any_strides():
+    case = Case(3, convolution=Convolution((3, 3), (1, 1), (1, 1), (1, 1), 1), format=torch.contiguous_format, dtype=FP32)
+    other = case.weight.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(case.plan.forward(case.maps, other), case.plan.forward(case.maps, case.weight))
+
+
+def test_names_make_kernels_again():
+    tiles = Tiles(Tile(1, 7, 2, 40000), Tile(2, 4, 1, 100), Tile(1, 8, 1, 7))
+    for dtype in (FP32, BF16):
+        kernel = SparseKernel(tiles, dtype)
+        for again in (kernel_named(kernel.name), pickle.loads(pickle.dumps(kernel)), copy.deepcopy(kernel)):
+            assert (again.tiles, again.dtype, again.name) == (tiles, dtype, kernel.name)
+            assert again.number != kernel.number
+    for name in ("", "sparse", "sparse fp32 1x1x1/1 1x1x1/1", "sparse fp64 1x1x1/1 1x1x1/1 1x1x1/1", "sparse fp32 a b c"):
+        assert kernel_named(name) is None
+
+
+def test_a_copied_layer_has_a_plan_of_its_own():
+    net = sparse_layer(nn.Conv2d(8, 12, 3))
+    images = torch.randn(2, 8, 6, 6)
+    before = net(images)
+    other = copy.deepcopy(net)
+    other[0].mask.fill_(False)
+    other[0].kernel.prepare(other[0])
+    assert torch.equal(net(images), before)
+    assert (other(images) == other[0].bias[:, None, None]).all()
+
+
+def test_tiles_without_code_are_refused():
+    tile = Tile(9, 9, 1, 100)
+    with pytest.raises(KernelUnavailableError, match="no code for the tiles"):
+        Case(0, tile=tile)
