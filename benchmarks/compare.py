@@ -6,15 +6,12 @@ of ours over others high. A figure with a spread is worse only where the spreads
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from benchmarks.record import console
+from benchmarks.record import Parser, console, show_table
 from trainer.errors import UserError
 
 HIGH = (
@@ -45,7 +42,7 @@ SETTINGS = ("environment", "options", "batch", "bar", "shape", "num_weights", "c
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="acdc bench compare", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("compare", __doc__)
     parser.add_argument("before", type=Path, metavar="BEFORE", help="a record")
     parser.add_argument("after", type=Path, metavar="AFTER", help="one of the same benchmark")
     parser.add_argument("--tolerance", type=float, default=0.05, metavar="SHARE", help="default: 0.05")
@@ -61,13 +58,11 @@ def main() -> int:
     changes = compare(before, after, options.tolerance)
     if not changes:
         parser.error(f"{options.before} and {options.after} have no figure in common")
-    table = Table()
-    for column in ("figure", "before", "after", "change", ""):
-        table.add_column(column, justify="left" if column in ("figure", "") else "right")
-    for name, old, new, verdict in changes:
-        change = f"{100 * (new / old - 1):+.1f} %" if old else "-"
-        table.add_row(name, f"{old:,.4g}", f"{new:,.4g}", change, verdict)
-    screen.print(table)
+    rows = [
+        (name, f"{old:,.4g}", f"{new:,.4g}", f"{100 * (new / old - 1):+.1f} %" if old else "-", verdict)
+        for name, old, new, verdict in changes
+    ]
+    show_table(("figure", "before", "after", "change", ""), rows, texts=("figure", ""))
     worse = sum(verdict == "worse" for *_, verdict in changes)
     screen.print(f"{worse} of {len(changes)} figures are worse by more than {options.tolerance:.0%}")
     return 1 if worse else 0

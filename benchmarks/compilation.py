@@ -8,37 +8,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from benchmarks.models import NETWORKS
-from benchmarks.record import console, parse, show_spread, spread, write_record
-from benchmarks.turns import order
-from data.loader import Batch
+from benchmarks.record import Parser, parse, show_spread, show_table, spread, write_record
+from benchmarks.turns import answer_of, repeat_ways
+from data.synthetic import SyntheticLoader
 
 WAYS = ("uncompiled", "blocks", "whole")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="acdc bench compilation", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument(
-        "networks", nargs="*", default=["resnet50"], metavar="NETWORK", help=", ".join(NETWORKS)
-    )
-    add = partial(parser.add_argument, metavar="N", type=int)
-    add("--repeats", default=3, help="of each way, in turns; default: 3")
-    add("--steps", default=5, help="timed, behind the first; default: 5")
+    parser, names = Parser("compilation", __doc__), ", ".join(NETWORKS)
+    parser.add_argument("networks", nargs="*", default=["resnet50"], metavar="NETWORK", help=names)
+    parser.add_number("--repeats", 3, "of each way, in turns")
+    parser.add_number("--steps", 5, "timed, behind the first")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # in a process of its own
     options = parse(parser, "compilation")
     if options.way:
@@ -52,11 +42,7 @@ def main() -> int:
 
 def _in_turns(network: str, options: argparse.Namespace) -> dict[str, Any]:
     """Of each way, with an empty cache (cold) and with what that left (warm)."""
-    runs: dict[str, list[list[dict[str, Any]]]] = {way: [] for way in WAYS}
-    for repeat in range(options.repeats):
-        for way in order(WAYS, repeat):
-            runs[way].append(_in_processes(network, way, options.steps))
-            print(f"{network}, {way}: {repeat + 1} of {options.repeats}", flush=True)
+    runs = repeat_ways(network, WAYS, options.repeats, lambda way: _in_processes(network, way, options.steps))
     return {
         way: dict(zip(("cold", "warm"), map(summary, zip(*those, strict=True)), strict=True))
         for way, those in runs.items()
@@ -75,47 +61,26 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _in_processes(network: str, way: str, steps: int) -> list[dict[str, Any]]:
     """Measured with an empty cache, and with what that left."""
     with tempfile.TemporaryDirectory() as cache:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.compilation",
-            network,
-            "--way",
-            way,
-            "--steps",
-            str(steps),
-        ]
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        runs = [
-            subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-            for _ in range(2)
-        ]
-    return [json.loads(run.stdout.splitlines()[-1]) for run in runs]
+        arguments = ("benchmarks.compilation", network, "--way", way, "--steps", str(steps))
+        return [answer_of(*arguments, TORCHINDUCTOR_CACHE_DIR=cache) for _ in range(2)]
 
 
 def measure(name: str, way: str, steps: int) -> dict[str, Any]:
     """Seconds of the first step and of later ones, and the number of graphs."""
     from sparsity import mask_layers
-    from trainer.config.load import load_config
     from trainer.distributed import ranks
-    from trainer.models import get_model
     from trainer.models.classifier import Classifier
 
     device = ranks.start()
     network = NETWORKS[name]
-    config = load_config(network.recipe, [])
-    side, classes = (224, 1000) if "imagenet" in network.recipe else (32, 100)
     torch.manual_seed(0)
-    model = get_model(config.model.name, num_classes=classes, **config.model.arguments)
+    model = network.model()
     mask_layers(model)
     classifier: Any = Classifier(model, (0.5,) * 3, (0.5,) * 3).to(device)
     classifier.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(classifier.parameters(), 0.01, 0.9, fused=True)
-    batch = network.batch(device)
-    images = torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, device=device).permute(
-        0, 3, 1, 2
-    )
-    noise = Batch(images, torch.randint(0, classes, (batch,), device=device))
+    batch, side = network.batch(device), 224 if network.of_files else 32
+    noise = next(SyntheticLoader(batch, 1, batch, lambda _: side, network.num_classes, device).epoch(0))
     _compile(classifier, way)
     seconds = []
     for _ in range(steps + 1):
@@ -150,15 +115,14 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    table = Table(title="compiling")
-    for column in ("network", "way", "first step, s", "with a cache, s", "step, s", "graphs"):
-        table.add_column(column, justify="left" if column in ("network", "way") else "right")
+    rows = []
     for network, ways in results.items():
         for way, of in ways.items():
             figures = (of["cold"]["first"], of["warm"]["first"], of["cold"]["step"])
             seconds = (show_spread(figure, 2) for figure in figures)
-            table.add_row(network, way, *seconds, str(of["cold"]["graphs"]))
-    console().print(table)
+            rows.append((network, way, *seconds, str(of["cold"]["graphs"])))
+    columns = ("network", "way", "first step, s", "with a cache, s", "step, s", "graphs")
+    show_table(columns, rows, texts=("network", "way"), title="compiling")
 
 
 if __name__ == "__main__":

@@ -8,28 +8,25 @@ tells benchmarks.throughput.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
-from benchmarks.record import console, parse, show_spread, spread, write_record
-from benchmarks.turns import cpu_seconds, family, order, ratios, until_quiet
+from benchmarks.record import Parser, console, parse, settings, show_spread, show_table, spread, write_record
+from benchmarks.turns import cpu_seconds, endless, family, order, ratios, until_quiet
 from data.crops import CropStream
 from data.dali.files import DaliFileLoader
 from data.dali.pipeline import PREFETCH
 from data.datasets import fashion_mnist
 from data.datasets.imagenet import NUM_CLASSES
 from data.images.files import ImageFiles, load_image_files
-from data.loader import Batch, Loader
+from data.loader import Batch
 from data.torch_files import TorchFileLoader
 
 QUALITY = 90
@@ -37,15 +34,15 @@ SIZE = (500, 375)  # width and height: ImageNet's most frequent
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="acdc bench data", description=(__doc__ or "").splitlines()[0])
-    add = partial(parser.add_argument, metavar="N", type=int)
-    add("--root", type=Path, metavar="ROOT", help="train/CLASS/*.JPEG and val; default: JPEGs made here")
-    add("--images", default=1024, help="how many images to make; default: 1024")
-    add("--batch", default=64, help="images in a batch; default: 64")
-    add("--batches", help="batches in a measurement; default: 16, or 8 a thread where that is more")
-    add("--repeats", default=7, help="measurements of each backend; default: 7")
-    add("--threads", default=len(os.sched_getaffinity(0)), help="or processes; default: one a core")
+    parser, tree = Parser("data", __doc__), "train/CLASS/*.JPEG and val; default: JPEGs made here"
+    parser.add_argument("--root", type=Path, metavar="ROOT", help=tree)
+    parser.add_number("--images", 1024, "how many images to make")
+    parser.add_number("--batch", 64, "images in a batch")
+    parser.add_number("--batches", None, "in a measurement; default: 16, or 8 a thread where that is more")
+    parser.add_number("--repeats", 7, "measurements of each backend")
+    parser.add_number("--threads", None, "or processes; default: one a core")
     options = parse(parser, "data")
+    options.threads = options.threads or len(os.sched_getaffinity(0))
     options.batches = options.batches or max(16, 8 * options.threads)
     with tempfile.TemporaryDirectory() as folder:
         root = options.root or make_tree(Path(folder), options.images)
@@ -55,17 +52,19 @@ def main() -> int:
         print(f"{len(files):,} files of {mean_kb:.0f} kB, {options.threads} threads or processes")
         measured = compare(files, options)
     show(measured)
-    settings = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    write_record(options.out, {"options": settings, "mean_kb": mean_kb, "loader": measured})
+    write_record(options.out, {"options": settings(options), "mean_kb": mean_kb, "loader": measured})
     return 0
 
 
-def make_tree(root: Path, num_images: int) -> Path:
+def make_tree(root: Path, num_images: int, batch: int = 1) -> Path:
     """JPEGs of pictures with detail at all scales, about as large as ImageNet's (110 kB on average):
     Fashion-MNIST's images, three at a time in three colours, enlarged over texture. As many class folders as
-    ImageNet's, so that models have its last layer; the last ones are empty where images are fewer."""
+    ImageNet's, so that models have its last layer; the last ones are empty where images are fewer.
+    Raises SystemExit for fewer images than a batch has."""
     from PIL import Image
 
+    if num_images < batch:
+        raise SystemExit(f"--images {num_images}: a batch has {batch}")
     arrays = fashion_mnist.load(None, "train")
     random = np.random.default_rng(0)
     width, height = SIZE
@@ -94,11 +93,11 @@ def compare(files: ImageFiles, options: argparse.Namespace) -> dict[str, Any]:
         "dali": DaliFileLoader(files, stream, cpu, threads, "cpu", _refuse),
         "torch": TorchFileLoader(files, stream, cpu, threads, _refuse),
     }
-    endless = {name: _endless(loader) for name, loader in loaders.items()}
+    batches = {name: endless(loader) for name, loader in loaders.items()}
     rates: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in loaders}
     for repeat in range(options.repeats + 1):  # the first warms up
-        for name in order(list(endless), repeat):
-            wall, busy = measure_loader(endless[name], options.batches, max(PREFETCH + 1, 2 * threads))
+        for name in order(list(batches), repeat):
+            wall, busy = measure_loader(batches[name], options.batches, max(PREFETCH + 1, 2 * threads))
             if repeat:
                 images = options.batches * options.batch
                 rates[name]["wall"].append(images / wall)
@@ -108,11 +107,6 @@ def compare(files: ImageFiles, options: argparse.Namespace) -> dict[str, Any]:
         for name, rate in rates.items()
     }
     return {**table, "dali_over_torch_per_cpu_second": ratios(rates["dali"]["cpu"], rates["torch"]["cpu"])}
-
-
-def _endless(loader: Loader) -> Iterator[Batch]:
-    for epoch in itertools.count():
-        yield from loader.epoch(epoch)
 
 
 def measure_loader(
@@ -136,16 +130,13 @@ def _refuse(file: str, reason: str) -> None:
 
 
 def show(measured: dict[str, Any]) -> None:
-    table = Table()
-    for column in ("backend", "images/s", "images per CPU-second"):
-        table.add_column(column, justify="left" if column == "backend" else "right")
-    for name in ("dali", "torch"):
-        rates = (measured[name][key] for key in ("images_per_second", "images_per_cpu_second"))
-        table.add_row(name, *map(show_spread, rates))
-    screen = console()
-    screen.print(table)
+    rows = [
+        (name, *(show_spread(measured[name][key]) for key in ("images_per_second", "images_per_cpu_second")))
+        for name in ("dali", "torch")
+    ]
+    show_table(("backend", "images/s", "images per CPU-second"), rows, texts=("backend",))
     ratio = show_spread(measured["dali_over_torch_per_cpu_second"], 2)
-    screen.print(f"DALI over torch, per CPU-second: {ratio}; median (least to greatest) of the repeats")
+    console().print(f"DALI over torch, per CPU-second: {ratio}; median (least to greatest) of the repeats")
 
 
 if __name__ == "__main__":

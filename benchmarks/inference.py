@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.record import console, parse, show_spread, spread, write_record
+from benchmarks.record import Parser, console, parse, show_spread, show_table, spread, write_record
 from benchmarks.turns import ratios, take_turns
 from sparsity import count_flops
 from sparsity.kernels.measure import MARGIN, TOLERANCE, median_seconds
@@ -31,12 +29,11 @@ from trainer.export.sparse24_file import packed_share
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="acdc bench infer", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("infer", __doc__)
     parser.add_argument("path", metavar="PATH", help="a run folder, or a checkpoint folder in it")
-    add = partial(parser.add_argument, metavar="N", type=int)
-    add("--batch", help="images; default: 256 on a GPU, 32 on a CPU")
-    add("--turns", default=9, help="of each; default: 9")
-    add("--steps", default=5, help="batches in a turn; default: 5")
+    parser.add_number("--batch", None, "images; default: 256 on a GPU, 32 on a CPU")
+    parser.add_number("--turns", 9, "of each")
+    parser.add_number("--steps", 5, "batches in a turn")
     parser.add_argument("--all", action="store_true", help="2:4 in every layer that can, faster or not")
     options = parse(parser, "inference")
     device = ranks.start()
@@ -86,7 +83,7 @@ def measure(
             options.turns,
             options.steps,
             device,
-            lambda turn: on_progress(turn, options.turns),
+            on_progress,
         )
     return {
         "batch": batch,
@@ -109,26 +106,19 @@ def _layer(weight: Tensor, num_rows: int) -> dict[str, Any]:
     dense = 1e6 * median_seconds(lambda: functional.linear(rows, weight))
     sparse = 1e6 * median_seconds(lambda: matmul24(rows, compressed, outputs))
     right = error <= TOLERANCE
-    wins = right and sparse < MARGIN * dense
-    return {
-        "shape": [num_rows, *weight.shape],
-        "dense": dense,
-        "sparse": sparse,
-        "right": right,
-        "wins": wins,
-    }
+    figures = {"shape": [num_rows, *weight.shape], "dense": dense, "sparse": sparse}
+    return {**figures, "right": right, "wins": right and sparse < MARGIN * dense}
 
 
 def show(record: dict[str, Any]) -> None:
-    table = Table(title="inference")
-    for column in ("layer", "rows x out x in", "dense µs", "2:4 µs", "choice"):
-        table.add_column(column, justify="right" if "µs" in column else "left")
+    rows = []
     for name, kernel in record["kernels"].items():
         choice = "2:4" if name in record["chosen"] else "dense"
         shape = " x ".join(f"{size:,}" for size in kernel["shape"])
-        table.add_row(name, shape, f"{kernel['dense']:,.1f}", f"{kernel['sparse']:,.1f}", choice)
+        rows.append((name, shape, f"{kernel['dense']:,.1f}", f"{kernel['sparse']:,.1f}", choice))
+    texts = ("layer", "rows x out x in", "choice")
+    show_table((*texts[:2], "dense µs", "2:4 µs", "choice"), rows, texts, title="inference")
     screen = console()
-    screen.print(table)
     for who, rate in record["images_per_second"].items():
         screen.print(f"{who}: {show_spread(rate)} images/s")
     screen.print(f"2:4 over dense: {show_spread(record['ours_over_dense'], 3)}")

@@ -8,15 +8,12 @@ shows that the table works, not how fast anything is.
 
 from __future__ import annotations
 
-import argparse
-from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import nn
 
-from benchmarks.record import console, parse, write_record
+from benchmarks.record import Parser, parse, show_table, write_record
 from sparsity import count_flops
 from sparsity.kernels.measure import Measured
 from sparsity.kernels.semi_structured.kernel import Family24, Shape
@@ -32,19 +29,17 @@ NETWORKS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="acdc bench kernels24", description=(__doc__ or "").splitlines()[0])
-    add = partial(parser.add_argument, metavar="N", type=int)
-    add("--batch", help="images; default: 256, ViT 128")
-    add("--most", default=0, help="shapes of each network at most; default: all")
+    parser = Parser("kernels24", __doc__)
+    parser.add_number("--batch", None, "images; default: 256, ViT 128")
+    parser.add_number("--most", None, "shapes of each network at most; default: all")
     options = parse(parser, "kernels24")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     needed = missing(device)
     if needed is not None:
         print(f"no 2:4 kernels on this machine: they need {needed}. The reference is measured, 64 rows each.")
-    shapes = [entry for name in NETWORKS for entry in _network(name, options.batch)]
-    shapes += [entry for name in VIT for entry in _vit(name, options.batch)]
-    if options.most:
-        shapes = [entry for name in (*NETWORKS, *VIT) for entry in _of(shapes, name)[: options.most]]
+    networks = [_network(name, options.batch) for name in NETWORKS]
+    networks += [_vit(name, options.batch) for name in VIT]
+    shapes = [entry for entries in networks for entry in entries[: options.most]]
     rows = []
     with progress("shapes") as on_progress:
         for done, (network, layer, shape) in enumerate(shapes):
@@ -56,10 +51,6 @@ def main() -> int:
     show(rows, needed is None)
     write_record(options.out, {"device": str(device), "reference": needed is not None, "kernels": rows})
     return 0
-
-
-def _of(shapes: list[tuple[str, str, Shape]], network: str) -> list[tuple[str, str, Shape]]:
-    return [entry for entry in shapes if entry[0] == network]
 
 
 def _network(name: str, batch: int | None) -> list[tuple[str, str, Shape]]:
@@ -87,28 +78,18 @@ def _vit(name: str, batch: int | None) -> list[tuple[str, str, Shape]]:
     ]
 
 
-def show(rows: list[dict[str, Any]], real: bool) -> None:
-    table = Table(title="2:4 against dense" + ("" if real else ": the reference, not a kernel"))
-    for column in (
-        "network",
-        "layer",
-        "rows x in x out",
-        "dense µs",
-        "2:4 µs",
-        "gain",
-        "gradient gain",
-        "choice",
-    ):
-        right = "µs" in column or "gain" in column
-        table.add_column(column, justify="right" if right else "left")
-    for row in rows:
+def show(measured: list[dict[str, Any]], real: bool) -> None:
+    rows = []
+    for row in measured:
         forward, gradient = row["forward"], row["gradient"]
         gains = [_gain(timing) for timing in (forward, gradient)]
         shape = " x ".join(f"{size:,}" for size in row["shape"].values())
         sparse = "-" if forward["sparse"] is None else f"{forward['sparse']:,.1f}"
-        choice = _choice(row)
-        table.add_row(row["network"], row["layer"], shape, f"{forward['dense']:,.1f}", sparse, *gains, choice)
-    console().print(table)
+        figures = (f"{forward['dense']:,.1f}", sparse, *gains)
+        rows.append((row["network"], row["layer"], shape, *figures, _choice(row)))
+    texts = ("network", "layer", "rows x in x out", "choice")
+    columns = (*texts[:3], "dense µs", "2:4 µs", "gain", "gradient gain", "choice")
+    show_table(columns, rows, texts, "2:4 against dense" + ("" if real else ": the reference, not a kernel"))
 
 
 def _gain(timing: dict[str, Any]) -> str:

@@ -47,12 +47,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> f
     large = device.type == "cuda"
     size, images = (8192, 256) if large else (1536, 32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = 2 * size**3 / min(_timed(lambda: a @ b, device) for _ in range(repeats))
+    product = 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(repeats))
     x = torch.randn(images, 256, 28, 28, device=device).to(dtype).to(memory_format=torch.channels_last)
     kernel = torch.randn(256, 256, 3, 3, device=device).to(dtype).to(memory_format=torch.channels_last)
     convolve = partial(functional.conv2d, x, kernel, padding=1)
     flops = 2 * kernel.numel() * images * 28 * 28
-    return max(product, flops / min(_timed(convolve, device) for _ in range(repeats)))
+    return max(product, flops / min(timed(convolve, device) for _ in range(repeats)))
 
 
 def wait_for(device: torch.device) -> None:
@@ -61,7 +61,8 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> float:
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a call, until the device has done what it asks for."""
     wait_for(device)
     begin = time.perf_counter()
     call()

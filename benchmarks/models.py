@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.datasets.cifar import CIFAR10, CIFAR100, PIXELS
 from data.loader import Batch
 from sparsity import PhaseSchedule
+from trainer.build import build_trainer
 from trainer.checkpoints.saved_model import build_model, describe_model
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.engine import precision
 from trainer.loop import Trainer
+from trainer.models import get_model
 from trainer.models.classifier import Classifier
 
 
@@ -35,6 +39,15 @@ class Network:
     def of_files(self) -> bool:
         """Trains on image files; else on small images in memory."""
         return self.recipe.startswith("imagenet")
+
+    @property
+    def num_classes(self) -> int:
+        return {"imagenet": 1000, "cifar100": 100, "cifar10": 10}[self.recipe.partition("/")[0]]
+
+    def model(self) -> nn.Module:
+        """Freshly initialised."""
+        config = load_config(self.recipe).model
+        return get_model(config.name, self.num_classes, **config.arguments)
 
     def batch(self, device: torch.device) -> int:
         return self.gpu_batch if device.type == "cuda" else self.cpu_batch
@@ -73,6 +86,17 @@ def short_run(
         if "memorisation" in network.recipe:
             options += ["data.random_labels=0", "data.crop_padding=4", "data.flip=true"]
     return load_config(network.recipe, [*options, *network.overrides, *overrides])
+
+
+@contextmanager
+def short_trainer(
+    network: Network, device: torch.device, schedule: str, batch: int, steps: int, *overrides: str
+) -> Iterator[Trainer]:
+    """The trainer of a short_run, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = short_run(network, Path(folder), schedule, batch, steps, *overrides)
+        with closing(build_trainer(config, device)) as trainer:
+            yield trainer
 
 
 def one_batch(trainer: Trainer) -> Batch:

@@ -7,18 +7,13 @@ Ours is in a compressed phase, with everything that a step of a run does but rea
 from __future__ import annotations
 
 import argparse
-import tempfile
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
-from benchmarks.models import NETWORKS, Ours, Stock, one_batch, short_run
-from benchmarks.record import console, parse, show_spread, spread, write_record
+from benchmarks.models import NETWORKS, Ours, Stock, one_batch, short_trainer
+from benchmarks.record import Parser, parse, show_spread, show_table, spread, write_record
 from benchmarks.turns import ratios, take_turns
-from trainer.build import build_trainer
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
 
@@ -26,12 +21,11 @@ DEFAULT = ("resnet50", "mobilenetv1", "wrn-28-10")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="acdc bench overhead", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("overhead", __doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}")
-    add = partial(parser.add_argument, metavar="N", type=int)
-    add("--turns", default=9, help="of each contender; default: 9")
-    add("--steps", default=3, help="in a turn; default: 3")
-    add("--batch", help="images in a step; default: by network and device")
+    parser.add_number("--turns", 9, "of each contender")
+    parser.add_number("--steps", 3, "in a turn")
+    parser.add_number("--batch", None, "images in a step; default: by network and device")
     options = parse(parser, "overhead")
     device = ranks.start()
     results = {}
@@ -47,34 +41,29 @@ def measure(name: str, device: torch.device, options: argparse.Namespace) -> dic
     """Milliseconds of a step, ours and stock, and their ratio turn by turn."""
     network, count = NETWORKS[name], options.steps * (options.turns + 1)
     batch = options.batch or network.batch(device)
-    with tempfile.TemporaryDirectory() as folder:
-        config = short_run(network, Path(folder), "sparse 2", batch, count)
-        trainer = build_trainer(config, device)
-        try:
-            images = one_batch(trainer)
-            ours, stock = Ours(trainer), Stock(config, trainer, device)
-            with progress(f"{name}, turns") as on_progress:
-                seconds = take_turns(
-                    {"ours": lambda: ours.step(images), "stock": lambda: stock.step(images)},
-                    options.turns,
-                    options.steps,
-                    device,
-                    lambda turn: on_progress(turn, options.turns),
-                )
-        finally:
-            trainer.close()
+    with short_trainer(network, device, "sparse 2", batch, count) as trainer:
+        images = one_batch(trainer)
+        ours, stock = Ours(trainer), Stock(trainer.config, trainer, device)
+        with progress(f"{name}, turns") as on_progress:
+            seconds = take_turns(
+                {"ours": lambda: ours.step(images), "stock": lambda: stock.step(images)},
+                options.turns,
+                options.steps,
+                device,
+                on_progress,
+            )
     table = {who: spread([1000 * value for value in values]) for who, values in seconds.items()}
     return {"batch": batch, "ms_per_step": table, "ratio": ratios(seconds["ours"], seconds["stock"])}
 
 
 def show(results: dict[str, Any]) -> None:
-    table = Table(title="masked step against the same model with stock layers, both compiled")
-    for column in ("network", "batch", "ours, ms", "stock, ms", "ours / stock"):
-        table.add_column(column, justify="left" if column == "network" else "right")
+    rows = []
     for name, result in results.items():
         steps = (show_spread(result["ms_per_step"][who]) for who in ("ours", "stock"))
-        table.add_row(name, str(result["batch"]), *steps, show_spread(result["ratio"], 3))
-    console().print(table)
+        rows.append((name, str(result["batch"]), *steps, show_spread(result["ratio"], 3)))
+    columns = ("network", "batch", "ours, ms", "stock, ms", "ours / stock")
+    title = "masked step against the same model with stock layers, both compiled"
+    show_table(columns, rows, texts=("network",), title=title)
 
 
 if __name__ == "__main__":

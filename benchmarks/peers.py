@@ -16,16 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import psutil
 import torch
-from rich.table import Table
 
 from benchmarks.peers_loops import AHEAD, WORKERS
-from benchmarks.record import console, parse, show_spread, spread, write_record
+from benchmarks.record import Parser, parse, show_spread, show_table, spread, write_record
 from benchmarks.turns import TURN, order, ratios, until_quiet
 from data.dali.pipeline import PREFETCH
 from trainer.cli.progress import progress
@@ -44,13 +42,13 @@ KEPT_MEMORY = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="acdc bench peers", description=(__doc__ or "").splitlines()[0])
+    parser = Parser("peers", __doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(BARS)}; default: all")
-    add = partial(parser.add_argument, metavar="N", type=int)
-    add("--turns", default=6, help="of each contender; default: 6, every order once")
-    usual = TURN * READ_AHEAD
-    add("--steps", default=usual, help=f"in a turn; default: {usual}, {TURN} times what is read ahead")
-    add("--images", default=512, help="JPEG files to train on; default: 512")
+    parser.add_number("--turns", 6, "of each contender; 6 are every order once")
+    parser.add_number(
+        "--steps", TURN * READ_AHEAD, f"in a turn; best {TURN} times what is read ahead or more"
+    )
+    parser.add_number("--images", 512, "JPEG files to train on")
     options = parse(parser, "peers")
     results = {name: measure(name, options) for name in options.networks or BARS}
     show(results)
@@ -76,9 +74,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         if network.of_files:
-            if options.images < batch:
-                raise SystemExit(f"--images {options.images}: a batch has {batch}")
-            make_tree(folder / "images", options.images)
+            make_tree(folder / "images", options.images, batch)
         steps = WARMUP + options.steps * options.turns
         contenders = {who: _Contender(who, name, folder, steps) for who in CONTENDERS}
         for contender in contenders.values():
@@ -141,14 +137,13 @@ class _Contender:
 
 
 def show(results: dict[str, Any]) -> None:
-    table = Table(title="training, images per second")
-    for column in ("network", "batch", *CONTENDERS.values(), "ours / tuned", "ours / plain", "bar, plain"):
-        table.add_column(column, justify="left" if column == "network" else "right")
+    rows = []
     for name, result in results.items():
         rates = (show_spread(result["images_per_second"][who]) for who in CONTENDERS)
         over = (show_spread(result[f"ours_over_{who}"], 2) for who in ("tuned", "plain"))
-        table.add_row(name, str(result["batch"]), *rates, *over, str(result["bar"]))
-    console().print(table)
+        rows.append((name, str(result["batch"]), *rates, *over, str(result["bar"])))
+    columns = ("network", "batch", *CONTENDERS.values(), "ours / tuned", "ours / plain", "bar, plain")
+    show_table(columns, rows, texts=("network",), title="training, images per second")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from data.datasets.imagenet import MEAN, STD
 from data.torchvision_import import import_torchvision, import_transforms
 from trainer.config.load import load_config
 from trainer.engine import missing_for_compilation
-from trainer.models import get_model
 
 Step = Callable[[Tensor, Tensor], Tensor]  # (images, labels) -> loss
 SPARSITY = 0.9
@@ -40,7 +39,7 @@ def plain(network: Network, folder: Path, steps: int, device: torch.device) -> C
     """The step of a plain loop that takes `steps` at most."""
     images = images_of(network, folder, device, plain_transform(network.of_files))
     batches = iter(_loader(images, network.batch(device), steps, device))
-    step = plain_step(_model(network), network, device)
+    step = plain_step(network.model(), network, device)
     return lambda: step(*_moved(next(batches), device))
 
 
@@ -48,7 +47,7 @@ def tuned(network: Network, folder: Path, steps: int, device: torch.device) -> C
     """The step of a tuned loop that takes `steps` at most."""
     images = images_of(network, folder, device, tuned_transform(network.of_files))
     batches = iter(_loader(images, network.batch(device), steps, device, stack))
-    step = tuned_step(_model(network), network, device)
+    step = tuned_step(network.model(), network, device)
     return lambda: step(*_moved(next(batches), device))
 
 
@@ -124,12 +123,6 @@ def keep_masks(weights: list[nn.Parameter], sparsity: float) -> list[Tensor]:
     magnitudes = torch.cat([weight.detach().abs().flatten() for weight in weights])
     threshold = magnitudes.kthvalue(round(sparsity * len(magnitudes))).values
     return [(weight.detach().abs() > threshold).to(weight.dtype) for weight in weights]
-
-
-def _model(network: Network) -> nn.Module:
-    config = load_config(network.recipe, [])
-    num_classes = {"imagenet": 1000, "cifar100": 100, "cifar10": 10}[config.data.name]
-    return get_model(config.model.name, num_classes, **config.model.arguments)
 
 
 def _prunable(model: nn.Module) -> list[Any]:

@@ -6,7 +6,6 @@ Reads a number of steps from a line of standard input, trains so many, and answe
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 
 from benchmarks import peers_loops
 from benchmarks.models import IN_EPOCH, NETWORKS, Network, Ours, short_run
+from benchmarks.turns import endless
 
 
 def main() -> int:
@@ -57,8 +57,7 @@ def ours(network: Network, folder: Path) -> Callable[[], Any]:
         in_epoch, overrides = IN_EPOCH, []
     config = short_run(network, folder / "ours", "sparse 2", batch, in_epoch, *overrides)
     trainer = build_trainer(config, device)
-    batches = itertools.chain.from_iterable(map(trainer.loaders.train.epoch, itertools.count()))
-    contender = Ours(trainer)
+    batches, contender = endless(trainer.loaders.train), Ours(trainer)
     contender.steps(batches)
     trainer.accelerate()  # as the training loop does where a compressed phase begins
     return lambda: contender.steps(batches)

@@ -8,22 +8,16 @@ everywhere (on a CPU their reference runs).
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-import time
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
-from benchmarks.models import NETWORKS, Ours, one_batch, short_run
-from benchmarks.record import console, parse, show_spread, spread, write_record
+from benchmarks.machine import timed
+from benchmarks.models import NETWORKS, Ours, one_batch, short_trainer
+from benchmarks.record import Parser, console, parse, show_spread, show_table, spread, write_record
 from sparsity import Run24
 from sparsity.kernels.semi_structured.operator import reason_unsupported
-from trainer.build import build_trainer
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
 from trainer.engine import num_graphs
@@ -39,62 +33,43 @@ PHASES = "(dense 1, sparse 1) x4"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="acdc bench phase_switch", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser("phase_switch", __doc__)
     parser.add_argument("network", nargs="?", default="resnet50", choices=NETWORKS, metavar="NETWORK")
-    add = partial(parser.add_argument, metavar="N", type=int)
-    add("--repeats", default=9, help="of each action; default: 9")
+    parser.add_number("--repeats", 9, "of each action")
     parser.add_argument("--no-graphs", action="store_true", help="leave the counting of graphs out")
     options = parse(parser, "phase_switch")
     device = ranks.start()
     times = {name: measure(options.network, name, options.repeats, device) for name in PATTERNS}
     graphs = {} if options.no_graphs else count_graphs(device)
     show(times, graphs)
-    write_record(
-        options.out, {"network": options.network, "device": str(device), "seconds": times, "graphs": graphs}
-    )
+    record = {"network": options.network, "device": str(device), "seconds": times, "graphs": graphs}
+    write_record(options.out, record)
     return 0
 
 
 def measure(network: str, pattern: str, repeats: int, device: torch.device) -> dict[str, Any]:
     """Seconds of compressing and decompressing, and of a copy of all weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        overrides = ["engine.compile=false", *PATTERNS[pattern]]
-        config = short_run(NETWORKS[network], Path(folder), "dense 1, sparse 1", 8, 2, *overrides)
-        trainer = build_trainer(config, device)
-        try:
-            acdc = trainer.acdc
-            Ours(trainer).step(one_batch(trainer))  # momentum exists from now on
-            weights = list(acdc.weights().values())
-            trained = [weight.clone() for weight in weights]
-            actions: dict[str, Callable[[], Any]] = {
-                "compress": lambda: acdc.compress(acdc.pattern),
-                "decompress": acdc.decompress,
-                "copy": lambda: [weight.clone() for weight in weights],
-            }
-            seconds: dict[str, list[float]] = {name: [] for name in actions}
-            for repeat in range(repeats + 1):  # the first warms up
-                # as a dense phase leaves them: of the last compression's zeros none is left
-                torch._foreach_copy_(weights, trained)
-                for name, action in actions.items():
-                    elapsed = _seconds(action, device)
-                    if repeat:
-                        seconds[name].append(elapsed)
-        finally:
-            trainer.close()
+    overrides = ["engine.compile=false", *PATTERNS[pattern]]
+    with short_trainer(NETWORKS[network], device, "dense 1, sparse 1", 8, 2, *overrides) as trainer:
+        acdc = trainer.acdc
+        Ours(trainer).step(one_batch(trainer))  # momentum exists from now on
+        weights = list(acdc.weights().values())
+        trained = [weight.clone() for weight in weights]
+        actions: dict[str, Callable[[], Any]] = {
+            "compress": lambda: acdc.compress(acdc.pattern),
+            "decompress": acdc.decompress,
+            "copy": lambda: [weight.clone() for weight in weights],
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in actions}
+        for repeat in range(repeats + 1):  # the first warms up
+            # as a dense phase leaves them: of the last compression's zeros none is left
+            torch._foreach_copy_(weights, trained)
+            for name, action in actions.items():
+                elapsed = timed(action, device)
+                if repeat:
+                    seconds[name].append(elapsed)
     num_weights = sum(weight.numel() for weight in weights)
     return {"num_weights": num_weights, **{name: spread(values) for name, values in seconds.items()}}
-
-
-def _seconds(action: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
 
 
 def count_graphs(device: torch.device) -> dict[str, list[int]]:
@@ -102,14 +77,12 @@ def count_graphs(device: torch.device) -> dict[str, list[int]]:
     counted = {}
     for name, pattern in (("masked", "global 90 %"), ("2:4 on and off", "2:4 transposable")):
         torch._dynamo.reset()
-        with tempfile.TemporaryDirectory() as folder, progress(f"{name}, phases") as on_progress:
-            overrides = ["model.arguments={width: 0.25}", "data.image_size=64", *PATTERNS[pattern]]
-            config = short_run(NETWORKS["mobilenetv1"], Path(folder), PHASES, 8, 3, *overrides)
-            trainer = build_trainer(config, device)
-            try:
-                counted[name] = _train_phases(trainer, name != "masked", device, on_progress)
-            finally:
-                trainer.close()
+        overrides = ["model.arguments={width: 0.25}", "data.image_size=64", *PATTERNS[pattern]]
+        with (
+            short_trainer(NETWORKS["mobilenetv1"], device, PHASES, 8, 3, *overrides) as trainer,
+            progress(f"{name}, phases") as on_progress,
+        ):
+            counted[name] = _train_phases(trainer, name != "masked", device, on_progress)
     return counted
 
 
@@ -129,17 +102,15 @@ def _train_phases(trainer: Any, use24: bool, device: torch.device, on_progress: 
 
 
 def show(times: dict[str, Any], graphs: dict[str, list[int]]) -> None:
-    table = Table(title="a phase switch, milliseconds")
-    for column in ("pattern", "weights", "compress", "decompress", "copy of the weights"):
-        table.add_column(column, justify="left" if column == "pattern" else "right")
+    rows = []
     for pattern, result in times.items():
         actions = ("compress", "decompress", "copy")
-        shown = [show_spread({k: 1000 * v for k, v in result[action].items()}) for action in actions]
-        table.add_row(pattern, f"{result['num_weights']:,}", *shown)
-    screen = console()
-    screen.print(table)
+        shown = [show_spread(result[action], times=1000) for action in actions]
+        rows.append((pattern, f"{result['num_weights']:,}", *shown))
+    columns = ("pattern", "weights", "compress", "decompress", "copy of the weights")
+    show_table(columns, rows, texts=("pattern",), title="a phase switch, milliseconds")
     for name, counts in graphs.items():
-        screen.print(f"graphs by the end of each phase, {name}: {counts}", highlight=False)
+        console().print(f"graphs by the end of each phase, {name}: {counts}", highlight=False)
 
 
 if __name__ == "__main__":

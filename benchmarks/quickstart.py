@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from benchmarks.record import parse, show_table, write_record
 
-from benchmarks.record import console, parse, write_record
+COLUMNS = ("promise", "bar", "measured", "holds")
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     rows = judge(cold, seconds, watched)
     show(rows)
     record: dict[str, Any] = {"overrides": options.overrides, "result": cold, "two_ranks": watched}
-    record["claims"] = [dict(zip(("promise", "bar", "measured", "holds"), row, strict=True)) for row in rows]
+    record["claims"] = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
     write_record(options.out, record)
     return 0 if all(holds for *_, holds in rows) else 1
 
@@ -90,12 +90,8 @@ def judge(
 
 
 def show(rows: list[tuple[str, str, str, bool]]) -> None:
-    table = Table()
-    for column in ("promise", "bar", "measured", "holds"):
-        table.add_column(column)
-    for *texts, holds in rows:
-        table.add_row(*texts, "yes" if holds else "NO")
-    console().print(table)
+    shown = [(*texts, "yes" if holds else "NO") for *texts, holds in rows]
+    show_table(COLUMNS, shown, texts=COLUMNS)
 
 
 if __name__ == "__main__":

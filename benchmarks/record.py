@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from trainer.checkpoints.environment import CHANGES, RECORDS, ROOT, environment, revision
 
@@ -31,9 +32,9 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def show_spread(values: dict[str, float], digits: int = 1) -> str:
+def show_spread(values: dict[str, float], digits: int = 1, times: float = 1) -> str:
     """ "12.3 (11.9 to 12.8)" """
-    median, low, high = (f"{values[key]:,.{digits}f}" for key in ("median", "min", "max"))
+    median, low, high = (f"{times * values[key]:,.{digits}f}" for key in ("median", "min", "max"))
     return f"{median} ({low} to {high})"
 
 
@@ -41,6 +42,30 @@ def console() -> Console:
     """As wide as the terminal, and wide enough for tables elsewhere."""
     screen = Console(highlight=False)
     return screen if screen.is_terminal else Console(highlight=False, width=170)
+
+
+def show_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], texts: Sequence[str], title: str | None = None
+) -> None:
+    """Print a table. texts: the columns that do not hold figures."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column in texts else "right")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line of `acdc bench NAME`. doc: the module's docstring, which begins with what it does."""
+
+    def __init__(self, name: str, doc: str | None) -> None:
+        super().__init__(prog=f"acdc bench {name}", description=(doc or "").splitlines()[0])
+
+    def add_number(self, option: str, default: int | None, help: str) -> None:
+        """help: with the default in it only where that is not a number."""
+        shown = help if default is None else f"{help}; default: {default}"
+        self.add_argument(option, type=int, default=default, metavar="N", help=shown)
 
 
 def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
@@ -54,6 +79,11 @@ def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
         notice = f"{fault}: what this run measures is not a record to publish"
         Console(stderr=True).print(notice, style="red", soft_wrap=True)
     return options
+
+
+def settings(options: argparse.Namespace) -> dict[str, str]:
+    """What of the command line belongs into a record."""
+    return {key: str(value) for key, value in vars(options).items() if key != "out"}
 
 
 def reason_unpublished(revision: str | None) -> str | None:

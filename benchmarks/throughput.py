@@ -16,17 +16,26 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Mapping
-from functools import partial
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from benchmarks.data_pipeline import make_tree, measure_loader
 from benchmarks.machine import forget_peak, peak_flops, peak_gb
 from benchmarks.models import IN_EPOCH, NETWORKS, Network, short_run
-from benchmarks.record import console, parse, percentile, show_spread, spread, write_record
+from benchmarks.record import (
+    Parser,
+    console,
+    parse,
+    percentile,
+    settings,
+    show_spread,
+    show_table,
+    spread,
+    write_record,
+)
 from benchmarks.throughput_turns import NOISE, Turn, cost_of_data, sources_of, take_phases
 from benchmarks.turns import TURN
 from data.dali.pipeline import PREFETCH, import_dali
@@ -40,17 +49,14 @@ from trainer.loop import Trainer
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="acdc bench throughput", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser("throughput", __doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}")
-    add = partial(parser.add_argument, metavar="N", type=int)
-    add("--turns", default=4, help="with each phase and kind of data; default: 4")
-    usual = TURN * (PREFETCH + 1)
-    add("--steps", default=usual, help=f"in a turn, 2 or more; default: {usual}, {TURN} times the read-ahead")
-    add("--warmup", default=5, help="steps before, with each; default: 5")
-    add("--batch", help="images in a step; default: by network and device")
-    add("--images", default=512, help="JPEG files for the real data; 0: noise alone; default: 512")
+    parser.add_number("--turns", 4, "with each phase and kind of data")
+    steps_help = f"in a turn, 2 or more; best {TURN} times the read-ahead or more"
+    parser.add_number("--steps", TURN * (PREFETCH + 1), steps_help)
+    parser.add_number("--warmup", 5, "steps before, with each")
+    parser.add_number("--batch", None, "images in a step; default: by network and device")
+    parser.add_number("--images", 512, "JPEG files for the real data; 0: noise alone")
     parser.add_argument("--pattern", choices=["global", "2:4", "2:4 transposable"], default="global")
     options = parse(parser, "throughput")
     if options.steps < 2:
@@ -67,8 +73,7 @@ def main() -> int:
             found, networks[name] = measure(name, Path(folder), device, options)
             rows += found
     show(rows, networks)
-    settings = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    content = {"device": str(device), "options": settings, "throughput": rows, "networks": networks}
+    content = {"device": str(device), "options": settings(options), "throughput": rows, "networks": networks}
     write_record(options.out, content)
     return 0
 
@@ -79,14 +84,13 @@ def measure(
     """Rows, of each phase and kind of data; and what belongs to the network as a whole."""
     torch._dynamo.reset()
     forget_peak(device, free=True)  # what the network before took
-    trainer = build_trainer(_config(NETWORKS[name], folder, device, options), device)
-    try:
+    with closing(build_trainer(_config(NETWORKS[name], folder, device, options), device)) as trainer:
         dtype = precision(trainer.config, device)
         peak = peak_flops(device, dtype)
         sources = sources_of(trainer, real=options.images > 0)
         with progress(f"{name}, turns") as on_progress:
             counts = options.turns, options.steps, options.warmup
-            turns = take_phases(trainer, sources, *counts, lambda turn: on_progress(turn, options.turns))
+            turns = take_phases(trainer, sources, *counts, on_progress)
         whole: dict[str, Any] = {"peak_memory_gb": peak_gb(device)}
         whole["measured_peak_flops"] = peak = max(peak, peak_flops(device, dtype))
         for batches in (sources[kind] for kind in sources if kind != NOISE):
@@ -100,8 +104,6 @@ def measure(
             if kind != NOISE:
                 row["cost_of_data"] = cost_of_data(those, turns[phase, NOISE])
             rows.append(row)
-    finally:
-        trainer.close()
     return rows, whole
 
 
@@ -109,10 +111,9 @@ def _config(network: Network, folder: Path, device: torch.device, options: argpa
     batch, in_epoch = options.batch or network.batch(device), IN_EPOCH
     overrides: list[str] = []
     if options.images and network.of_files:
-        if options.images < batch:
-            raise SystemExit(f"--images {options.images}: a batch has {batch}")
+        root = make_tree(folder / "images", options.images, batch)
         in_epoch = options.images // batch
-        overrides += [f"data.root={make_tree(folder / 'images', options.images)}", "data.backend=dali"]
+        overrides += [f"data.root={root}", "data.backend=dali"]
     if options.pattern != "global":
         overrides += [f"sparsity.pattern={options.pattern}", "sparsity.target=null"]
     return short_run(network, folder, "sparse 2", batch, in_epoch, *overrides)
@@ -146,30 +147,20 @@ def _skipped(trainer: Trainer, kernels: Mapping[str, Kernel]) -> float:
     return sum(layers[name] / 2 * (1 + kernel.sparse_gradient) for name, kernel in kernels.items())
 
 
-def show(rows: list[dict[str, Any]], networks: dict[str, dict[str, Any]]) -> None:
-    table = Table(title="training throughput")
-    columns = ("network", "phase", "data", "images/s", "p50 ms", "p95 ms", "data wait, %", "cost of data, %")
-    for column in (*columns, "TFLOP/s", "of peak"):
-        table.add_column(column, justify="left" if column in ("network", "phase", "data") else "right")
-    for row in rows:
+def show(measured: list[dict[str, Any]], networks: dict[str, dict[str, Any]]) -> None:
+    rows, texts = [], ("network", "phase", "data")
+    for row in measured:
         wait, cost = (
-            show_spread({key: 100 * share for key, share in row[name].items()}, 2) if name in row else "-"
+            show_spread(row[name], 2, times=100) if name in row else "-"
             for name in ("data_wait", "cost_of_data")
         )
-        table.add_row(
-            row["network"],
-            row["phase"],
-            row["data"],
-            show_spread(row["images_per_second"]),
-            f"{1000 * row['step_p50']:,.1f}",
-            f"{1000 * row['step_p95']:,.1f}",
-            wait,
-            cost,
-            f"{row['dense_equivalent_flops'] / 1e12:.3f}",
-            f"{100 * row['utilisation']:.0f} %",
-        )
+        steps = (f"{1000 * row[name]:,.1f}" for name in ("step_p50", "step_p95"))
+        flops = (f"{row['dense_equivalent_flops'] / 1e12:.3f}", f"{100 * row['utilisation']:.0f} %")
+        named = (row[name] for name in texts)
+        rows.append((*named, show_spread(row["images_per_second"]), *steps, wait, cost, *flops))
+    columns = ("images/s", "p50 ms", "p95 ms", "data wait, %", "cost of data, %", "TFLOP/s", "of peak")
+    show_table((*texts, *columns), rows, texts, title="training throughput")
     screen = console()
-    screen.print(table)
     for name, whole in networks.items():
         screen.print(f"{name}: at most {whole['peak_memory_gb']:.1f} GB of memory")
         if "loader_alone" in whole:

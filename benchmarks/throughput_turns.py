@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.machine import forget_peak, wait_for
-from benchmarks.turns import order, ratios, until_quiet
+from benchmarks.turns import endless, order, ratios, until_quiet
 from data.loader import Batch, Loader
 from data.synthetic import SyntheticLoader
 from trainer.config.data import ImageNetData
@@ -43,10 +43,7 @@ def sources_of(trainer: Trainer, real: bool) -> dict[str, Iterator[Batch]]:
     loaders: dict[str, Loader] = {NOISE: noise}
     if real:
         loaders["files" if isinstance(data, ImageNetData) else "arrays"] = loader
-    return {
-        kind: itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
-        for kind, loader in loaders.items()
-    }
+    return {kind: endless(loader) for kind, loader in loaders.items()}
 
 
 def take_phases(
@@ -55,10 +52,11 @@ def take_phases(
     turns: int,
     steps: int,
     warmup: int,
-    on_turn: Callable[[int], None],
+    on_progress: Callable[[int, int], None],
 ) -> dict[tuple[str, str], list[Turn]]:
     """Turns of `steps` steps by phase and kind of data, in the order in which they were taken. `warmup` steps
-    of each come first and do not count: they compile. on_turn: called with the number of turns done."""
+    of each come first and do not count: they compile. on_progress: called with the number of turns done, and
+    of all."""
     trainer.acdc.before_step()  # compresses
     trainer.accelerate()
     for phase in PHASES:
@@ -72,7 +70,7 @@ def take_phases(
             _switch(trainer, phase)
             for kind in order(list(sources), turn):
                 taken[phase, kind].append(_turn(trainer, sources[kind], steps))
-        on_turn(turn + 1)
+        on_progress(turn + 1, turns)
     return taken
 
 

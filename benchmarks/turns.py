@@ -8,16 +8,23 @@ which a run would do beside it: turns of several times the read-ahead keep that 
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
 from benchmarks.machine import wait_for
 from benchmarks.record import spread
+from data.loader import Batch, Loader
 
+T = TypeVar("T")
 TURN = 3  # steps of a turn over real data, in read-aheads
 QUIET = 0.3  # seconds
 PAUSE = 0.02  # seconds between looks
@@ -38,11 +45,11 @@ def take_turns(
     turns: int,
     steps: int,
     device: torch.device,
-    on_turn: Callable[[int], None] = lambda turn: None,
+    on_progress: Callable[[int, int], None] = lambda done, turns: None,
 ) -> dict[str, list[float]]:
     """Seconds of a step of each contender, one figure a turn of `steps` steps, for steps that read no data.
-    Every contender first warms up with a turn that does not count, and compiles there. on_turn: called
-    with the number of turns done."""
+    Every contender first warms up with a turn that does not count, and compiles there. on_progress:
+    called with the number of turns done, and of all."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(turns + 1):
         for name in order(list(contenders), turn):
@@ -53,8 +60,30 @@ def take_turns(
             wait_for(device)
             if turn:
                 seconds[name].append((time.perf_counter() - begin) / steps)
-        on_turn(turn)
+        on_progress(turn, turns)
     return seconds
+
+
+def repeat_ways(what: str, ways: Sequence[str], repeats: int, run: Callable[[str], T]) -> dict[str, list[T]]:
+    """What `run` gives for each way, which take turns; every run is told on the screen."""
+    found: dict[str, list[T]] = {way: [] for way in ways}
+    for repeat in range(repeats):
+        for way in order(ways, repeat):
+            found[way].append(run(way))
+            print(f"{what}, {way}: {repeat + 1} of {repeats}", flush=True)
+    return found
+
+
+def answer_of(module: str, *arguments: str, **variables: str) -> dict[str, Any]:
+    """The JSON on the last line that `python -m module` prints, in a process with these variables besides."""
+    command, environment = [sys.executable, "-m", module, *arguments], {**os.environ, **variables}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def endless(loader: Loader) -> Iterator[Batch]:
+    """The batches of all epochs."""
+    return itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:

@@ -100,9 +100,7 @@ def test_both_loops_read_the_same_kind_of_images(network, tmp_path):
 
 
 def test_models_have_the_classes_of_their_data_set():
-    heads = {
-        name: list(peers_loops._model(network).parameters())[-1].numel() for name, network in NETWORKS.items()
-    }
+    heads = {name: list(network.model().parameters())[-1].numel() for name, network in NETWORKS.items()}
     assert heads == {"resnet50": 1000, "mobilenetv1": 1000, "wrn-28-10": 100, "resnet20": 10}
 
 
