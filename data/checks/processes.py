@@ -1,7 +1,8 @@
 """One function over many items in several processes, which may die of an item.
 
-Each process reports item by item, so the item that it died on is known: it is tried once more, alone in a
-fresh process, and given up if that process ends as well. All other items get their result.
+Each process takes a batch of items and reports one by one, so the item that it died on is known: it is tried
+once more, alone in a fresh process, and given up if that process ends as well. All other items get their
+result.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-_NUM_GIVEN = 32  # items that a process is handed at a time
+_BATCH = 256  # items of a process at most: it takes milliseconds to start
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,12 +32,13 @@ class Died:
 
 
 def apply(
-    function: Callable[[Item], Result],
+    function: Callable[[Path, Item], Result],
+    root: Path,
     items: Sequence[Item],
     workers: int,
     on_progress: Callable[[int, int], None],
 ) -> list[tuple[Item, Result | Died]]:
-    """function(item) of all items, in the order in which they were done, from `workers` processes.
+    """function(root, item) of all items, in the order in which they were done, from `workers` processes.
 
     function and items have to be picklable; items are hashable and not None. on_progress: called with the
     items done and the items in all, at the start and after each. Raises ValueError for less than one worker,
@@ -44,77 +46,64 @@ def apply(
     if workers < 1:
         raise ValueError(f"workers is {workers}, must be at least 1")
     context = multiprocessing.get_context("forkserver")  # a fork of this process could inherit a held lock
-    waiting, suspects = deque(items), set[Item]()
-    running: dict[Connection, tuple[BaseProcess, deque[Item | None]]] = {}  # None: has yet to say it is ready
-    results: list[tuple[Item, Result | Died]] = []
-
-    def start(batch: list[Item]) -> None:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(function, theirs, batch), daemon=True)
-        process.start()
-        theirs.close()  # so that the pipe closes when the process ends
-        running[ours] = process, deque([None, *batch])
-
-    def end(connection: Connection) -> str:
-        process, _ = running.pop(connection)
-        connection.close()
-        process.join()
-        code = process.exitcode or 0
-        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
-
-    def next_batch() -> list[Item]:
-        return [waiting.popleft() for _ in range(min(_NUM_GIVEN, ceil(len(waiting) / workers)))]
-
+    context.set_forkserver_preload([function.__module__])
+    size = min(_BATCH, ceil(len(items) / (4 * workers))) or 1
+    waiting = deque[Any](items[i : i + size] for i in range(0, len(items), size))
+    running: dict[Any, tuple[Any, deque[Item | None]]] = {}  # None: it has yet to say that it is ready
+    tried, results = set[Item](), list[tuple[Item, Result | Died]]()
     try:
         on_progress(0, len(items))
-        for _ in range(min(workers, len(items))):
-            start(next_batch())
-        while running:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                batch, (ours, theirs) = waiting.popleft(), context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(function, root, batch, theirs), daemon=True)
+                process.start()
+                theirs.close()  # so that the pipe closes when the process ends
+                running[ours] = process, deque([None, *batch])
+            connection: Any
             for connection in wait(list(running)):
-                assert isinstance(connection, Connection)
-                given = running[connection][1]
+                left = running[connection][1]
                 try:
-                    result: Result | Died = connection.recv()
-                    item = given.popleft()
+                    result, item = connection.recv(), left.popleft()
                 except (EOFError, OSError):
-                    item, how = given.popleft(), end(connection)
+                    how = _end(connection, running.pop(connection)[0])
+                    if not left:
+                        continue
+                    item, *others = left
                     if item is None:
                         raise RuntimeError(
                             f"a worker process ended before its first item, with {how}"
                         ) from None
-                    waiting.extendleft(other for other in reversed(given) if other is not None)
-                    if item not in suspects:
-                        suspects.add(item)
-                        start([item])
+                    waiting.extendleft([others] if others else [])
+                    if item not in tried:
+                        tried.add(item)
+                        waiting.appendleft([item])
                         continue
                     result = Died(how)
-                    if waiting:
-                        start(next_batch())
                 if item is not None:
                     results.append((item, result))
                     on_progress(len(results), len(items))
-                if connection not in running or given:
-                    continue
-                if not waiting:
-                    end(connection)
-                    continue
-                given.extend(batch := next_batch())
-                with suppress(OSError):  # it has ended, which the next round will hear
-                    connection.send(batch)
     finally:
-        for process, _ in running.values():
+        for connection, (process, _) in running.items():
             process.terminate()
-        for connection in list(running):
-            end(connection)
+            _end(connection, process)
     return results
 
 
-def _work(function: Callable[[Item], object], connection: Connection, batch: list[Item]) -> None:
-    """What a process does: say that it is ready, then one result an item, until nobody listens any more."""
+def _end(connection: Connection, process: Any) -> str:
+    """Wait for a process that ends; its exit status in words."""
+    connection.close()
+    process.join()
+    code = process.exitcode
+    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
+def _work(
+    function: Callable[[Path, Item], object], root: Path, batch: Sequence[Item], connection: Connection
+) -> None:
+    """What a process does: say that it is ready, then one result an item, as long as somebody listens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    with suppress(EOFError, BrokenPipeError):
+    with suppress(BrokenPipeError):
         connection.send(None)
-        while True:
-            for item in batch:
-                connection.send(function(item))
-            batch = connection.recv()
+        for item in batch:
+            connection.send(function(root, item))

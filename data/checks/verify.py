@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from PIL import ImageFile
@@ -73,7 +72,7 @@ def verify(
             f"the manifest names none of the {len(found)} images in {root}: is it of another folder?"
         )
     items = [(file, known.get(file)) for file in sorted({*found, *known})]
-    for (file, _), result in apply(partial(_examine, root), items, workers, on_progress):
+    for (file, _), result in apply(_examine, root, items, workers, on_progress):
         if isinstance(result, Died):
             result = Problem(file, "garbage", f"the process that decodes it ends with {result.how}")
         if result is not None:
@@ -88,16 +87,12 @@ def make_manifest(root: Path, workers: int, on_progress: Progress) -> dict[str, 
     that cannot be read.
     """
     found, problems = _find(root)
-    digests = {}
-    for (file, _), result in apply(
-        partial(_digest, root), [(file, None) for file in found], workers, on_progress
-    ):
+    digests, items = {}, [(file, None) for file in found]
+    for (file, _), result in apply(_digest, root, items, workers, on_progress):
         if isinstance(result, str):
             digests[file] = result
         else:
-            problems.append(
-                result if isinstance(result, Problem) else Problem(file, "unreadable", result.how)
-            )
+            problems.append(Problem(file, "unreadable", result.how) if isinstance(result, Died) else result)
     if problems:
         first = min(problems)
         raise OSError(
