@@ -51,9 +51,8 @@ class CropStream(TrainStream):
         indices, counts, mine, random = self.place(epoch, index)
         shape = (self.global_batch, ATTEMPTS)
         area = random.uniform(self.min_area, 1, shape).astype(np.float32)[mine]
-        ratio = np.exp(random.uniform(math.log(RATIOS[0]), math.log(RATIOS[1]), shape)).astype(np.float32)[
-            mine
-        ]
+        logarithms = random.uniform(math.log(RATIOS[0]), math.log(RATIOS[1]), shape)
+        ratio = np.exp(logarithms).astype(np.float32)[mine]
         place = random.random((self.global_batch, 2), np.float32)[mine]
         flip = random.integers(0, 1, self.global_batch, dtype=np.int32, endpoint=True)[mine]
         flip = flip if self.flip else np.zeros_like(flip)

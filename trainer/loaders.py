@@ -17,10 +17,11 @@ from data.crops import CropStream
 from data.dali.arrays import DaliArrayLoader
 from data.dali.files import DaliFileLoader
 from data.dali.records import DaliRecordLoader, count_records
-from data.datasets import imagenet, sources
+from data.datasets import imagenet
 from data.datasets.arrays import ImageArrays
 from data.datasets.idx import Split
 from data.datasets.random_labels import randomise
+from data.datasets.sources import SOURCES
 from data.images.files import ImageFiles, load_image_files
 from data.images.records import RecordFiles, find_records
 from data.loader import ImageInfo, Loader
@@ -137,7 +138,7 @@ class Arrays:
         return self._evaluation(self._split("test"))
 
     def _split(self, split: Split) -> ImageArrays:
-        return sources.load(self.data.name, _path(self.data.root), split)
+        return SOURCES[self.data.name](_path(self.data.root), split)
 
     def _evaluation(self, arrays: ImageArrays) -> Loader:
         stream = EvalStream(len(arrays), self.data.eval_batch_size, ranks.rank(), ranks.world_size())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,34 +43,27 @@ class DaliLoader(AheadLoader):
         import_dali()
 
     def _start(self, epoch: int, start: int) -> None:
-        self._pipeline = self.build(
-            itertools.starmap(self._feed, self.draws(epoch, start)), self.stream.batch_size
-        )
-
-    def _next(self) -> Batch:
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        return self._batch(self._pipeline.run(stream))
-
-    def build(self, source: Iterator[Any], batch_size: int) -> Any:
-        """A pipeline ready to run over the inputs that `source` gives."""
         dali = import_dali()
-        pipeline = dali.Pipeline(batch_size=batch_size, **self._options(PREFETCH))
-        with pipeline:
+        self._pipeline = dali.Pipeline(**self._options(PREFETCH))
+        with self._pipeline:
             inputs = dali.fn.external_source(
-                source=source,
+                source=itertools.starmap(self._feed, self.draws(epoch, start)),
                 num_outputs=len(self.INPUTS),
                 batch=True,
                 dtype=[getattr(dali.types, kind) for kind, _ in self.INPUTS],
                 layout=[layout for _, layout in self.INPUTS],
             )
-            pipeline.set_outputs(*self._graph(dali, *inputs))
-        pipeline.build()
-        return pipeline
+            self._pipeline.set_outputs(*self._graph(dali, *inputs))
+        self._pipeline.build()
+
+    def _next(self) -> Batch:
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        return self._batch(self._pipeline.run(stream))
 
     def serialize(self) -> bytes:
         """The same pipeline, for `deserialize`."""
         dali = import_dali()
-        pipeline = dali.Pipeline(batch_size=self.stream.batch_size, **self._options(1))
+        pipeline = dali.Pipeline(**self._options(1))
         with pipeline:
             inputs = [
                 dali.fn.external_source(name=str(i), dtype=getattr(dali.types, kind), layout=layout)
@@ -82,14 +75,13 @@ class DaliLoader(AheadLoader):
     def deserialize(self, serialized: bytes) -> Any:
         """A pipeline that is fed a batch before every run, input i by the name str(i). It is there in a third
         of the time that building its graph takes."""
-        pipeline = import_dali().Pipeline.deserialize(
-            serialized, batch_size=self.stream.batch_size, **self._options(1)
-        )
+        pipeline = import_dali().Pipeline.deserialize(serialized, **self._options(1))
         pipeline.build()
         return pipeline
 
     def _options(self, prefetch: int) -> dict[str, Any]:
         return {
+            "batch_size": self.stream.batch_size,
             "num_threads": self.num_threads,
             "device_id": (self.device.index or 0) if self.device.type == "cuda" else None,
             "prefetch_queue_depth": prefetch,

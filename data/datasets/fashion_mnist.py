@@ -23,18 +23,6 @@ from data.places import data_home
 NAME = "Fashion-MNIST (Debian's package dataset-fashion-mnist has its four files)"
 NUM_CLASSES = 10
 MEAN, STD = (0.2860,), (0.3530,)
-CLASSES = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
 BUNDLED = Path(__file__).parent / "bundled" / "fashion_mnist_subset.npz"
 ARCHIVE = "fashion_mnist.npz"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
@@ -51,12 +39,8 @@ def load(root: Path | None, split: Split) -> ImageArrays:
     else:
         prepared = data_home() / "fashion-mnist" / ARCHIVE
         archive = prepared if prepared.exists() else BUNDLED
-    arrays = (
-        _read_archive(archive, split) if archive is not None else read_idx_set(root or Path(), split, NAME)
-    )
-    images = arrays[f"{split}_images"]
-    labels = arrays[f"{split}_labels"].astype(np.int64)
-    return ImageArrays(images[..., None], labels, NUM_CLASSES, MEAN, STD, str(archive or root))
+    arrays = _read_archive(archive, split) if archive else read_idx_set(root or Path(), split, NAME)
+    return _images_of(arrays, split, archive or root)
 
 
 def prepare(source: Path | None, home: Path) -> Path:
@@ -65,10 +49,14 @@ def prepare(source: Path | None, home: Path) -> Path:
     is whole."""
     source = source or DEBIAN_FOLDER
     arrays = {**read_idx_set(source, "train", NAME), **read_idx_set(source, "test", NAME)}
-    for split in ("train", "test"):
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"].astype(np.int64)
-        ImageArrays(images[..., None], labels, NUM_CLASSES, MEAN, STD, str(source))
+    _images_of(arrays, "train", source)
+    _images_of(arrays, "test", source)
     return write_archive(home / "fashion-mnist" / ARCHIVE, arrays)
+
+
+def _images_of(arrays: Mapping[str, NDArray[np.uint8]], split: Split, source: Path | None) -> ImageArrays:
+    images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"].astype(np.int64)
+    return ImageArrays(images[..., None], labels, NUM_CLASSES, MEAN, STD, str(source))
 
 
 def write_archive(path: Path, arrays: Mapping[str, NDArray[np.uint8]]) -> Path:

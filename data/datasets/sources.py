@@ -10,17 +10,11 @@ from data.datasets import cifar, fashion_mnist, mnist
 from data.datasets.arrays import ImageArrays
 from data.datasets.idx import Split
 
+# Each takes a folder (None: where the data set is by default) and a split, and raises FileNotFoundError where
+# that is missing, ValueError where a file of it is damaged.
 SOURCES: dict[str, Callable[[Path | None, Split], ImageArrays]] = {
     "cifar10": partial(cifar.load, cifar.CIFAR10),
     "cifar100": partial(cifar.load, cifar.CIFAR100),
     "fashion_mnist": fashion_mnist.load,
     "mnist": mnist.load,
 }
-
-
-def load(name: str, root: Path | None, split: Split) -> ImageArrays:
-    """One split of a data set, from `root` or from where that data set is by default.
-
-    Raises FileNotFoundError where it is missing, ValueError where a file of it is damaged.
-    """
-    return SOURCES[name](root, split)

@@ -201,8 +201,8 @@ def _read_labels(root: Path, label_file: Path | None, classes: list[str]) -> dic
     if label_file is None:
         raise FileNotFoundError(
             f"{root / 'val'} has no class folders, and no label file is beside it: give "
-            "data.val_labels=FILE, "
-            f"or put one of {', '.join(LABEL_FILES)} or {DEVKIT / GROUND_TRUTH} into {root}"
+            f"data.val_labels=FILE, or put one of {', '.join(LABEL_FILES)} or {DEVKIT / GROUND_TRUTH} into "
+            f"{root}"
         )
     if not label_file.is_file():
         raise FileNotFoundError(f"no label file {label_file}")

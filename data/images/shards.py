@@ -43,13 +43,12 @@ READER_EXTENSIONS = (";".join(extension[1:] for extension in EXTENSIONS if exten
 @dataclass(frozen=True)
 class ShardSet:
     """What a folder of shards holds. tars, indices: a path of each a shard, in the order of the images' keys.
-    samples_per_shard: images in each. digest: SHA-256 in hex over the plan and every file's SHA-256."""
+    digest: SHA-256 in hex over the plan and every file's SHA-256."""
 
     tars: tuple[Path, ...]
     indices: tuple[Path, ...]
     num_samples: int
     classes: tuple[str, ...]
-    samples_per_shard: tuple[int, ...]
     digest: str
 
 
@@ -148,8 +147,7 @@ def open_shards(root: Path) -> ShardSet:
         if (size := path.stat().st_size) != entry["bytes"]:
             raise ValueError(f"{path} has {size} bytes, not {entry['bytes']}: {again} writes it anew")
     tars, indices = (tuple(root / shard[kind]["file"] for shard in shards) for kind in ("tar", "idx"))
-    samples = tuple(shard["images"] for shard in shards)
-    return ShardSet(tars, indices, content["images"], tuple(content["classes"]), samples, digest)
+    return ShardSet(tars, indices, content["images"], tuple(content["classes"]), digest)
 
 
 def _refuse_other_plan(destination: Path, plan: Json) -> None:

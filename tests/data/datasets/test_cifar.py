@@ -4,8 +4,9 @@ import pickle
 import numpy as np
 import pytest
 
-from data.datasets import cifar, sources
+from data.datasets import cifar
 from data.datasets.cifar import CIFAR10, CIFAR100
+from data.datasets.sources import SOURCES
 
 
 def make_batch(num_images, variant, seed):
@@ -61,9 +62,9 @@ def test_the_home_is_searched_when_no_root_is_given(tmp_path, monkeypatch):
     with pytest.raises(
         FileNotFoundError, match=r"no CIFAR-10 in .*cifar-10-batches-bin or cifar-10-batches-py"
     ):
-        sources.load("cifar10", None, "train")
+        SOURCES["cifar10"](None, "train")
     write_python(tmp_path, CIFAR10)
-    assert len(sources.load("cifar10", None, "train")) == 100
+    assert len(SOURCES["cifar10"](None, "train")) == 100
 
 
 class Hostile:
