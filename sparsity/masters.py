@@ -10,8 +10,9 @@ imports it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,37 +40,94 @@ _KEEP_ZEROS = (
 )
 
 
-class Masters(Protocol):
-    """Master weights and per-weight optimizer state, of one DeepSpeed engine or of torch optimizers."""
+class Masters(ABC):
+    """Master weights and per-weight optimizer state, of one DeepSpeed engine or of torch optimizers.
+
+    optimizers: those that step the masters."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
 
     @property
     def keep_zeros(self) -> bool:
         """Whether a step leaves dropped weights at 0 by itself; else they have to be masked after each."""
-
-    def parameters(self) -> list[Parameter]:
-        """All that are optimized; one that two optimizers have comes twice."""
+        return all(type(optimizer) in _KEEP_ZEROS for optimizer in self.optimizers)
 
     def after_step(self, call: Callable[[], None]) -> Callable[[], None]:
         """Call back after every optimizer step, when masters are new; returns what ends that."""
+        hooks = [each.register_step_post_hook(lambda *_: call()) for each in self.optimizers]
 
-    def weight(self, parameter: Parameter) -> Tensor:
-        """The whole master weight, of the parameter's shape. Under ZeRO-1/2 a collective: call it on every
-        rank."""
+        def end() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return end
 
     def mask_(self, keep: Mapping[Parameter, Tensor]) -> None:
         """Zero the dropped weights of masters and parameters, and their momentum, by keep-masks."""
+        values, masks = [], []
+        for parameter, mask in keep.items():
+            for key, value, stretch in [(None, parameter.detach(), mask), *self.fragments(parameter, mask)]:
+                if key not in SECOND_MOMENTS and key not in ACCUMULATED:
+                    values.append(value)
+                    masks.append(stretch)
+        torch._foreach_mul_(values, masks)
 
     def reset_momentum_(self) -> None:
         """Zero the momentum of every parameter, masked or not."""
+        momenta = [
+            fragment
+            for parameter in self.parameters()
+            for key, fragment, _ in self.fragments(parameter, parameter.detach())
+            if key in FIRST_MOMENTS
+        ]
+        if momenta:
+            torch._foreach_zero_(momenta)
 
     def refill_(self, keep: Mapping[Parameter, Tensor]) -> None:
         """Give dropped weights the mean second moment of their layer's kept weights: without gradients theirs
         has decayed, and the first step after decompression would be many times the others'. Collective like
-        `weight`."""
+        `weight`. A layer that keeps no weight stays as it is."""
+        found = {
+            (row, SECOND_MOMENTS.index(key)): (fragment, stretch)
+            for row, (parameter, mask) in enumerate(keep.items())
+            for key, fragment, stretch in self.fragments(parameter, mask)
+            if key in SECOND_MOMENTS
+        }
+        masks = list(keep.values())
+        # float64: over fragments the sum must not depend on how many there are
+        sums = torch.zeros(len(masks), len(SECOND_MOMENTS), dtype=torch.float64, device=masks[0].device)
+        for place, (fragment, stretch) in found.items():
+            sums[place] = (fragment * stretch).sum(dtype=torch.float64)
+        self.sum_over_ranks_(sums)
+        for (row, column), (fragment, stretch) in found.items():
+            num_kept = masks[row].sum()
+            mean = (sums[row, column].to(num_kept.device) / num_kept).to(fragment.dtype)
+            fragment.copy_(torch.where(stretch | (num_kept == 0), fragment, mean))
 
+    @abstractmethod
+    def sum_over_ranks_(self, sums: Tensor) -> None:
+        """Where ranks have fragments of their own: over all of them."""
+
+    @abstractmethod
+    def parameters(self) -> list[Parameter]:
+        """All that are optimized; one that two optimizers have comes twice."""
+
+    @abstractmethod
+    def weight(self, parameter: Parameter) -> Tensor:
+        """The whole master weight, of the parameter's shape. Under ZeRO-1/2 a collective: call it on every
+        rank."""
+
+    @abstractmethod
+    def fragments(self, parameter: Any, whole: Tensor) -> Iterator[tuple[str | None, Tensor, Tensor]]:
+        """(state key, or None for a master beside the parameter; what this rank has of it; the same stretch
+        of `whole`)."""
+
+    @abstractmethod
     def state(self, parameter: Parameter) -> dict[str, Tensor]:
         """Whole per-weight optimizer state by key, of the parameter's shape. Collective like `weight`."""
 
+    @abstractmethod
     def load_(self, parameter: Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
         """Put a whole master weight and per-weight optimizer state in their places."""
 
@@ -113,50 +171,21 @@ def _engine_masters(engine: Any) -> Masters:
     raise ValueError(f"ZeRO stage {stage} is not supported with masks; use stage 0, 1 or 2")
 
 
-class TorchMasters:
+class TorchMasters(Masters):
     """The parameters themselves are the masters."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
-        self.optimizers = optimizers
-
-    @property
-    def keep_zeros(self) -> bool:
-        return all(type(optimizer) in _KEEP_ZEROS for optimizer in self.optimizers)
 
     def parameters(self) -> list[Parameter]:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         return [parameter for group in groups for parameter in group["params"]]
 
-    def after_step(self, call: Callable[[], None]) -> Callable[[], None]:
-        return _after_steps(self.optimizers, call)
-
     def weight(self, parameter: Parameter) -> Tensor:
         return parameter.detach()
 
-    def mask_(self, keep: Mapping[Parameter, Tensor]) -> None:
-        values, masks = [], []
-        for parameter, mask in keep.items():
-            state = self.state(parameter).items()
-            for value in (parameter.detach(), *(value for key, value in state if _is_masked(key))):
-                values.append(value)
-                masks.append(mask)
-        torch._foreach_mul_(values, masks)
+    def fragments(self, parameter: Any, whole: Tensor) -> Iterator[tuple[str | None, Tensor, Tensor]]:
+        return ((key, value, whole) for key, value in self.state(parameter).items())
 
-    def reset_momentum_(self) -> None:
-        momenta = [
-            value
-            for parameter in self.parameters()
-            for key, value in self.state(parameter).items()
-            if key in FIRST_MOMENTS
-        ]
-        if momenta:
-            torch._foreach_zero_(momenta)
-
-    def refill_(self, keep: Mapping[Parameter, Tensor]) -> None:
-        for parameter, mask in keep.items():
-            for key, value in self.state(parameter).items():
-                if key in SECOND_MOMENTS:
-                    _fill_dropped(value, mask, _sum_kept(value, mask), mask.sum())
+    def sum_over_ranks_(self, sums: Tensor) -> None:
+        pass
 
     def state(self, parameter: Parameter) -> dict[str, Tensor]:
         for optimizer in self.optimizers:
@@ -180,65 +209,26 @@ class TorchMasters:
         return self.optimizers[0]
 
 
-class ZeroMasters:
+class ZeroMasters(Masters):
     """ZeRO-1/2: each rank holds, for some parameters, a fragment of the flat fp32 master and of its state.
 
     The state exists from the first optimizer step on; DeepSpeed hangs its fragments on parameters only then.
     """
 
     def __init__(self, engine: Any) -> None:
+        # the optimizer inside steps the masters; DeepSpeed copies them to the parameters afterwards
+        super().__init__(engine.optimizer.optimizer)
         self.engine = engine
-
-    @property
-    def keep_zeros(self) -> bool:
-        return type(self.engine.optimizer.optimizer) in _KEEP_ZEROS
 
     def parameters(self) -> list[Parameter]:
         return [parameter for group in self.engine.optimizer.bit16_groups for parameter in group]
-
-    def after_step(self, call: Callable[[], None]) -> Callable[[], None]:
-        # the optimizer inside steps the masters; DeepSpeed copies them to the parameters afterwards
-        return _after_steps([self.engine.optimizer.optimizer], call)
 
     def weight(self, parameter: Parameter) -> Tensor:
         # The compute weight is the gathered master unless it is of lower precision.
         return parameter.detach() if parameter.dtype == torch.float32 else self._gather(parameter, None)
 
-    def mask_(self, keep: Mapping[Parameter, Tensor]) -> None:
-        values, masks = [], []
-        for parameter, mask in keep.items():
-            values.append(parameter.detach())
-            masks.append(mask)
-            for key, fragment, flat in self.fragments(parameter, mask):
-                if _is_masked(key):
-                    values.append(fragment)
-                    masks.append(flat)
-        torch._foreach_mul_(values, masks)
-
-    def reset_momentum_(self) -> None:
-        momenta = [
-            fragment
-            for parameter in self.engine.module.parameters()
-            for key, fragment, _ in self.fragments(parameter, parameter.detach())
-            if key in FIRST_MOMENTS
-        ]
-        if momenta:
-            torch._foreach_zero_(momenta)
-
-    def refill_(self, keep: Mapping[Parameter, Tensor]) -> None:
-        found = {
-            (row, SECOND_MOMENTS.index(key)): (fragment, flat)
-            for row, (parameter, mask) in enumerate(keep.items())
-            for key, fragment, flat in self.fragments(parameter, mask)
-            if key in SECOND_MOMENTS
-        }
-        masks = list(keep.values())
-        sums = torch.zeros(len(masks), len(SECOND_MOMENTS), dtype=torch.float64, device=masks[0].device)
-        for place, (fragment, flat) in found.items():
-            sums[place] = _sum_kept(fragment, flat)
+    def sum_over_ranks_(self, sums: Tensor) -> None:
         torch.distributed.all_reduce(sums)
-        for (row, column), (fragment, flat) in found.items():
-            _fill_dropped(fragment, flat, sums[row, column], masks[row].sum())
 
     def state(self, parameter: Parameter) -> dict[str, Tensor]:
         # Keys of the flat partitions, which every rank has: one without a fragment takes part in the gathers.
@@ -263,7 +253,6 @@ class ZeroMasters:
                     fragment.copy_(stretch)
 
     def fragments(self, parameter: Any, whole: Tensor) -> Iterator[tuple[str | None, Tensor, Tensor]]:
-        """(state key or None for the master, this rank's fragment, the same stretch of `whole`)."""
         self._link(parameter)
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is None:
@@ -293,29 +282,3 @@ class ZeroMasters:
     @staticmethod
     def _gather(parameter: Any, key: str | None) -> Tensor:
         return parameter.get_full_hp_param(optim_state_key=key)
-
-
-def _is_masked(key: str | None) -> bool:
-    """Of a key of optimizer state, or None for the weight itself."""
-    return key not in SECOND_MOMENTS and key not in ACCUMULATED
-
-
-def _sum_kept(values: Tensor, keep: Tensor) -> Tensor:
-    """float64: over fragments the sum must not depend on how many there are."""
-    return (values * keep).sum(dtype=torch.float64)
-
-
-def _fill_dropped(values: Tensor, keep: Tensor, total: Tensor, num_kept: Tensor) -> None:
-    """total: of the kept values, num_kept of them, of the whole layer. Where none is kept all stay."""
-    mean = (total / num_kept).to(values.dtype)
-    values.copy_(torch.where(keep | (num_kept == 0), values, mean))
-
-
-def _after_steps(optimizers: Iterable[torch.optim.Optimizer], call: Callable[[], None]) -> Callable[[], None]:
-    hooks = [optimizer.register_step_post_hook(lambda *_: call()) for optimizer in optimizers]
-
-    def end() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return end
