@@ -313,8 +313,7 @@ class ACDC:
             if name not in masks or masks[name].shape != layer.mask.shape:
                 raise ValueError(
                     f"epoch {epoch} lies within a sparse phase, and there is no mask for layer {name!r}: "
-                    "begin at "
-                    "a phase switch, or prune the same layers"
+                    "begin at a phase switch, or prune the same layers"
                 )
 
     def _needs_masks(self, epoch: int) -> bool:

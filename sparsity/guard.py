@@ -153,9 +153,12 @@ class StepWatch:
 
 def check_equal_on_all_ranks(masks: Mapping[str, Tensor]) -> None:
     """Raise MaskError naming the layers whose masks differ between ranks: their weights have diverged."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    if torch.distributed.get_world_size() == 1:
+    distributed = torch.distributed
+    if (
+        not distributed.is_available()
+        or not distributed.is_initialized()
+        or distributed.get_world_size() == 1
+    ):
         return
     digests = torch.stack([_digest(mask) for mask in masks.values()])
     low, high = digests.clone(), digests.clone()

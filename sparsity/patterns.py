@@ -35,34 +35,30 @@ class Pattern(Protocol):
 
 
 @dataclass(frozen=True)
-class GlobalMagnitude:
-    """Keep the largest magnitudes over all layers together: one threshold for the whole network.
-
-    sparsity: share of the weights to drop, 0 <= sparsity < 1.
-    """
+class _Magnitude:
+    """sparsity: share of the weights to drop, 0 <= sparsity < 1."""
 
     sparsity: float
     rule: Rule = "exact"
 
     def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"sparsity {self.sparsity}: the share of weights to drop, 0 <= sparsity < 1, e.g. 0.9"
+            )
         _check_rule(self.rule)
+
+
+class GlobalMagnitude(_Magnitude):
+    """Keep the largest magnitudes over all layers together: one threshold for the whole network."""
 
     def __call__(self, weights: Weights) -> Masks:
         masks = _keep_largest(list(weights.values()), self.sparsity, self.rule)
         return dict(zip(weights, masks, strict=True))
 
 
-@dataclass(frozen=True)
-class UniformMagnitude:
+class UniformMagnitude(_Magnitude):
     """Keep the largest magnitudes of each layer by itself: every layer has the same sparsity."""
-
-    sparsity: float
-    rule: Rule = "exact"
-
-    def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
-        _check_rule(self.rule)
 
     def __call__(self, weights: Weights) -> Masks:
         return {
@@ -116,11 +112,6 @@ class NM:
         """Layers whose input channels are not a multiple of m: their groups run over the border of a kernel
         position (the paper's grouping), which no hardware kernel can use. A 3-channel stem is one."""
         return [name for name, weight in weights.items() if weight.shape[1] % self.m]
-
-
-def _check_sparsity(sparsity: float) -> None:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity {sparsity}: the share of weights to drop, 0 <= sparsity < 1, e.g. 0.9")
 
 
 def _check_rule(rule: str) -> None:

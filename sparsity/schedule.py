@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Literal
 
 Kind = Literal["dense", "sparse"]
@@ -36,12 +37,8 @@ class Phase:
         return self.end - self.start
 
     def __str__(self) -> str:
-        last = self.end - 1
-        return (
-            f"{self.kind}, epoch {self.start}"
-            if last == self.start
-            else f"{self.kind}, epochs {self.start}-{last}"
-        )
+        epochs = f"epoch {self.start}" if self.num_epochs == 1 else f"epochs {self.start}-{self.end - 1}"
+        return f"{self.kind}, {epochs}"
 
 
 @dataclass(frozen=True)
@@ -57,17 +54,14 @@ class PhaseSchedule:
     def __post_init__(self) -> None:
         if not self.spans:
             raise ValueError(f"a phase schedule needs at least one phase; write {_GRAMMAR}")
-        merged: list[tuple[Kind, int]] = []
         for kind, length in self.spans:
             if kind not in ("dense", "sparse"):
                 raise ValueError(f"unknown phase {kind!r}; a phase is dense or sparse")
             if length < 1:
                 raise ValueError(f"phase {kind!r} of {length} epochs; a phase lasts 1 epoch or more")
-            if merged and merged[-1][0] == kind:
-                merged[-1] = (kind, merged[-1][1] + length)
-            else:
-                merged.append((kind, length))
-        object.__setattr__(self, "spans", tuple(merged))
+        neighbours = groupby(self.spans, key=lambda span: span[0])
+        merged = tuple((kind, sum(length for _, length in spans)) for kind, spans in neighbours)
+        object.__setattr__(self, "spans", merged)
 
     @classmethod
     def parse(cls, text: str) -> PhaseSchedule:
