@@ -7,7 +7,6 @@ model is masked; a step is forward, backward and SGD on noise.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from torch import nn
 
 from benchmarks.models import NETWORKS
 from benchmarks.record import Parser, parse, show_spread, show_table, spread, write_record
-from benchmarks.turns import answer_of, repeat_ways
+from benchmarks.turns import repeat_ways, run_apart
 from data.synthetic import SyntheticLoader
 
 WAYS = ("uncompiled", "blocks", "whole")
@@ -29,11 +28,7 @@ def main() -> int:
     parser.add_argument("networks", nargs="*", default=["resnet50"], metavar="NETWORK", help=names)
     parser.add_number("--repeats", 3, "of each way, in turns")
     parser.add_number("--steps", 5, "timed, behind the first")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # in a process of its own
     options = parse(parser, "compilation")
-    if options.way:
-        print(json.dumps(measure(options.networks[0], options.way, options.steps)))
-        return 0
     results = {network: _in_turns(network, options) for network in options.networks}
     show(results)
     write_record(options.out, {"compilation": results})
@@ -61,8 +56,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _in_processes(network: str, way: str, steps: int) -> list[dict[str, Any]]:
     """Measured with an empty cache, and with what that left."""
     with tempfile.TemporaryDirectory() as cache:
-        arguments = ("benchmarks.compilation", network, "--way", way, "--steps", str(steps))
-        return [answer_of(*arguments, TORCHINDUCTOR_CACHE_DIR=cache) for _ in range(2)]
+        return [run_apart(measure, network, way, steps, TORCHINDUCTOR_CACHE_DIR=cache) for _ in range(2)]
 
 
 def measure(name: str, way: str, steps: int) -> dict[str, Any]:

@@ -85,8 +85,7 @@ def make_tree(root: Path, num_images: int, batch: int = 1) -> Path:
 
 
 def compare(files: ImageFiles, options: argparse.Namespace) -> dict[str, Any]:
-    """Images per second and per CPU-second of each backend, over repeats that take turns, and DALI's
-    ratio."""
+    """Images per second and per CPU-second of each backend, which take turns, and DALI's ratio."""
     stream = CropStream(len(files), options.batch, seed=1, flip=True)
     cpu, threads = torch.device("cpu"), options.threads
     loaders = {
@@ -113,8 +112,7 @@ def measure_loader(
     batches: Iterator[Batch], count: int, read_ahead: int = PREFETCH + 1
 ) -> tuple[float, float]:
     """Seconds of wall clock and of all processors that `count` batches take. read_ahead: batches that the
-    loader prepares. What is ready at the beginning is used up first, and what is ready at the end was made
-    within."""
+    loader prepares. What is ready at first is used up before, and what is ready at last was made within."""
     until_quiet()  # no other loader reads ahead meanwhile
     for _ in range(2 * read_ahead):
         next(batches)

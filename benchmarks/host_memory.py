@@ -6,7 +6,6 @@ Each way runs in a process of its own, which counts its page faults; see trainer
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import time
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from benchmarks.models import NETWORKS, Ours, one_batch, short_trainer
 from benchmarks.record import Parser, parse, show_spread, show_table, spread, write_record
-from benchmarks.turns import answer_of, repeat_ways
+from benchmarks.turns import repeat_ways, run_apart
 from trainer.distributed import ranks
 
 WAYS = ("given back", "kept")
@@ -26,11 +25,7 @@ def main() -> int:
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=names)
     parser.add_number("--repeats", 3, "processes of each way, in turns")
     parser.add_number("--steps", 6, "in a process")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # in a process of its own
     options = parse(parser, "host_memory")
-    if options.way:
-        print(json.dumps(measure(options.networks[0], options.way, options.steps)))
-        return 0
     results = {name: _in_turns(name, options) for name in options.networks or NETWORKS}
     rows = []
     for name, ways in results.items():
@@ -44,16 +39,16 @@ def main() -> int:
 
 
 def _in_turns(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    def run(way: str) -> dict[str, Any]:
-        return answer_of("benchmarks.host_memory", name, "--way", way, "--steps", str(options.steps))
-
+    runs_of = repeat_ways(
+        name, WAYS, options.repeats, lambda way: run_apart(measure, name, way, options.steps)
+    )
     return {
         way: {
             "ms_per_step": spread([ms for run in runs for ms in run["ms"]]),
             "faults": sum(run["faults"] for run in runs) / len(runs),
             "memory_gb": max(run["memory_gb"] for run in runs),
         }
-        for way, runs in repeat_ways(name, WAYS, options.repeats, run).items()
+        for way, runs in runs_of.items()
     }
 
 

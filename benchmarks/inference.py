@@ -18,7 +18,7 @@ from torch.nn import functional
 from benchmarks.record import Parser, console, parse, show_spread, show_table, spread, write_record
 from benchmarks.turns import ratios, take_turns
 from sparsity import count_flops
-from sparsity.kernels.measure import MARGIN, TOLERANCE, median_seconds
+from sparsity.kernels.measure import compare
 from sparsity.kernels.semi_structured.inference import pack_layers, packable
 from sparsity.kernels.semi_structured.operator import ROWS, compress24, matmul24, missing
 from trainer.checkpoints.saved_model import find_model, load_model
@@ -100,14 +100,10 @@ def measure(
 def _layer(weight: Tensor, num_rows: int) -> dict[str, Any]:
     """Microseconds of a layer's product, dense and with the weight compressed before."""
     rows = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    compressed, outputs = compress24(weight), weight.shape[0]
-    expected, found = functional.linear(rows, weight).float(), matmul24(rows, compressed, outputs).float()
-    error = ((expected - found).abs().max() / expected.abs().max()).item()
-    dense = 1e6 * median_seconds(lambda: functional.linear(rows, weight))
-    sparse = 1e6 * median_seconds(lambda: matmul24(rows, compressed, outputs))
-    right = error <= TOLERANCE
-    figures = {"shape": [num_rows, *weight.shape], "dense": dense, "sparse": sparse}
-    return {**figures, "right": right, "wins": right and sparse < MARGIN * dense}
+    packed, outputs = compress24(weight), weight.shape[0]
+    timing = compare(lambda: functional.linear(rows, weight), lambda: matmul24(rows, packed, outputs))
+    figures = {"shape": [num_rows, *weight.shape], "dense": timing.dense, "sparse": timing.sparse}
+    return {**figures, "right": timing.right, "wins": timing.wins}
 
 
 def show(record: dict[str, Any]) -> None:
@@ -115,7 +111,8 @@ def show(record: dict[str, Any]) -> None:
     for name, kernel in record["kernels"].items():
         choice = "2:4" if name in record["chosen"] else "dense"
         shape = " x ".join(f"{size:,}" for size in kernel["shape"])
-        rows.append((name, shape, f"{kernel['dense']:,.1f}", f"{kernel['sparse']:,.1f}", choice))
+        times = ("-" if kernel[how] is None else f"{kernel[how]:,.1f}" for how in ("dense", "sparse"))
+        rows.append((name, shape, *times, choice))
     texts = ("layer", "rows x out x in", "choice")
     show_table((*texts[:2], "dense µs", "2:4 µs", "choice"), rows, texts, title="inference")
     screen = console()

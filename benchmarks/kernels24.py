@@ -82,23 +82,17 @@ def show(measured: list[dict[str, Any]], real: bool) -> None:
     rows = []
     for row in measured:
         forward, gradient = row["forward"], row["gradient"]
-        gains = [_gain(timing) for timing in (forward, gradient)]
+        gains = (f"{t['dense'] / t['sparse']:.2f}x" if t["sparse"] else "-" for t in (forward, gradient))
         shape = " x ".join(f"{size:,}" for size in row["shape"].values())
         sparse = "-" if forward["sparse"] is None else f"{forward['sparse']:,.1f}"
+        kernel = Family24.choose(Measured.of(row))
         figures = (f"{forward['dense']:,.1f}", sparse, *gains)
-        rows.append((row["network"], row["layer"], shape, *figures, _choice(row)))
+        rows.append(
+            (row["network"], row["layer"], shape, *figures, "dense" if kernel is None else kernel.name)
+        )
     texts = ("network", "layer", "rows x in x out", "choice")
     columns = (*texts[:3], "dense µs", "2:4 µs", "gain", "gradient gain", "choice")
     show_table(columns, rows, texts, "2:4 against dense" + ("" if real else ": the reference, not a kernel"))
-
-
-def _gain(timing: dict[str, Any]) -> str:
-    return "-" if not timing["sparse"] else f"{timing['dense'] / timing['sparse']:.2f}x"
-
-
-def _choice(row: dict[str, Any]) -> str:
-    kernel = Family24.choose(Measured.of(row))
-    return "dense" if kernel is None else kernel.name
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import gc
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,8 @@ def forget_peak(device: torch.device, free: bool = False) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
         if trim is not None:
             trim(0)
-    try:
+    with suppress(OSError):  # where a container forbids it, the peak is of the whole process
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5): resets VmHWM
-    except OSError:  # where a container forbids it, the peak is of the whole process
-        pass
 
 
 def peak_gb(device: torch.device) -> float:

@@ -24,6 +24,7 @@ from trainer.engine import precision
 from trainer.loop import Trainer
 from trainer.models import get_model
 from trainer.models.classifier import Classifier
+from trainer.optim import build_optimizer
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ NETWORKS = {
 def short_run(
     network: Network, folder: Path, schedule: str, batch: int, steps: int, *overrides: str
 ) -> Config:
-    """The network's recipe with epochs of `steps` steps, over `schedule`, with noise for images; `overrides`
-    come last."""
+    """The network's recipe with epochs of `steps` steps, over `schedule`, on noise; `overrides` come last."""
     options = [
         f"run_root={folder / 'runs'}",
         f"epochs={PhaseSchedule.parse(schedule).num_epochs}",
@@ -115,15 +115,7 @@ class Stock:
         self.module = Classifier(model, info.mean, info.std)
         self.module.to(device)
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        settings = config.optimizer
-        self.optimizer = torch.optim.SGD(
-            self.module.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.nesterov,
-            fused=True,
-        )
+        self.optimizer = build_optimizer(config.optimizer, self.module)
         dtype = precision(config, device)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         if compiled:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -34,11 +34,7 @@ READ_AHEAD = max(PREFETCH + 1, WORKERS * AHEAD)  # batches: ours has a thread be
 WARMUP = 4  # steps: the first compiles, or measures kernels; the second compiles with these
 # What trainer.distributed.host_memory does for ours, by a user's means. MALLOC_MMAP_THRESHOLD_ would not do:
 # glibc takes no more than 32 MB there, and activations are larger.
-KEPT_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_ARENA_MAX": "1",
-}
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_ARENA_MAX": "1"}
 
 
 def main() -> int:
@@ -114,26 +110,25 @@ class _Contender:
     def __init__(self, who: str, network: str, folder: Path, steps: int) -> None:
         self.who = who
         command = [sys.executable, "-m", "benchmarks.peers_worker", who, network, str(folder), str(steps)]
-        self._process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables(who, os.environ)
         )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._orders, self._answers = process.stdin, process.stdout
 
     def turn(self, steps: int) -> Turn:
         begin = time.perf_counter()
-        print(steps, file=self._pipe(self._process.stdin), flush=True)
-        if not self._pipe(self._process.stdout).readline():
+        print(steps, file=self._orders, flush=True)
+        if not self._answers.readline():
             raise SystemExit(f"{self.who} ended with exit code {self._process.wait()}: see above")
         stepped = time.perf_counter()
         full = until_quiet(psutil.Process(self._process.pid))
         return Turn(full - begin, full - stepped)
 
     def end(self) -> None:
-        self._pipe(self._process.stdin).close()
+        self._orders.close()
         self._process.wait()
-
-    def _pipe(self, pipe: IO[str] | None) -> IO[str]:
-        assert pipe is not None
-        return pipe
 
 
 def show(results: dict[str, Any]) -> None:

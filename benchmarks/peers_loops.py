@@ -9,7 +9,7 @@ process keeps freed memory, too: benchmarks.peers sets the variables for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,29 @@ WORKERS = min(8, len(os.sched_getaffinity(0)))
 AHEAD = 2  # batches of each worker: DataLoader's default prefetch_factor
 
 
-def plain(network: Network, folder: Path, steps: int, device: torch.device) -> Callable[[], Tensor]:
-    """The step of a plain loop that takes `steps` at most."""
-    images = images_of(network, folder, device, plain_transform(network.of_files))
-    batches = iter(_loader(images, network.batch(device), steps, device))
-    step = plain_step(network.model(), network, device)
-    return lambda: step(*_moved(next(batches), device))
+def loop(who: str, network: Network, folder: Path, steps: int, device: torch.device) -> Callable[[], Tensor]:
+    """The step of the plain or the tuned loop, over data of its own, for `steps` steps at most.
 
-
-def tuned(network: Network, folder: Path, steps: int, device: torch.device) -> Callable[[], Tensor]:
-    """The step of a tuned loop that takes `steps` at most."""
-    images = images_of(network, folder, device, tuned_transform(network.of_files))
-    batches = iter(_loader(images, network.batch(device), steps, device, stack))
-    step = tuned_step(network.model(), network, device)
-    return lambda: step(*_moved(next(batches), device))
+    All are one epoch, with what is read ahead behind them, shuffled again and again: the end of an epoch,
+    where workers begin afresh, is as rare in ImageNet as here."""
+    tuned = who == "tuned"
+    images = images_of(
+        network, folder, device, (tuned_transform if tuned else plain_transform)(network.of_files)
+    )
+    batch = network.batch(device)
+    loader = DataLoader(
+        images,
+        batch,
+        sampler=RandomSampler(images, num_samples=batch * (steps + WORKERS * AHEAD)),
+        num_workers=WORKERS,
+        prefetch_factor=AHEAD,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+        collate_fn=stack if tuned else None,
+    )
+    batches = iter(loader)
+    step = (tuned_step if tuned else plain_step)(network.model(), network, device)
+    return lambda: step(*(part.to(device, non_blocking=True) for part in next(batches)))
 
 
 def plain_step(model: nn.Module, network: Network, device: torch.device) -> Step:
@@ -140,10 +149,6 @@ def _autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _moved(batch: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-    return (part.to(device, non_blocking=True) for part in batch)
-
-
 def plain_transform(of_files: bool) -> Callable[[Any], Tensor]:
     """From a Pillow image, or an array, to (3, H, W), float32, normalised."""
     transforms = import_torchvision().transforms
@@ -197,20 +202,3 @@ def stack(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     """(N, H, W, 3), uint8: seen as (N, 3, H, W) it is channels_last without a copy."""
     images, labels = zip(*samples, strict=True)
     return torch.stack([image.permute(1, 2, 0) for image in images]), torch.tensor(labels)
-
-
-def _loader(
-    images: Any, batch: int, steps: int, device: torch.device, collate: Callable[[Any], Any] | None = None
-) -> DataLoader[Any]:
-    """One epoch over all steps and what is read ahead behind them, shuffled again and again: the end of an
-    epoch, where workers begin afresh, is as rare in ImageNet as here."""
-    return DataLoader(
-        images,
-        batch,
-        sampler=RandomSampler(images, num_samples=batch * (steps + WORKERS * AHEAD)),
-        num_workers=WORKERS,
-        prefetch_factor=AHEAD,
-        persistent_workers=True,
-        pin_memory=device.type == "cuda",
-        collate_fn=collate,
-    )

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers_loops
 from benchmarks.models import IN_EPOCH, NETWORKS, Network, Ours, short_run
+from benchmarks.peers_loops import loop
 from benchmarks.turns import endless
 
 
@@ -39,7 +39,7 @@ def make(who: str, network: Network, folder: Path, steps: int) -> Callable[[], A
         return ours(network, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as ours, whatever OMP_NUM_THREADS says
-    return {"tuned": peers_loops.tuned, "plain": peers_loops.plain}[who](network, folder, steps, device)
+    return loop(who, network, folder, steps, device)
 
 
 def ours(network: Network, folder: Path) -> Callable[[], Any]:

@@ -82,7 +82,7 @@ def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
 
 
 def settings(options: argparse.Namespace) -> dict[str, str]:
-    """What of the command line belongs into a record."""
+    """The options of the command line, as a record holds them."""
     return {key: str(value) for key, value in vars(options).items() if key != "out"}
 
 

@@ -22,8 +22,7 @@ NOISE = "noise"
 
 
 class Turn(NamedTuple):
-    """steps: seconds of each. waited: of these, for data. refill: behind the last step, until the read-ahead
-    was full again."""
+    """steps: seconds of each. waited: of these, for data. refill: then, until the read-ahead was full."""
 
     steps: list[float]
     waited: float
@@ -55,8 +54,7 @@ def take_phases(
     on_progress: Callable[[int, int], None],
 ) -> dict[tuple[str, str], list[Turn]]:
     """Turns of `steps` steps by phase and kind of data, in the order in which they were taken. `warmup` steps
-    of each come first and do not count: they compile. on_progress: called with the number of turns done, and
-    of all."""
+    of each come first and do not count: they compile. on_progress: called with the turns done and in all."""
     trainer.acdc.before_step()  # compresses
     trainer.accelerate()
     for phase in PHASES:

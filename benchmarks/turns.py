@@ -9,12 +9,11 @@ which a run would do beside it: turns of several times the read-ahead keep that 
 from __future__ import annotations
 
 import itertools
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 import psutil
@@ -49,7 +48,7 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of a step of each contender, one figure a turn of `steps` steps, for steps that read no data.
     Every contender first warms up with a turn that does not count, and compiles there. on_progress:
-    called with the number of turns done, and of all."""
+    called with the turns done and in all."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(turns + 1):
         for name in order(list(contenders), turn):
@@ -74,11 +73,14 @@ def repeat_ways(what: str, ways: Sequence[str], repeats: int, run: Callable[[str
     return found
 
 
-def answer_of(module: str, *arguments: str, **variables: str) -> dict[str, Any]:
-    """The JSON on the last line that `python -m module` prints, in a process with these variables besides."""
-    command, environment = [sys.executable, "-m", module, *arguments], {**os.environ, **variables}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def run_apart(function: Callable[..., T], *arguments: Any, **variables: str) -> T:
+    """function(*arguments), in a process of its own with these environment variables besides."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _set, (variables,)) as process:
+        return process.submit(function, *arguments).result()
+
+
+def _set(variables: Mapping[str, str]) -> None:
+    os.environ.update(variables)
 
 
 def endless(loader: Loader) -> Iterator[Batch]:

@@ -198,9 +198,9 @@ def test_gpu_check_without_a_gpu(monkeypatch, capsys):
 
 
 def test_gpu_check_leaves_out_what_is_not_there(tmp_path):
-    missing = gpu_check.Part("x", ("benchmarks.x",), ("torch", "nowhere.at.all"), 1, 1)
+    missing = gpu_check.Part("x", ("torch", "nowhere.at.all"), 1, 1, "benchmarks.x")
     assert gpu_check.run(missing, 100, tmp_path) == (0, "left out: nowhere.at.all not installed")
-    late = gpu_check.Part("x", ("benchmarks.x",), (), 30, 60)
+    late = gpu_check.Part("x", (), 30, 60, "benchmarks.x")
     assert gpu_check.run(late, 20, tmp_path)[1].startswith("left out: 20 s are left")
-    broken = gpu_check.Part("x", ("benchmarks.nowhere",), (), 1, 60)
+    broken = gpu_check.Part("x", (), 1, 60, "benchmarks.nowhere")
     assert gpu_check.run(broken, 60, tmp_path)[1] == "failed: exit code 1"
