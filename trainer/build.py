@@ -47,9 +47,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
         engine = build_engine(classifier, optimizer, settings, config, device)
         task.acdc.attach(engine)
         position = _go_to(task, engine, branch, resumed)
-        ranks.on_main(lambda: _check_unfinished(folder, position, config))
-        if position.epoch < config.epochs:
-            ranks.on_main(lambda: _check_dense_twin(folder, position, config))
+        ranks.on_main(lambda: _check_folder(folder, position, config))
         monitor = _begin(folder, task, settings) if ranks.is_main() else None
     except BaseException:
         folder.release()
@@ -58,10 +56,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
 
 
 def _go_to(
-    task: Task,
-    engine: Any,
-    branch: tuple[Path, dict[str, Any]] | None,
-    resumed: tuple[RunDir, Path] | None,
+    task: Task, engine: Any, branch: tuple[Path, dict[str, Any]] | None, resumed: tuple[RunDir, Path] | None
 ) -> Position:
     """Where the run begins, with all parts put there: at its start, where another stands, where it was."""
     position = Position()
@@ -87,15 +82,13 @@ def _open_folder(config: Config, resumed: tuple[RunDir, Path] | None, path: Path
     return folder
 
 
-def _check_unfinished(folder: RunDir, position: Position, config: Config) -> None:
-    if position.epoch == config.epochs and folder.result.exists():
+def _check_folder(folder: RunDir, position: Position, config: Config) -> None:
+    """Raises Finished, or UserError where a dense branch will lack its dense twin, which must be ahead, or
+    there. A branch of an earlier twin is set aside when this run is about to make another."""
+    over = position.epoch == config.epochs
+    if over and folder.result.exists():
         raise Finished(f"{folder.path} is finished: its figures are in {folder.result}")
-
-
-def _check_dense_twin(folder: RunDir, position: Position, config: Config) -> None:
-    """A dense branch needs the dense twin, which must be ahead, or there. One that an earlier twin began is
-    set aside when this run is about to make another."""
-    if not config.finetune_dense:
+    if over or not config.finetune_dense:
         return
     dense = config.sparsity.build_schedule().last("dense")
     assert dense is not None  # the configuration has been checked
@@ -104,8 +97,7 @@ def _check_dense_twin(folder: RunDir, position: Position, config: Config) -> Non
     elif not (folder.checkpoints / DENSE_TWIN).exists():
         raise UserError(
             f"finetune_dense: the run begins in epoch {position.epoch}, behind the last dense phase, "
-            "which ends "
-            f"with epoch {dense.end - 1}: there will be no dense twin"
+            f"which ends with epoch {dense.end - 1}: there will be no dense twin"
         )
 
 

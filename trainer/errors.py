@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Iterator
 
 
 class Failure(Exception):
@@ -50,10 +52,29 @@ def missing_part(error: ModuleNotFoundError) -> str:
     return text if "pip install" in text else f"{text}: pip install 'acdc-train[train]'"
 
 
+def exit_code_of(run: Callable[[], int]) -> int:
+    """What `run` returns; or the code of how it failed, after the message is printed."""
+    try:
+        return run()
+    except Failure as failure:
+        print(f"error: {failure}" if failure.exit_code else failure, file=sys.stderr, flush=True)
+        return failure.exit_code
+    except ModuleNotFoundError as error:
+        print(f"error: {missing_part(error)}", file=sys.stderr, flush=True)
+        return EnvironmentFailure.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence that says that there is no such name."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
 @contextlib.contextmanager
 def as_user_error(where: str) -> Iterator[None]:
-    """Turn the ValueError or OSError of a lower floor, met while doing what the user asked, into a
-    UserError."""
+    """Turn a ValueError or OSError, met while doing what the user asked, into a UserError."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -26,15 +26,11 @@ class Metrics:
 
     @classmethod
     def of(cls, counts: torch.Tensor) -> Metrics:
-        """From [sum of losses, top-1 right, top-5 right, images], see trainer.models.classifier. Reads the
-        device."""
+        """From the counts of trainer.models.classifier, as evaluation gives them. Reads the device."""
         loss, top1, top5, images = counts.tolist()
         if images == 0:
             raise UserError("no image of the set could be decoded, so there is nothing to measure")
         return cls(loss / images, 100 * top1 / images, 100 * top5 / images, int(images))
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @torch.no_grad()

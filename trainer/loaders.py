@@ -61,8 +61,7 @@ class Loaders:
 
 class BadFiles:
     """What happens to files that cannot be decoded: counted and logged; where recipes say "stop", `failure`
-    asks the training loop to save and end. A loader calls this object, and puts another image in the file's
-    place."""
+    asks the training loop to save and end. Loaders call this object, and put another image in their place."""
 
     def __init__(self, on_error: str) -> None:
         self.on_error = on_error
@@ -175,15 +174,13 @@ class _Images:
 
     @property
     def _threads(self) -> int:
-        """On a CPU the model's own threads need the cores, and take far longer over an image than decoding
-        does."""
+        """On a CPU the model's own threads need the cores: they take far longer over an image."""
         share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1))
         return self.data.num_threads or max(1, share if self.device.type == "cuda" else share // 4)
 
     @property
     def _dali(self) -> tuple[Any, ...]:
-        """(device, threads, where images are decoded, what is called for bad files), as DaliImageLoader takes
-        them."""
+        """(device, num_threads, decode_on, on_bad) of a DaliImageLoader."""
         on_gpu = self.device.type == "cuda"
         if self.data.device == "gpu" and not on_gpu:
             raise ValueError("data.device=gpu decodes on a GPU, and this run has none; use auto or cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from trainer.evaluate import Metrics, evaluate, recompute_batch_norm
 from trainer.kernels import accelerate, choice_table
 from trainer.monitor.clock import Clock
 from trainer.monitor.records import Monitor
-from trainer.optim import learning_rate, set_learning_rate
+from trainer.optim import learning_rate
 from trainer.task import Task
 
 ASK_SECONDS = 3.0  # between ranks' questions whether one of them got a signal
@@ -87,7 +88,8 @@ class Trainer:
     def train_epoch(self, epoch: int) -> Metrics:
         """The rest of an epoch from the position's step on; loss and accuracy over the whole of it."""
         position = self.position
-        set_learning_rate(self.engine.optimizer, self.lr(epoch))
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.lr(epoch)
         if position.step == 0:
             seed_generators(self.config.seed, epoch)
         totals = torch.tensor(position.totals, dtype=torch.float64, device=self.device)
@@ -211,7 +213,7 @@ class Trainer:
             sparsity = self.sparsity()
             density = {name: 1 - share for name, share in sparsity.by_layer.items()}
             self.position.pair[key] = {
-                **tested.as_dict(),
+                **asdict(tested),
                 "epoch": epoch,
                 "sparsity": sparsity.overall,
                 "sparsity_of_all_parameters": sparsity.of_all_parameters,
@@ -278,11 +280,10 @@ class Trainer:
         )
 
     def check_weights(self, epoch: int) -> None:
-        """A checkpoint with NaN or infinite weights would be no good one, nor one with dropped weights that
-        are not 0."""
+        """No good checkpoint has NaN or infinite weights, or dropped ones that are not 0."""
         floats = [value for value in self.acdc.model.state_dict().values() if value.is_floating_point()]
         finite = torch.stack([value.isfinite().all() for value in floats]).all()
-        if ranks.any_rank(not bool(finite), self.device):
+        if not all(ranks.all_gather(bool(finite))):
             self.check_finite(float("nan"), epoch)
         self.acdc.check_masks()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from typing import Any
 
 import torch
 from torch import nn
@@ -38,9 +37,3 @@ def learning_rate(config: LRConfig, base_lr: float, epoch: int, num_epochs: int)
     if config.kind == "step":
         return base_lr * config.gamma ** bisect_right(config.milestones, epoch)
     return base_lr
-
-
-def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """For a torch optimizer or DeepSpeed's wrapper of one."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from trainer.checkpoints.run_dir import DENSE_TWIN, FINETUNED_DENSE, SPARSE, RunDir
@@ -11,8 +10,6 @@ from trainer.engine import num_graphs, precision
 from trainer.loop import Trainer
 from trainer.monitor.report import write_report
 from trainer.monitor.screen import Screen, closing_lines, closing_table
-
-log = logging.getLogger(__name__)
 
 
 def log_start(trainer: Trainer) -> None:
@@ -62,8 +59,7 @@ def finish_both(run: RunDir) -> None:
     result[FINETUNED_DENSE] = dense["dense_twin"]
     run.write_result(result)
     write_report(run)
-    console = Screen(0, 0, 0).console
-    console.print(closing_table(result))
+    Screen(0, 0, 0).console.print(closing_table(result))
 
 
 def build_result(trainer: Trainer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import EnvironmentFailure, Failure, Finished, UserError, missing_part
+from trainer.errors import EnvironmentFailure, Finished, UserError, exit_code_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,28 +34,21 @@ def main(arguments: list[str] | None = None) -> int:
         level=logging.INFO if main_rank else logging.ERROR, format="%(levelname)s: %(message)s"
     )
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # announces its font cache
-    try:
-        train(options.config, options.overrides)
-    except Failure as failure:
-        if not main_rank:
-            time.sleep(5)  # the launcher ends all ranks when one ends: let the first speak
-        print(f"error: {failure}" if failure.exit_code else failure, file=sys.stderr, flush=True)
-        return failure.exit_code
-    except ModuleNotFoundError as error:
-        print(f"error: {missing_part(error)}", file=sys.stderr, flush=True)
-        return EnvironmentFailure.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except Exception:
-        if not main_rank:
-            time.sleep(5)  # most likely rank 0 failed first and left the collective: its message is the one
-        raise
-    return 0
+
+    def run() -> int:
+        try:
+            train(options.config, options.overrides)
+        except Exception:
+            if not main_rank:
+                time.sleep(5)  # the launcher ends all ranks when one ends: let the first say what is wrong
+            raise
+        return 0
+
+    return exit_code_of(run)
 
 
 def train(recipe: str, overrides: list[str]) -> None:
-    """Parse, build, fit, close; then the dense branch if asked for. Raises Failure for all that a user can
-    mend."""
+    """Parse, build, fit, close; then the dense branch if asked for. Raises Failure for what users mend."""
     from trainer.config.load import load_config
 
     config = load_config(recipe, overrides)  # before the slow imports: a typing error is reported at once

@@ -1,6 +1,7 @@
 """Evaluation: dropout off, BatchNorm by its statistics, nothing changed, and figures as found by hand."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -87,5 +88,5 @@ def test_a_plain_model_is_evaluated_alike_and_its_mode_put_back(run, training):
     module = Classifier(trainer.acdc.export(), info.mean, info.std).train(training)
     found = evaluate(module, build_test_loader(trainer.config.data, device), device)
     expected = trainer.position.pair["sparse"]
-    assert found.as_dict() == pytest.approx({key: expected[key] for key in found.as_dict()}, rel=1e-5)
+    assert asdict(found) == pytest.approx({key: expected[key] for key in asdict(found)}, rel=1e-5)
     assert {part.training for part in module.modules()} == {training}

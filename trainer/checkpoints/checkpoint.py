@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pickle
 import shutil
 import zipfile
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from data.atomic import sync_folder, write_text
+from data.atomic import sync_folder, whole, write_text
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +45,8 @@ def save(folder: Path, contents: Mapping[str, Any], info: Mapping[str, Any]) -> 
     try:
         digests = {}
         for name, content in contents.items():
-            with (partial / name).open("wb") as file:
+            with whole(partial / name) as file:
                 torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
             digests[name] = sha256(partial / name)
         manifest = {"format": FORMAT, "sha256": digests, "info": info}
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")

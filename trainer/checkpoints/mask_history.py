@@ -26,8 +26,7 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
 
 
 def load_masks(path: Path) -> dict[str, Tensor]:
-    """The masks that save_masks wrote: bool, of the weights' shapes. Raises OSError or ValueError for what is
-    no such file."""
+    """The masks that save_masks wrote: bool, of the weights' shapes. Raises OSError or ValueError."""
     masks = {}
     try:
         with np.load(path, allow_pickle=False) as arrays:

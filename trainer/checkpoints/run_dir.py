@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,8 +48,7 @@ class RunDir:
 
     @property
     def resumed_by(self) -> Path:
-        """What `resume` has to name for this run to go on: a dense branch goes on with the run it belongs
-        to."""
+        """What `resume` has to name for this run to go on: a dense branch goes on with its run."""
         return self.path.parent if self.path.name == FINETUNED_DENSE else self.path
 
     def read_result(self) -> dict[str, Any] | None:
@@ -119,8 +119,7 @@ def is_finished(run: RunDir, config: Config) -> bool:
 
 
 def create(config: Config, path: Path | None = None) -> RunDir:
-    """Make the folder of a new run, at `path` or below run_root. Raises UserError where it cannot be
-    written."""
+    """Make the folder of a new run, at `path` or below run_root. Raises UserError where that fails."""
     if path is not None:
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -132,15 +131,13 @@ def create(config: Config, path: Path | None = None) -> RunDir:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
-            try:
-                (parent / f"{stamp}{suffix}").mkdir()
-            except FileExistsError:
-                continue
-            break
-        path = parent / f"{stamp}{suffix}"
+            made = parent / f"{stamp}{suffix}"
+            with suppress(FileExistsError):
+                made.mkdir()
+                break
     except OSError as error:
         raise UserError(f"run_root {config.run_root}: the run folder cannot be written: {error}") from error
-    return RunDir(path)
+    return RunDir(made)
 
 
 def find_resumed(config: Config, path: Path | None = None) -> tuple[RunDir, Path] | None:

@@ -1,6 +1,4 @@
-"""Models on disk: the dense twin, the sparse model, and how any checkpoint of ours becomes a plain model
-again.
-"""
+"""Models on disk: the dense twin, the sparse model, and any checkpoint of ours as a plain model again."""
 
 from __future__ import annotations
 
@@ -49,8 +47,7 @@ def save_model(
 
 
 def find_model(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or of a run folder its sparse model, or its dense twin while
-    there is no sparse one."""
+    """The checkpoint that `path` means: itself, or a run folder's sparse model, else its dense twin."""
     pair = [path / "checkpoints" / key for key in (SPARSE, DENSE_TWIN)]
     return next((folder for folder in pair if folder.is_dir()), path)
 

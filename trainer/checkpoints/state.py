@@ -60,7 +60,7 @@ def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict
         "acdc": _to_cpu(acdc.state_dict()),
         "position": {key: value for key, value in asdict(position).items() if key != "totals"},
         "data": loader.fingerprint(),
-        "ranks": ranks.gather(mine),
+        "ranks": ranks.all_gather(mine),
     }
 
 
@@ -75,9 +75,7 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader, s
     acdc.check_state(state["acdc"])
     model.load_state_dict(state["model"])
     acdc.load_state_dict(state["acdc"])
-    masters = masters_of(engine)
-    for name, parameter in model.named_parameters():
-        masters.load_(parameter, state["model"][name].to(parameter.device), state["optimizer"][name])
+    _load_masters(engine, model, state["model"], state["optimizer"])
     position = Position(**state["position"])
     if len(state["ranks"]) == ranks.world_size():
         mine = state["ranks"][ranks.rank()]
@@ -116,20 +114,21 @@ def check_branch(state: Any, acdc: ACDC) -> None:
 
 def branch_off(state: Mapping[str, Any], engine: Any, acdc: ACDC) -> Position:
     """Begin a new run where a captured state stands, which check_branch has passed: weights, BatchNorm
-    statistics, momentum and epoch are taken over; phases, masks and learning rates from there on are this
-    run's own."""
+    statistics, momentum and epoch are taken over; phases, masks and learning rates are this run's own."""
     model, weights = acdc.model, plain_state(state["model"])
     acdc.start_at(state["position"]["epoch"], _masks_in_force(state))
     model.load_state_dict(weights, strict=False)
+    _load_masters(engine, model, weights, state["optimizer"])
+    kept = ("epoch", "training_flops", "dense_training_flops")
+    return Position(**{key: value for key, value in state["position"].items() if key in kept})
+
+
+def _load_masters(
+    engine: Any, model: nn.Module, weights: Mapping[str, Tensor], states: Mapping[str, Any]
+) -> None:
     masters = masters_of(engine)
     for name, parameter in model.named_parameters():
-        masters.load_(parameter, weights[name].to(parameter.device), state["optimizer"][name])
-    position = Position(**state["position"])
-    return Position(
-        epoch=position.epoch,
-        training_flops=position.training_flops,
-        dense_training_flops=position.dense_training_flops,
-    )
+        masters.load_(parameter, weights[name].to(parameter.device), states[name])
 
 
 def _masks_in_force(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -32,8 +32,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
     from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE
     from trainer.checkpoints.saved_model import load_model
-    from trainer.config.load import parse_eval_config
+    from trainer.config.load import parse
     from trainer.config.recipes import override
+    from trainer.config.schema import EvalConfig
     from trainer.engine import precision
     from trainer.evaluate import evaluate as measure
     from trainer.loaders import build_test_loader
@@ -51,24 +52,17 @@ def evaluate(options: argparse.Namespace) -> int:
             model, info = load_model(folder)
         content = {key: info["config"][key] for key in ("data", "engine") if key in info["config"]}
         override(content, options.overrides)
-        config = parse_eval_config(content, str(folder))
+        config = parse(EvalConfig, content, str(folder))
         loader = build_test_loader(config.data, device)
         classifier = Classifier(model, info["model"]["mean"], info["model"]["std"]).to(device)
         dtype = precision(config, device)
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # as in training
         with autocast, as_user_error("eval"):
             metrics = measure(classifier, loader, device)
-        weights = [weight for weight in model.parameters() if weight.dim() > 1]
-        zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(
-            weight.numel() for weight in weights
-        )
-        figures = (
-            f"{metrics.top1:.2f}",
-            f"{metrics.top5:.2f}",
-            f"{metrics.loss:.4f}",
-            f"{metrics.num_images:,}",
-        )
-        table.add_row(folder.name, *figures, f"{100 * zeros:.3f}")
+        weights = torch.cat([weight.flatten() for weight in model.parameters() if weight.dim() > 1])
+        zeros = f"{100 * int((weights == 0).sum()) / len(weights):.3f}"
+        accuracy = (f"{share:.2f}" for share in (metrics.top1, metrics.top5))
+        table.add_row(folder.name, *accuracy, f"{metrics.loss:.4f}", f"{metrics.num_images:,}", zeros)
     Console().print(table)
     return 0
 
@@ -82,25 +76,24 @@ def import_original(options: argparse.Namespace) -> int:
     with as_user_error("import"):
         if out.exists():
             raise ValueError(f"{out} exists already; name another with --out")
-        return (
-            _import_recipe(path, out, options) if is_recipe else _import_checkpoint(path, out, options.arch)
-        )
+        if is_recipe:
+            return _import_recipe(path, out, options)
+        return _import_checkpoint(path, out, options.arch)
 
 
 def _import_recipe(path: Path, out: Path, options: argparse.Namespace) -> int:
     from data.atomic import write_text
-    from trainer.config.load import load_config, parse_config
+    from trainer.config.load import load_config, parse
+    from trainer.config.schema import Config
     from trainer.originals.recipes import Command, import_config, recipe_text
 
     command = Command(options.arch, options.dataset, options.epochs, options.batch_size)
     recipe = import_config(path, command)
-    parse_config({"name": out.name.partition(".")[0], **recipe}, str(path))
+    parse(Config, {"name": out.name.partition(".")[0], **recipe}, str(path))
     write_text(out, recipe_text(recipe, path.name))
     config = load_config(str(out))
-    print(
-        f"{config.model.name} on {config.data.name}, batches of {config.data.batch_size}, {config.epochs} "
-        "epochs"
-    )
+    data = f"{config.data.name}, batches of {config.data.batch_size}"
+    print(f"{config.model.name} on {data}, {config.epochs} epochs")
     print(f"{config.sparsity.build_schedule()}    {config.sparsity.build_pattern()}")
     print(f"stored in {out}; look at it epoch by epoch: acdc schedule {out}")
     return 0
@@ -148,11 +141,10 @@ def schedule(options: argparse.Namespace) -> int:
     print(f"{phases}    {config.sparsity.build_pattern()}")
     for epoch in range(config.epochs):
         phase = phases.phase_at(epoch)
-        switch = {"sparse": "compress", "dense": "decompress" if epoch else ""}[phase.kind]
+        actions = {"sparse": "compress", "dense": "decompress" if epoch else ""}
+        action = actions[phase.kind] if epoch == phase.start else ""
         lr = learning_rate(config.lr, config.optimizer.lr, epoch, config.epochs)
-        print(
-            f"epoch {epoch:3}  {phase.kind:6}  lr {lr:.6g}  {switch if epoch == phase.start else ''}".rstrip()
-        )
+        print(f"epoch {epoch:3}  {phase.kind:6}  lr {lr:.6g}  {action}".rstrip())
     return 0
 
 

@@ -42,10 +42,8 @@ def prepare_shards(options: argparse.Namespace) -> int:
                     on_progress=on_progress,
                 )
             left_out = f", {files.num_excluded} excluded" if files.num_excluded else ""
-            print(
-                f"{destination / folder}: {shards.num_samples:,} images in {len(shards.tars)} "
-                f"shards{left_out}"
-            )
+            counts = f"{shards.num_samples:,} images in {len(shards.tars)} shards"
+            print(f"{destination / folder}: {counts}{left_out}")
     print(f"train with data.root={destination} data.format=webdataset")
     return 0
 

@@ -1,6 +1,4 @@
-"""`acdc train`: the deepspeed launcher on this machine, with a free port, the right devices and an honest
-end.
-"""
+"""`acdc train`: the deepspeed launcher here, with a free port, the right devices and an honest exit code."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -72,18 +71,14 @@ def _placement(devices: int | None, environment: dict[str, str]) -> list[str]:
 
 
 def _signal_group(group: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass
 
 
 def _alive(group: int) -> bool:
     """Whether the process group has a process that still runs; one that nobody has reaped does not."""
     for process in psutil.process_iter(["status"]):
-        try:
+        with suppress(ProcessLookupError):
             if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
                 return True
-        except ProcessLookupError:
-            continue
     return False

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli import commands, data_commands
-from trainer.errors import EnvironmentFailure, Failure, missing_part
+from trainer.errors import exit_code_of
 
 
 def _positive(text: str) -> int:
@@ -38,9 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("config", metavar="CONFIG", help="a recipe's name under configs/, or a path")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=0.05")
         if function is commands.train:
-            sub.add_argument(
-                "--devices", type=int, metavar="N", help="processes on this machine; default: all GPUs"
-            )
+            devices = "processes on this machine; default: all GPUs"
+            sub.add_argument("--devices", type=int, metavar="N", help=devices)
     sub = command("eval", commands.evaluate)
     sub.add_argument("path", metavar="PATH", help="a run folder, or a checkpoint folder in it")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/fashion-mnist")
@@ -50,16 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="PATH", help="default: beside the file")
     sub.add_argument("--dataset", help="of a recipe; default: by its network")
     sub.add_argument("--epochs", type=_positive, metavar="N", help="of a recipe; default: what the file says")
-    sub.add_argument(
-        "--batch-size",
-        type=_positive,
-        metavar="N",
-        help="of a recipe; default: 256, as in the paper's command",
-    )
+    batch_size = "of a recipe; default: 256, as in the paper's command"
+    sub.add_argument("--batch-size", type=_positive, metavar="N", help=batch_size)
     sub = command("export", commands.export)
-    sub.add_argument(
-        "path", metavar="PATH", help="a run folder (its sparse model), or a checkpoint folder in it"
-    )
+    path = "a run folder (its sparse model), or a checkpoint folder in it"
+    sub.add_argument("path", metavar="PATH", help=path)
     sub.add_argument("--format", choices=["onnx", "safetensors", "sparse24", "torch"], default="onnx")
     sub.add_argument("--out", metavar="FILE", help="default: named after the model, in the current folder")
     prepare = subparsers.add_parser("prepare", help="Store a data set in another form.")
@@ -97,16 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]  # overrides may follow options
-    try:
-        return options.function(options)
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_code
-    except ModuleNotFoundError as error:
-        print(f"error: {missing_part(error)}", file=sys.stderr)
-        return EnvironmentFailure.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return exit_code_of(lambda: options.function(options))
 
 
 if __name__ == "__main__":

@@ -53,8 +53,7 @@ class ImageNetData(Section):
     eval_size: int = Field(default=224, ge=8, description="evaluation: side of the crop from the centre")
     val_labels: str | None = Field(default=None, description="label file of a flat val folder")
     format: Literal["folders", "webdataset", "tfrecord", "recordio"] = Field(
-        default="folders",
-        description="how images lie on the disk; see data.images, files and records",
+        default="folders", description="how images lie on the disk; see data.images, files and records"
     )
     num_classes: int | None = Field(
         default=None, ge=1, description="of packed files that do not tell; default: 1000"
@@ -65,9 +64,7 @@ class ImageNetData(Section):
     )
     device: Literal["auto", "cpu", "gpu"] = Field(default="auto", description="where DALI decodes images")
     num_threads: int | None = Field(
-        default=None,
-        ge=1,
-        description="threads or processes of the data pipeline per device",
+        default=None, ge=1, description="threads or processes of the data pipeline per device"
     )
     on_error: Literal["stop", "skip"] = Field(
         default="stop", description="a file that cannot be decoded ends the run, or another stands in for it"

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from trainer.config.data import Section
 from trainer.config.recipes import find_recipe, override, read_recipe
-from trainer.config.schema import Config, EvalConfig
+from trainer.config.schema import Config
 from trainer.errors import UserError
 
 S = TypeVar("S", bound=Section)
@@ -23,20 +23,11 @@ def load_config(recipe: str, assignments: Iterable[str] = ()) -> Config:
     content = read_recipe(path)
     content.setdefault("name", path.stem)
     override(content, assignments)
-    return parse_config(content, str(path))
+    return parse(Config, content, str(path))
 
 
-def parse_config(content: dict[str, Any], source: str) -> Config:
-    """Check a configuration's content; `source` says in messages where it came from. Raises UserError."""
-    return _parse(Config, content, source)
-
-
-def parse_eval_config(content: dict[str, Any], source: str) -> EvalConfig:
-    """The same for what evaluation needs. Raises UserError."""
-    return _parse(EvalConfig, content, source)
-
-
-def _parse(root: type[S], content: dict[str, Any], source: str) -> S:
+def parse(root: type[S], content: dict[str, Any], source: str) -> S:
+    """A checked Config or EvalConfig. source: where the content came from. Raises UserError."""
     try:
         return root.model_validate(content)
     except ValidationError as error:

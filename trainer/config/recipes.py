@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from trainer.errors import UserError
+from trainer.errors import UserError, did_you_mean
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 
@@ -41,9 +41,6 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
-    def decimal(self, node: yaml.ScalarNode) -> int:
-        return int(node.value)
-
 
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -55,7 +52,7 @@ for _tag, _pattern, _first in (
     ),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.decimal)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -91,21 +88,13 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
 def find_recipe(name: str) -> Path:
     """A recipe's path from its name under configs/ ("quickstart") or from a path. Raises UserError."""
     for candidate in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
-        if _is_file(candidate):
+        if os.path.isfile(candidate):  # of a name that no file can have Path.is_file raises
             return candidate
     known = recipe_names()
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, known)
     raise UserError(
         f"no recipe {name!r}: neither a file nor a name under configs/{hint} One of: {', '.join(known)}"
     )

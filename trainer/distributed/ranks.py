@@ -43,8 +43,7 @@ def free_port() -> int:
 
 
 def start() -> torch.device:
-    """Join the process group that the launcher described (alone without one) and return this rank's
-    device."""
+    """Join the process group that the launcher described, or be alone without one; this rank's device."""
     deepspeed = import_deepspeed()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
@@ -70,8 +69,7 @@ def start() -> torch.device:
 
 
 def _keep_compiled_graphs() -> None:
-    """Let torch.compile keep its results beside the data sets, where a restart finds them; /tmp does not
-    last."""
+    """Let torch.compile keep its results beside the data sets, where they outlast a restart, unlike /tmp."""
     folder = data_home() / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,13 +110,6 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank where it is true on one."""
-    if world_size() == 1:
-        return flag
-    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
-
-
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on rank 0; its value on every rank, and so a Failure that it raises."""
     box: list[Any] = [None, None]
@@ -134,15 +125,6 @@ def on_main(function: Callable[[], T]) -> T:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on rank 0; an empty list on the others."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] | None = [None] * world_size() if is_main() else None
-    dist.gather_object(value, values, dst=0)
-    return values or []
-
-
 def all_gather(value: T) -> list[T]:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:
@@ -153,8 +135,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def average_buffers(module: torch.nn.Module) -> None:
-    """Make the floating-point buffers (BatchNorm statistics) the mean over ranks, so that one model is
-    evaluated."""
+    """Make BatchNorm statistics the mean over ranks, so that all of them evaluate one model."""
     if world_size() == 1:
         return
     for buffer in module.buffers():

@@ -21,8 +21,7 @@ OPSET = 18
 
 
 def export_onnx(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
-    """An ONNX file with the weights inside; any batch size. Raises ModuleNotFoundError, saying what to
-    install."""
+    """An ONNX file with the weights inside, for any batch size. Raises ModuleNotFoundError without onnx."""
     try:
         import onnx
         import onnxscript  # noqa: F401  what torch.onnx builds graphs with

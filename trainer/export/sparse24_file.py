@@ -71,8 +71,5 @@ def read_sparse24(path: Path) -> dict[str, Tensor]:
 def packed_share(model: nn.Module) -> float:
     """Bytes of the packed model over those of the plain one."""
     tensors, _ = pack_state(model)
-    return _bytes(tensors) / _bytes(model.state_dict())
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in tensors.values())
+    packed, plain = (sum(value.nbytes for value in state.values()) for state in (tensors, model.state_dict()))
+    return packed / plain

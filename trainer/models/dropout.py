@@ -14,8 +14,7 @@ _SEEDS = 2**31 - 1
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout. On a CPU the seed of a call comes from torch's generator: torch.manual_seed or a restored
-    generator repeat it."""
+    """nn.Dropout. On a CPU a call's seed comes from torch's generator, so torch.manual_seed repeats it."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p in (0, 1) or input.device.type != "cpu":

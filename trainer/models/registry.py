@@ -6,13 +6,13 @@ The names of MODELS are the paper's networks. "torchvision:NAME" is any classifi
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from trainer.errors import did_you_mean
 from trainer.models.mobilenet import MobileNetV1
 from trainer.models.resnet import BasicBlock, Bottleneck, ResNet
 from trainer.models.resnet_cifar import ResNetCIFAR
@@ -50,7 +50,7 @@ def get_model(name: str, num_classes: int, **arguments: Any) -> nn.Module:
         build = MODELS[name]
     else:
         known = ", ".join([*MODELS, "torchvision:NAME", "timm:NAME"])
-        raise ValueError(f"unknown model {name!r}{_nearest(name, MODELS)} One of: {known}")
+        raise ValueError(f"unknown model {name!r}{did_you_mean(name, MODELS)} One of: {known}")
     try:
         return build(num_classes=num_classes, **arguments)
     except (TypeError, RuntimeError) as error:
@@ -63,7 +63,7 @@ def _from_torchvision(name: str) -> Callable[..., nn.Module]:
     models = import_torchvision().models
     known = models.list_models(module=models)
     if name not in known:
-        raise ValueError(f"torchvision has no classification model {name!r}{_nearest(name, known)}")
+        raise ValueError(f"torchvision has no classification model {name!r}{did_you_mean(name, known)}")
 
     def build(num_classes: int, in_channels: int = 3, **arguments: Any) -> nn.Module:
         if in_channels != 3:
@@ -79,10 +79,5 @@ def _from_timm(name: str) -> Callable[..., nn.Module]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"model timm:{name} needs timm: pip install 'acdc-train[timm]'") from error
     if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}{_nearest(name, timm.list_models())}")
+        raise ValueError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     return partial(timm.create_model, name)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."

@@ -1,5 +1,4 @@
-"""ResNets for ImageNet as the paper trains them: v1.5, that is the stride in the 3 x 3 convolution of a
-bottleneck.
+"""ResNets for ImageNet as the paper trains them: v1.5, with the stride in a bottleneck's 3 x 3 convolution.
 
 Parameter names are torchvision's. Two things differ from torchvision's defaults, as in the paper's
 experiments: convolutions start from N(0, sqrt(2 / (kh * kw * out))), which is He-normal over fan-out, and
@@ -56,8 +55,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of `blocks` blocks. Input (N, in_channels, H, W), at ImageNet 224 x 224; output (N,
-    num_classes)."""
+    """Four stages of `blocks` blocks: (N, in_channels, H, W), at ImageNet 224 x 224, to (N, num_classes)."""
 
     def __init__(
         self,

@@ -36,14 +36,7 @@ class Clock:
             self.restart()
 
     @property
-    def images_per_second(self) -> float:
-        return self._images / max(time.perf_counter() - self._start, 1e-9)
-
-    @property
-    def data_wait(self) -> float:
-        return self._waited / max(time.perf_counter() - self._start, 1e-9)
-
-    @property
     def rates(self) -> dict[str, float]:
-        """Both, by the names of their records."""
-        return {"images_per_second": self.images_per_second, "data_wait": self.data_wait}
+        """By the names of their records."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}

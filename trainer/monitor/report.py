@@ -19,7 +19,7 @@ BLUE, ORANGE, GREY, SHADE = "#1f5f99", "#c8590a", "#666666", "#f3e3c8"
 def write_report(run_dir: RunDir) -> None:
     """Raises ValueError when the run has no finished epoch yet."""
     epochs = epoch_records(run_dir)
-    result = json.loads(run_dir.result.read_text(encoding="utf-8")) if run_dir.result.exists() else None
+    result = run_dir.read_result()
     title = html.escape(f"{run_dir.path.parent.name} {run_dir.path.name}")
     figures = "\n".join(_svg(figure) for figure in (accuracy_figure(epochs, result), detail_figure(epochs)))
     figures_json = html.escape(json.dumps(result, indent=1)) if result else "the run is not finished"
@@ -34,10 +34,8 @@ def write_report(run_dir: RunDir) -> None:
 
 def write_picture(run_dir: RunDir, path: Path) -> None:
     """The accuracy over the phases as a picture; the format is the suffix's (svg, png). Raises ValueError."""
-    result = json.loads(run_dir.result.read_text(encoding="utf-8")) if run_dir.result.exists() else None
-    accuracy_figure(epoch_records(run_dir), result).savefig(
-        path, bbox_inches="tight", metadata={"Date": None}
-    )
+    figure = accuracy_figure(epoch_records(run_dir), run_dir.read_result())
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
 def epoch_records(run_dir: RunDir) -> list[dict[str, Any]]:
@@ -51,20 +49,14 @@ def accuracy_figure(epochs: list[dict[str, Any]], result: dict[str, Any] | None)
     figure = Figure(figsize=(8, 3.6))
     axes = figure.subplots()
     done = [record["epoch"] + 1 for record in epochs]
-    axes.plot(
-        done,
-        [record["val_top1"] for record in epochs],
-        color=BLUE,
-        marker="o",
-        markersize=4,
-        label="test top-1",
-    )
-    for key, name, color in (
-        ("memorised_top1", "random labels", ORANGE),
-        ("memorised_true_top1", "their true labels", GREY),
+    for key, label, color, marker in (
+        ("val_top1", "test top-1", BLUE, "o"),
+        ("memorised_top1", "top-1 on random labels", ORANGE, ""),
+        ("memorised_true_top1", "top-1 on their true labels", GREY, ""),
     ):
         if key in epochs[0]:
-            axes.plot(done, [record[key] for record in epochs], color=color, label=f"top-1 on {name}")
+            values = [record[key] for record in epochs]
+            axes.plot(done, values, color=color, marker=marker, markersize=4, label=label)
     for key, name, color in ((DENSE_TWIN, "dense twin", GREY), (SPARSE, "sparse model", ORANGE)):
         if row := (result or {}).get(key):
             label = f"{name}: {row['top1']:.2f} % at {100 * row['sparsity']:.1f} % sparsity"

@@ -1,6 +1,4 @@
-"""What the user sees while a run goes: a progress bar on a terminal, plain lines elsewhere, tables at the
-end.
-"""
+"""What the user sees of a run: a progress bar on a terminal, plain lines elsewhere, tables at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAVY
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 LINE_EVERY = 10.0  # seconds between plain lines within an epoch
@@ -28,12 +26,7 @@ class Screen:
         self._status = ""
         self._bar: Progress | None = None
         if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
-            )
+            columns = ("{task.description}", BarColumn(), TimeElapsedColumn(), "{task.fields[left]}")
             self._bar = Progress(*columns, console=self.console)
             self._task = self._bar.add_task("starting", total=num_steps, completed=done, left="")
             self._bar.start()
@@ -60,13 +53,8 @@ class Screen:
 
     def epoch(self, record: dict[str, Any]) -> None:
         """An epoch's line, which stays on the screen."""
-        self.status(
-            record["epoch"],
-            record["phase"],
-            record["sparsity"],
-            record["train_loss"],
-            record["images_per_second"],
-        )
+        figures = (record[key] for key in ("sparsity", "train_loss", "images_per_second"))
+        self.status(record["epoch"], record["phase"], *figures)
         test = f"loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} top-5 {record['val_top5']:.2f}"
         wait = f"data wait {100 * record['data_wait']:.1f} %"
         self._line(f"{self._status}  {wait}  test: {test}  {self.time_left()}")

@@ -11,9 +11,7 @@ is wrapped:
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,19 +33,6 @@ NORMALISATION = {
 }
 _INERT = re.compile(
     r"optimization\.|torch\.optim\.|numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+)$|_codecs\.encode$"
-)
-_UNREADABLE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
 )
 
 
@@ -101,7 +86,7 @@ def read_original(path: Path) -> dict[str, Any]:
         raise OriginalError(f"{path}: no such file")
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except _UNREADABLE as error:
+    except Exception as error:  # whatever a damaged file makes of the reader
         raise OriginalError(f"{path} is a damaged or incomplete checkpoint: {_first_line(error)}") from error
     if strange := [name for name in named if _INERT.match(name) is None]:
         raise OriginalError(
@@ -110,7 +95,7 @@ def read_original(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([(_Inert, name) for name in named]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except Exception as error:
         raise OriginalError(f"{path} is a damaged or incomplete checkpoint: {_first_line(error)}") from error
     state = content.get("model_state_dict") if isinstance(content, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

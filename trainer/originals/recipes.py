@@ -32,8 +32,7 @@ BATCH_SIZE = 256  # the default of the original's command
 
 @dataclass(frozen=True)
 class Command:
-    """What the original's command said besides the file. None: from the file where it says so, else the
-    command's default."""
+    """What the original's command said besides the file. None: what the file says, else its default."""
 
     arch: str | None = None
     dataset: str | None = None
@@ -57,16 +56,14 @@ def import_config(path: Path, command: Command) -> dict[str, Any]:
 
 def recipe_text(recipe: Mapping[str, Any], source: str) -> str:
     """The file's text, with the header that recipes have."""
-    header = [
-        f"# Imported from {source} of the paper's implementation.",
-        "#",
-        "# Paper:     its figure is not recorded here",
-        "# Ours:      not run",
-        "# Hardware:  not measured",
-        "# Command:   acdc train THIS_FILE data.root=FOLDER",
-        "",
-    ]
-    return "\n".join(header) + "\n" + dump_recipe(recipe)
+    return f"""# Imported from {source} of the paper's implementation.
+#
+# Paper:     its figure is not recorded here
+# Ours:      not run
+# Hardware:  not measured
+# Command:   acdc train THIS_FILE data.root=FOLDER
+
+{dump_recipe(recipe)}"""
 
 
 def _translate(content: Mapping[str, Any], command: Command) -> dict[str, Any]:
@@ -100,10 +97,11 @@ def _translate(content: Mapping[str, Any], command: Command) -> dict[str, Any]:
         raise ValueError("a recycler leaves pruned layers out; here a decompression restores all")
     arch = command.arch or _architecture(modules)
     dataset = command.dataset or _dataset(arch)
+    augmented = {} if dataset == "imagenet" else {"crop_padding": 4, "flip": True}
     return {
         "epochs": epochs,
         "model": {"name": arch},
-        "data": _data(dataset, command.batch_size or BATCH_SIZE),
+        "data": {"name": dataset, "batch_size": command.batch_size or BATCH_SIZE, **augmented},
         "optimizer": _optimizer(trainer["optimizer"]),
         "lr": _learning_rates(scheduler, epochs),
         "sparsity": _sparsity(pruners, compress, decompress, epochs) | _layers(arch, modules),
@@ -197,13 +195,9 @@ def _layers(arch: str, modules: list[str]) -> dict[str, Any]:
     if strange := [name for name in modules if name not in names]:
         raise ValueError(f"{arch} has no layers {', '.join(strange[:4])}; is it another --arch?")
     left_out = [name for name in names if name not in modules]
-    return (
-        {"include": list(modules)}
-        if len(left_out) > len(modules)
-        else {"exclude": left_out}
-        if left_out
-        else {}
-    )
+    if len(left_out) > len(modules):
+        return {"include": list(modules)}
+    return {"exclude": left_out} if left_out else {}
 
 
 def _architecture(modules: list[str]) -> str:
@@ -230,8 +224,3 @@ def _dataset(arch: str) -> str:
     if arch == "wide_resnet28_10":
         return "cifar100"
     return "cifar10" if arch in NAMES[:4] else "imagenet"
-
-
-def _data(dataset: str, batch_size: int) -> dict[str, Any]:
-    data: dict[str, Any] = {"name": dataset, "batch_size": batch_size}
-    return data if dataset == "imagenet" else {**data, "crop_padding": 4, "flip": True}
