@@ -51,8 +51,7 @@ class Loader(Protocol):
         """What helps to be where this rank is now, beside (epoch, start), in plain values; mostly nothing."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take the state back, before the epoch it belongs to is asked for. Raises ValueError for a damaged
-        one."""
+        """Take the state back, before its epoch is asked for. Raises ValueError for a damaged one."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that shapes the stream, in plain values: a checkpoint resumes only into the same."""

@@ -1,5 +1,4 @@
-"""Which images each rank sees in which order, and how they are shifted and flipped: pure functions of the
-position.
+"""Which images each rank sees in which order, shifted and flipped how: pure functions of the position.
 
 Nothing here has state, so any position of any epoch can be started from. Every draw belongs to a place in the
 *global* batch: how many ranks share it changes nothing about what the batch holds.
@@ -138,8 +137,7 @@ class TrainStream:
 
 @dataclass(frozen=True)
 class EvalStream:
-    """Every image exactly once over all ranks, in order, unchanged; image 0 fills up the last
-    batches."""
+    """Every image exactly once over all ranks, in order, unchanged; image 0 fills up the last batches."""
 
     num_images: int
     batch_size: int

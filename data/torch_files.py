@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from data.ahead import AheadLoader
 from data.crops import CropDraw, central, window
@@ -62,7 +62,7 @@ class TorchFileLoader(AheadLoader):
         self._batches = iter(
             DataLoader(
                 _Images(self.files, self.evaluation),
-                sampler=_Draws(self, epoch, start),
+                sampler=(draw for _, draw in self.draws(epoch, start)),
                 batch_size=None,  # a draw is a batch already
                 num_workers=self.num_workers,
                 pin_memory=self.device.type == "cuda",
@@ -103,16 +103,6 @@ class _Decoded(NamedTuple):
     images: Tensor
     labels: Tensor
     bad: list[tuple[int, str]]
-
-
-class _Draws(IterableDataset[Any]):
-    """What a DataLoader takes for its sampler: every draw from a position on."""
-
-    def __init__(self, loader: AheadLoader, epoch: int, start: int) -> None:
-        self.loader, self.first = loader, (epoch, start)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (draw for _, draw in self.loader.draws(*self.first))
 
 
 class _Images(Dataset[_Decoded]):

@@ -17,8 +17,7 @@ _library: torch.library.Library | None = None
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, with `models` and `transforms` loaded. Raises ModuleNotFoundError where it is not
-    installed."""
+    """torchvision, with `models` and `transforms`. Raises ModuleNotFoundError where it is missing."""
     global _library
     try:
         import torchvision

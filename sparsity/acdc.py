@@ -123,8 +123,7 @@ class ACDC:
 
     def before_step(self) -> None:
         """Call once per optimizer step, before its first forward pass: acts at phase switches, else returns
-        at once. Raises sparsity.guard.MaskError once a phase's first step has shown that masks do not
-        hold."""
+        at once. Raises sparsity.guard.MaskError where a phase's first step has shown that masks leak."""
         if self._masters is None:
             raise RuntimeError("call acdc.attach(optimizer) before the first before_step()")
         stepped = self._steps.begin()
@@ -232,8 +231,7 @@ class ACDC:
         return to_plain(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the last compression's masks. The masks in force travel in the model's own
-        state_dict."""
+        """Counters and the last compression's masks. Masks in force are in the model's own state_dict."""
         return {
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
@@ -245,8 +243,7 @@ class ACDC:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken, once the model's own state_dict is loaded: the masks are in
-        that.
+        """Go on where state_dict() was taken, once the model's own state_dict, with the masks, is loaded.
 
         Raises what check_state raises, and ValueError where the model's masks are not those that belong to
         the state; nothing is changed then.
@@ -289,8 +286,7 @@ class ACDC:
             )
 
     def start_at(self, epoch: int, masks: Mapping[str, Tensor]) -> None:
-        """Stand at the beginning of `epoch` of this schedule, with weights that another run trained till
-        then.
+        """Stand at the beginning of `epoch` of this schedule, with weights that another run trained.
 
         masks: that run's keep-masks by layer name, used where `epoch` lies within a sparse phase of this
         schedule, without a compression of its own; elsewhere they are chosen anew, or all ones. Raises what

@@ -62,8 +62,7 @@ class ModelFlops:
     pooling: int
 
     def forward(self, density: Mapping[str, float] | None = None) -> float:
-        """FLOPs with the kept share of weights by layer name; layers not named, and all when None, are
-        dense."""
+        """FLOPs with the kept share of weights by layer name; layers that are not named are dense."""
         density = density or {}
         layers = sum(layer.flops(density.get(layer.name, 1.0)) for layer in self.layers)
         return layers + self.products + self.norm + self.relu + self.pooling
@@ -165,8 +164,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without values. A parameter that modules share is shared there, too, as it is not after
-    `.to("meta")`."""
+    """A copy without values. Parameters that modules share stay shared, unlike by `.to("meta")`."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     return copy.deepcopy(model, memo)

@@ -171,8 +171,7 @@ def check_equal_on_all_ranks(masks: Mapping[str, Tensor]) -> None:
 
 
 def _digest(mask: Tensor) -> Tensor:
-    """Three int64 that tell masks apart: number kept, sum of their positions, and a multiplicative hash of
-    them."""
+    """Three int64 that tell masks apart: number kept, sum of the positions, a hash of these."""
     kept = mask.flatten() * torch.arange(mask.numel(), device=mask.device)  # without waiting for the device
     return torch.stack([mask.sum(), kept.sum(), (kept * kept * 0x9E3779B1).sum()])
 

@@ -115,8 +115,7 @@ class Masters(ABC):
 
     @abstractmethod
     def weight(self, parameter: Parameter) -> Tensor:
-        """The whole master weight, of the parameter's shape. Under ZeRO-1/2 a collective: call it on every
-        rank."""
+        """The whole master weight, of the parameter's shape. Collective under ZeRO-1/2: for all ranks."""
 
     @abstractmethod
     def fragments(self, parameter: Any, whole: Tensor) -> Iterator[tuple[str | None, Tensor, Tensor]]:
@@ -223,18 +222,19 @@ class ZeroMasters(Masters):
     def parameters(self) -> list[Parameter]:
         return [parameter for group in self.engine.optimizer.bit16_groups for parameter in group]
 
-    def weight(self, parameter: Parameter) -> Tensor:
+    def weight(self, parameter: Any) -> Tensor:
         # The compute weight is the gathered master unless it is of lower precision.
-        return parameter.detach() if parameter.dtype == torch.float32 else self._gather(parameter, None)
+        return parameter.detach() if parameter.dtype == torch.float32 else parameter.get_full_hp_param()
 
     def sum_over_ranks_(self, sums: Tensor) -> None:
         torch.distributed.all_reduce(sums)
 
-    def state(self, parameter: Parameter) -> dict[str, Tensor]:
+    def state(self, parameter: Any) -> dict[str, Tensor]:
         # Keys of the flat partitions, which every rank has: one without a fragment takes part in the gathers.
-        keys = {key for flat in self._partitions() for key in self._flat_state(flat)}
+        states = [(flat, self.optimizers[0].state.get(flat, {})) for flat in self._partitions()]
+        keys = {k for flat, s in states for k, v in s.items() if torch.is_tensor(v) and v.shape == flat.shape}
         self._link(parameter)
-        return {key: self._gather(parameter, key) for key in sorted(keys)}
+        return {key: parameter.get_full_hp_param(optim_state_key=key) for key in sorted(keys)}
 
     def load_(self, parameter: Parameter, weight: Tensor, state: Mapping[str, Tensor]) -> None:
         parameter.detach().copy_(weight)
@@ -242,7 +242,7 @@ class ZeroMasters(Masters):
         if mapping is None:
             return
         flat = self._partitions()[mapping.param_group_index]
-        own = self.engine.optimizer.optimizer.state[flat]
+        own = self.optimizers[0].state[flat]
         for name in state:
             own.setdefault(name, torch.zeros_like(flat))  # before the first step
         mapping.set_optim_state_fragment(flat, own)
@@ -263,22 +263,13 @@ class ZeroMasters(Masters):
             yield key, fragment.detach(), stretch.to(fragment.device)
 
     def _link(self, parameter: Any) -> None:
-        """DeepSpeed hangs state on the parameters once, after the first group's first step: not yet on those
-        of later groups."""
+        """DeepSpeed hangs state on parameters once, after the first group's step: later groups lack it."""
         mapping = getattr(parameter, "_hp_mapping", None)
         if mapping is not None and not mapping.optim_fragment:
             flat = self._partitions()[mapping.param_group_index]
-            if state := self.engine.optimizer.optimizer.state.get(flat):
+            if state := self.optimizers[0].state.get(flat):
                 mapping.set_optim_state_fragment(flat, state)
 
     def _partitions(self) -> list[Tensor]:
         """This rank's flat fp32 master of each parameter group."""
         return self.engine.optimizer.single_partition_of_fp32_groups
-
-    def _flat_state(self, flat: Tensor) -> dict[str, Tensor]:
-        state = self.engine.optimizer.optimizer.state.get(flat, {})
-        return {key: v for key, v in state.items() if torch.is_tensor(v) and v.shape == flat.shape}
-
-    @staticmethod
-    def _gather(parameter: Any, key: str | None) -> Tensor:
-        return parameter.get_full_hp_param(optim_state_key=key)

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Literal
+from typing import Literal, get_args
 
 Kind = Literal["dense", "sparse"]
 
@@ -43,8 +43,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class PhaseSchedule:
-    """Alternating dense (decompressed) and sparse (compressed) phases: pairs of a kind and a number of
-    epochs.
+    """Alternating dense (decompressed) and sparse (compressed) phases: pairs of kind and epochs.
 
     Neighbours of one kind are one phase: "dense 2, dense 3" equals "dense 5".
     """
@@ -55,7 +54,7 @@ class PhaseSchedule:
         if not self.spans:
             raise ValueError(f"a phase schedule needs at least one phase; write {_GRAMMAR}")
         for kind, length in self.spans:
-            if kind not in ("dense", "sparse"):
+            if kind not in get_args(Kind):
                 raise ValueError(f"unknown phase {kind!r}; a phase is dense or sparse")
             if length < 1:
                 raise ValueError(f"phase {kind!r} of {length} epochs; a phase lasts 1 epoch or more")
@@ -119,8 +118,7 @@ class PhaseSchedule:
 
 
 class _Parser:
-    """Recursive descent over: schedule = item {"," item}; item = kind number | "(" schedule ")" "x"
-    number."""
+    """Recursive descent: schedule = item {"," item}; item = kind number | "(" schedule ")" "x" number."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -182,8 +180,8 @@ class _Parser:
                 self.at -= 1
                 raise self.fail(f"a schedule of at most {_MAX_PHASES} phases")
             return inner * repeats
-        if token == "dense" or token == "sparse":
-            self.at += 1
-            kind: Kind = "dense" if token == "dense" else "sparse"
-            return [(kind, self.number())]
+        for kind in get_args(Kind):
+            if token == kind:
+                self.at += 1
+                return [(kind, self.number())]
         raise self.fail("'dense', 'sparse' or '('")

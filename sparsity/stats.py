@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Counts over the masked (prunable) weights, and over all parameters of the model, biases and norms
-    included."""
+    """Counts over the masked (prunable) weights, and over all parameters: biases and norms, too."""
 
     num_weights: int
     num_kept: int

@@ -44,8 +44,7 @@ class Problem:
 
     @property
     def bad(self) -> bool:
-        """Not to be trained on, hence excluded. A missing file is not among these: nothing is there to leave
-        out."""
+        """Not to be trained on, hence excluded. Of a missing file there is nothing to exclude."""
         return self.kind in BAD
 
     @property
@@ -103,8 +102,7 @@ def make_manifest(root: Path, workers: int, on_progress: Progress) -> dict[str, 
 
 
 def write_manifest(path: Path, manifest: Mapping[str, str]) -> None:
-    """Write what `sha256sum --check`, run in ROOT, understands. Raises ValueError for a name that no line can
-    hold."""
+    """Write what `sha256sum --check` reads in ROOT. Raises ValueError for a name that no line can hold."""
     for file in manifest:
         _check_name(file)
     write_text(path, "".join(f"{manifest[file]}  {file}\n" for file in sorted(manifest)))

@@ -50,8 +50,7 @@ class Decoder:
         return (fn.flip(_resize(dali, self._moved(images), size), horizontal=flip),)
 
     def evaluation(self, dali: Any, encoded: Any, resize: int, size: int) -> tuple[Any, ...]:
-        """Output nodes for central crops of `size` of images whose shorter side becomes `resize`: what
-        data.crops.central says."""
+        """Output nodes for the central crops of data.crops.central, which tells of resize and size."""
         fn, types = dali.fn, dali.types
         # whole numbers, so that the division below is exact and rounds down as torchvision's does
         old = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[0:2], dtype=types.INT32)

@@ -1,5 +1,4 @@
-"""Image files through DALI: read, then what data.dali.images does. In a bad file's place stands the next of
-the listing."""
+"""Image files through DALI: read, then what data.dali.images does. The listing's next replaces a bad file."""
 
 from __future__ import annotations
 

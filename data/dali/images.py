@@ -53,8 +53,7 @@ class DaliImageLoader(DaliLoader):
 
     @abstractmethod
     def _images(self, position: Position, draw: Any) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
-        """What _encoded takes, and the labels, for the places of a batch; where images failed before, of
-        those that stand in."""
+        """What _encoded takes, and the labels, for a batch; where images failed before, of replacements."""
 
     @abstractmethod
     def _encoded(self, dali: Any, images: Any) -> Any:
@@ -100,8 +99,7 @@ class DaliImageLoader(DaliLoader):
         super()._start(epoch, start)
 
     def _skip_failing(self) -> bool:
-        """Find what fails in the batches under way; from now on another image stands in there. False: nothing
-        does."""
+        """Find what fails in the batches under way, and replace it from now on. False: nothing does."""
         position, found, trial = self.position, False, _Trial(self)
         for _ in range(PREFETCH + 1):
             draw = self.stream.draw(*position)

@@ -1,5 +1,4 @@
-"""NVIDIA DALI: a pipeline fed with draws, which gives batches of uint8 images in channels_last without
-copies.
+"""NVIDIA DALI: a pipeline fed with draws, which gives uint8 batches in channels_last without copies.
 
 On a GPU images are decoded or augmented there; without one the same pipeline runs on the CPU. Pixels stay
 uint8: normalising on the device, fused with the first layers, moves a quarter of the bytes.

@@ -205,7 +205,7 @@ def count_records(records: RecordFiles) -> int:
 
 def read_records(dali: Any, records: RecordFiles, order: list[int], **options: Any) -> tuple[Any, Any]:
     """Nodes of encoded images and labels of one of DALI's readers, over the files in this order."""
-    fn = dali.fn
+    fn, options = dali.fn, {"name": _READER, **options}
     paths = [str(records.paths[i]) for i in order]
     indices = [str(records.indices[i]) for i in order]
     if records.format == "webdataset":
@@ -214,7 +214,6 @@ def read_records(dali: Any, records: RecordFiles, order: list[int], **options: A
             index_paths=indices,
             ext=list(READER_EXTENSIONS),
             missing_component_behavior="error",
-            name=_READER,
             **options,
         )
         return images, fn.pad(digits, fill_value=ord(" "))
@@ -225,7 +224,7 @@ def read_records(dali: Any, records: RecordFiles, order: list[int], **options: A
             "image/encoded": tfrec.FixedLenFeature([], tfrec.string, ""),
             "image/class/label": tfrec.FixedLenFeature([1], tfrec.int64, -1),
         }
-        read = fn.readers.tfrecord(path=paths, index_path=indices, features=features, name=_READER, **options)
+        read = fn.readers.tfrecord(path=paths, index_path=indices, features=features, **options)
         return read["image/encoded"], read["image/class/label"]
-    images, labels = fn.readers.mxnet(path=paths, index_path=indices, name=_READER, **options)
+    images, labels = fn.readers.mxnet(path=paths, index_path=indices, **options)
     return images, labels

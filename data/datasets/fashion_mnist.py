@@ -1,5 +1,4 @@
-"""Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; Zalando Research, MIT licence): 28 x 28 grey images of 10
-classes.
+"""Fashion-MNIST (Xiao, Rasul, Vollgraf 2017; Zalando Research, MIT licence): 28 x 28, grey, 10 classes.
 
 The full set of 60,000 and 10,000 images is used where `prepare` has put it, or from a given folder with its
 idx files; otherwise the subset bundled here: the first 1,200 training and 200 test images of each class.

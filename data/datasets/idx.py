@@ -26,8 +26,7 @@ IDX_FILES = {
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Read a file of unsigned bytes. Raises ValueError naming the file where it is not one or is cut
-    short."""
+    """Read a file of unsigned bytes. Raises ValueError naming one that is not, or that is cut short."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:

@@ -25,8 +25,7 @@ class RandomLabels:
 
 
 def randomise(train: ImageArrays, count: int, seed: int) -> RandomLabels:
-    """Give `count` images a label drawn uniformly from all classes: about one in num_classes keeps its true
-    one.
+    """Give `count` images a label drawn uniformly from all classes: about one in num_classes keeps its own.
 
     Depends on seed alone, so every rank and every resumed run draws the same. Raises ValueError when the set
     has fewer images.

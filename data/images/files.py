@@ -199,10 +199,10 @@ def _name(key: str) -> str:
 def _read_labels(root: Path, label_file: Path | None, classes: list[str]) -> dict[str, int]:
     """Path in `val`, or file name alone, without suffix -> class number."""
     if label_file is None:
+        known = f"{', '.join(LABEL_FILES)} or {DEVKIT / GROUND_TRUTH}"
         raise FileNotFoundError(
             f"{root / 'val'} has no class folders, and no label file is beside it: give "
-            f"data.val_labels=FILE, or put one of {', '.join(LABEL_FILES)} or {DEVKIT / GROUND_TRUTH} into "
-            f"{root}"
+            f"data.val_labels=FILE, or put one of {known} into {root}"
         )
     if not label_file.is_file():
         raise FileNotFoundError(f"no label file {label_file}")
@@ -245,8 +245,7 @@ def _kaggle_rows(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _devkit_rows(path: Path) -> Iterator[tuple[str, str]]:
-    """Line i is the number, from 1, of validation image i's class in meta.mat's order, which is not
-    sorted."""
+    """Line i is the number, from 1, of validation image i's class in meta.mat, which is not sorted."""
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError as error:

@@ -1,8 +1,7 @@
 """Make the bundled subset: python -m data.datasets.bundled.make_fashion_mnist_subset FOLDER_WITH_IDX_FILES
 
 Class-balanced, in the original order: the first 1,200 training and 200 test images of each class. The full
-set is, for one, in Debian's package dataset-fashion-mnist: `apt-get download dataset-fashion-mnist`, `dpkg
--x`.
+set is in Debian's package dataset-fashion-mnist: `apt-get download dataset-fashion-mnist`, `dpkg -x`.
 """
 
 from __future__ import annotations
