@@ -58,7 +58,10 @@ def measure(
     shape = tuple(described["input_shape"])
     dense: Any = model.eval().to(device=device, dtype=dtype)
     dense.to(memory_format=torch.channels_last)
-    calls = {layer.name: layer.calls for layer in count_flops(model.float(), shape).layers}
+    calls = {
+        layer.name: [call.outputs for call in layer.calls]
+        for layer in count_flops(model.float(), shape).layers
+    }
     dense.to(dtype)
     names = [
         name

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sparsity.gradual import CubicSparsity
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
-from sparsity.kernels.families import kernel_named
+from sparsity.kernel_families import kernel_named
 from sparsity.kernels.interface import Kernel, KernelUnavailableError
 from sparsity.layers import mask_layers, to_plain
 from sparsity.masters import Masters, masters_of

@@ -26,8 +26,8 @@ TRAINING_FACTOR = 3  # forward, gradient of the input, gradient of the weight
 
 
 class Call(NamedTuple):
-    """Of a layer, for one image. outputs: per kernel (output positions). height, width: of the input, 1 and the number
-    of rows for a linear layer."""
+    """Of a layer, for one image. outputs: per kernel (output positions). height, width: of the input, 1 and
+    the number of rows for a linear layer."""
 
     outputs: int
     height: int
@@ -38,8 +38,8 @@ class Call(NamedTuple):
 class LayerFlops:
     """A convolution or linear layer.
 
-    products: of its weight, dense. bias: of all calls; a weight that is used past its layer's forward pass has
-    products that belong to no call.
+    products: of its weight, dense. bias: of all calls; a weight that is used past its layer's forward pass
+    has products that belong to no call.
     """
 
     name: str

@@ -14,8 +14,8 @@ from data.atomic import write_text
 from data.places import data_home
 from sparsity import ACDC
 from sparsity.flops import Call
+from sparsity.kernel_families import family_for
 from sparsity.kernels.choose import LayerChoice, Measurements, NoKernelError, choose_kernels, gain
-from sparsity.kernels.families import family_for
 from sparsity.kernels.interface import KernelFamily
 from trainer.config.schema import Config
 from trainer.distributed import ranks
@@ -26,15 +26,15 @@ log = logging.getLogger(__name__)
 
 
 def find_family(config: Config, device: torch.device) -> KernelFamily | str:
-    """The kernels that this run may use, or why it uses none but dense ones. Raises EnvironmentFailure where the
-    recipe requires them."""
+    """The kernels that this run may use, or why it uses none but dense ones. Raises EnvironmentFailure where
+    the recipe requires them."""
     if config.sparsity.accelerate == "off":
         return "not asked for"
     family = family_for(config.sparsity.build_pattern(), device, precision(config, device))
     if isinstance(family, str) and config.sparsity.accelerate == "require":
         raise EnvironmentFailure(
-            f"sparsity.accelerate=require: kernels for {config.sparsity.pattern} masks need {family}; with auto the "
-            "run goes on with masked dense layers"
+            f"sparsity.accelerate=require: kernels for {config.sparsity.pattern} masks need {family}; with "
+            "auto the run goes on with masked dense layers"
         )
     return family
 
@@ -51,7 +51,9 @@ def accelerate(
         if acdc.kernels:
             log.warning("the kernels that ran before cannot run here: they need %s", family)
         elif device.type == "cpu" and config.sparsity.accelerate != "off":
-            log.warning("sparse phases run masked dense layers, no faster than dense phases: kernels need %s", family)
+            log.warning(
+                "sparse phases run masked dense layers, no faster than dense phases: kernels need %s", family
+            )
         acdc.accelerate({})
         return []
     if acdc.kernels:
@@ -65,7 +67,8 @@ def accelerate(
             return choose_kernels(family, acdc.layers, calls, images, known, required)
         except NoKernelError as error:
             raise EnvironmentFailure(
-                f"sparsity.accelerate=require: kernels for {acdc.pattern} masks: {error}; with auto they run masked dense"
+                f"sparsity.accelerate=require: kernels for {acdc.pattern} masks: {error}; with auto "
+                "they run masked dense"
             ) from error
 
     choices = ranks.on_main(choose)
@@ -102,7 +105,11 @@ def _verdict(choice: LayerChoice) -> str:
     wrong = next((timing for timing in choice.measured.timings if not timing.right), None)
     if wrong is None:
         return "dense"
-    return f"dense: {wrong.failure}" if wrong.failure is not None else f"dense: sparse is off by {wrong.error:.3f}"
+    return (
+        f"dense: {wrong.failure}"
+        if wrong.failure is not None
+        else f"dense: sparse is off by {wrong.error:.3f}"
+    )
 
 
 def _us(microseconds: float | None) -> str:

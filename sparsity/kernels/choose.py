@@ -48,12 +48,11 @@ class LayerChoice:
         """Of a step with this kernel, or with None dense; 0 where nothing was measured."""
         if self.measured is None:
             return 0.0
-        forward, *gradients = self.measured.timings
-        sparse = [kernel is not None, *(kernel is not None and kernel.sparse_gradient for _ in gradients)]
-        pairs = zip(self.measured.timings, sparse, strict=True)
-        return sum(
-            timing.sparse if chosen and timing.sparse is not None else timing.dense for timing, chosen in pairs
-        )
+        total = 0.0
+        for timing in self.measured.timings:
+            sparse = kernel is not None and (timing is self.measured.forward or kernel.sparse_gradient)
+            total += timing.sparse if sparse and timing.sparse is not None else timing.dense
+        return total
 
 
 class Measurements:
@@ -123,9 +122,10 @@ def candidates(
     family: KernelFamily, layers: Mapping[str, nn.Module], calls: Mapping[str, Sequence[Call]], images: int
 ) -> tuple[dict[str, Shape], dict[str, str]]:
     """(layer -> the shape to measure, layer -> why it runs dense), over masked layers."""
-    shapes, reasons = {}, {}
+    shapes: dict[str, Shape] = {}
+    reasons: dict[str, str] = {}
     for name, layer in layers.items():
-        found = "not run in a forward pass"
+        found: Shape | str = "not run in a forward pass"
         if calls.get(name):
             found = family.shape(layer, calls[name], images)
         if isinstance(found, str):
@@ -138,9 +138,9 @@ def candidates(
 def best_region(choices: list[LayerChoice]) -> list[LayerChoice]:
     """Without the kernels that cost more than they gain once changes of the memory format are counted.
 
-    Within a region, a run of layers in the model's order, activations keep the kernels' format: a layer that runs
-    dense there pays for changing it both ways. At the region's ends it is changed once. All but the best region
-    runs dense.
+    Within a region, a run of layers in the model's order, activations keep the kernels' format: a layer that
+    runs dense there pays for changing it both ways. At the region's ends it is changed once. All but the best
+    region runs dense.
     """
     conversion = [0.0 if each.measured is None else each.measured.conversion for each in choices]
     gains = [
@@ -156,7 +156,8 @@ def best_region(choices: list[LayerChoice]) -> list[LayerChoice]:
             if choices[first].kernel and choices[last].kernel and gain > best:
                 best, begin, end = gain, first, last + 1
     return [
-        each if begin <= index < end and (each.kernel is None or gains[index] > -conversion[index])
+        each
+        if begin <= index < end and (each.kernel is None or gains[index] > -conversion[index])
         else replace(each, kernel=None)
         for index, each in enumerate(choices)
     ]

@@ -23,8 +23,9 @@ class Kernel(ABC):
     """Compiled code compares with the object: a layer keeps one from phase to phase.
 
     name: for people, records and training states, which make the kernel anew from it (see
-    sparsity.kernels.families). sparse_gradient: whether the input gradient skips dropped weights, too. fallback:
-    what runs where the mask does not fit; None: the masked dense product, which is right for every mask.
+    sparsity.kernel_families). sparse_gradient: whether the input gradient skips dropped weights, too.
+    fallback: what runs where the mask does not fit; None: the masked dense product, which is right for every
+    mask.
     """
 
     name: str
@@ -43,8 +44,9 @@ class Kernel(ABC):
         """The kernel of this layer alone, where it keeps something of the layer's; else itself."""
         return self
 
-    def prepare(self, layer: Any) -> None:
-        """Called before the kernel runs, each time the layer's mask has changed. Raises KernelUnavailableError."""
+    def prepare(self, layer: Any) -> None:  # noqa: B027
+        """Called before the kernel runs, each time the layer's mask has changed. Raises
+        KernelUnavailableError."""
 
     def chain(self) -> Iterator[Kernel]:
         """The kernel, its fallback, and so on."""
@@ -65,9 +67,9 @@ class KernelFamily(Protocol):
         """Tells apart what was measured for one device, precision and library from what was for others."""
 
     def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
-        """What to measure for a masked layer, or why it runs dense. calls: of the layer for one image, at every size
-        that is trained on; a layer must fit at all of them and is measured at the greatest. images: of a step on one
-        device."""
+        """What to measure for a masked layer, or why it runs dense. calls: of the layer for one image, at
+        every size that is trained on; a layer must fit at all of them and is measured at the greatest.
+        images: of a step on one device."""
 
     def measure(self, shape: Any) -> Measured:
         """Time one shape, and compare results with the dense product's. Raises torch.OutOfMemoryError where

@@ -36,10 +36,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one shape. gradient, weight_gradient: of the input's and of the weight's, where they have a sparse kernel.
-    conversion: microseconds of changing the memory format of input and output, once each and in both passes, for a
-    layer that computes in another one than its neighbours. kernel: name of the one measured, where a family has
-    several for one shape."""
+    """Of one shape. gradient, weight_gradient: of the input's and of the weight's, where they have a sparse
+    kernel. conversion: microseconds of changing the memory format of input and output, once each and in both
+    passes, for a layer that computes in another one than its neighbours. kernel: name of the one measured,
+    where a family has several for one shape."""
 
     forward: Timing
     gradient: Timing | None = None
@@ -58,12 +58,13 @@ class Measured:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Measured:
         """From what as_dict gave. Raises KeyError or TypeError for anything else."""
-        timings = {
-            name: None if values.get(name) is None else Timing(**values[name])
+        gradients = (
+            None if values.get(name) is None else Timing(**values[name])
             for name in ("gradient", "weight_gradient")
-        }
-        others = {name: values[name] for name in ("conversion", "kernel") if name in values}
-        return cls(Timing(**values["forward"]), **timings, **others)
+        )
+        first, second = gradients
+        rest = values.get("conversion", 0.0), values.get("kernel", "")
+        return cls(Timing(**values["forward"]), first, second, *rest)
 
 
 def compare(dense: Callable[[], Tensor], sparse: Callable[[], Tensor]) -> Timing:

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from sparsity.gradual import CubicSparsity
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, Rule, UniformMagnitude
 from sparsity.schedule import PhaseSchedule
-from sparsity.transposable import Transposable24, is_24
+from sparsity.transposable import Transposable24
 from trainer.config.data import DataConfig, Section
 
 Scalar = bool | int | float | str
@@ -121,8 +121,8 @@ class SparsityConfig(Section):
     gradual: GradualConfig | None = Field(default=None, description="gradual magnitude pruning, not AC/DC")
     accelerate: Literal["auto", "off", "require"] = Field(
         default="auto",
-        description="sparse kernels in compressed phases: any mask on a CPU, 2:4 on a GPU; auto: where they are "
-        "measured to win; require: in every layer that can, or an error",
+        description="sparse kernels in compressed phases: any mask on a CPU, 2:4 on a GPU; auto: where "
+        "they are measured to win; require: in every layer that can, or an error",
     )
     recompute_batch_norm: Duration | None = Field(
         default=None, description="after each compression, recompute BatchNorm statistics over so much data"

@@ -1,4 +1,5 @@
-"""How sparse kernels are measured and chosen: tiles by the time they take, and sparse against dense by the sum."""
+"""How sparse kernels are measured and chosen: tiles by the time they take, and sparse against dense by the
+sum."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ class Shape(NamedTuple):
 
     @property
     def convolution(self) -> Convolution:
-        pairs = [(self[i], self[i + 1]) for i in (3, 5, 7, 9)]
-        return Convolution(*pairs, self.groups)
+        kernel, stride, padding, dilation = ((self[i], self[i + 1]) for i in (3, 5, 7, 9))
+        return Convolution(kernel, stride, padding, dilation, self.groups)
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,18 @@ class SparseFamily:
     @property
     def key(self) -> str:
         flags = " ".join(instructions()) or platform.machine()
-        return f"CPU {_cpu_name()}, {flags}, {torch.get_num_threads()} threads, torch {torch.__version__}, {self.dtype}"
+        threads = torch.get_num_threads()
+        return f"CPU {_cpu_name()}, {flags}, {threads} threads, torch {torch.__version__}, {self.dtype}"
 
     def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
         if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
             return f"padding mode {layer.padding_mode}"
-        if layer.padding == "same" if isinstance(layer, nn.Conv2d) else False:
-            if any(d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)):
-                return "uneven padding"
+        if (
+            isinstance(layer, nn.Conv2d)
+            and layer.padding == "same"
+            and any(map(_uneven, layer.dilation, layer.kernel_size))
+        ):
+            return "uneven padding"
         greatest = max(calls, key=lambda call: call.outputs)
         if isinstance(layer, nn.Linear):
             height, width, images = 1, 1, images * greatest.width
@@ -71,22 +76,35 @@ class SparseFamily:
             return "images are too large"
         convolution = Convolution.of(layer)
         inputs, outputs = layer.weight.shape[1] * convolution.groups, layer.weight.shape[0]
-        numbers = [number for pair in convolution[:4] for number in pair]
         percent = _round(100 * layer.mask.float().mean().item())
-        return Shape(images, inputs, outputs, *numbers, convolution.groups, height, width, percent)
+        ends = (convolution.groups, height, width, percent)
+        return Shape(
+            images,
+            inputs,
+            outputs,
+            *convolution.kernel,
+            *convolution.stride,
+            *convolution.padding,
+            *convolution.dilation,
+            *ends,
+        )
 
     def measure(self, shape: Shape) -> Measured:
         return _Trial(shape, self.dtype).run()
 
     @staticmethod
     def choose(measured: Measured, required: bool = False) -> kernel.SparseKernel | None:
-        """Sparse where all three products are right and faster together; within a region of sparse layers, see
-        choose.best_region, a little slower is still a gain."""
+        """Sparse where all three products are right and faster together; within a region of sparse layers,
+        see choose.best_region, a little slower is still a gain."""
         if not all(timing.right for timing in measured.timings):
             return None
         dense = sum(timing.dense for timing in measured.timings)
         sparse = sum(timing.sparse or 0.0 for timing in measured.timings)
         return kernel.from_name(measured.kernel) if required or sparse < dense + measured.conversion else None
+
+
+def _uneven(dilation: int, size: int) -> bool:
+    return dilation * (size - 1) % 2 == 1
 
 
 def _round(percent: float) -> int:
@@ -98,7 +116,9 @@ def _round(percent: float) -> int:
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith(("model name", "cpu family", "model\t", "CPU part"))]
+            lines = [
+                line for line in file if line.startswith(("model name", "cpu family", "model\t", "CPU part"))
+            ]
     except OSError:
         return platform.processor()
     return ", ".join(dict.fromkeys(line.partition(":")[2].strip() for line in lines))
@@ -116,7 +136,9 @@ class _Trial:
         out = (shape.images, shape.outputs, *self.convolution.output_size(shape.height, shape.width))
         maps = torch.randn(shape.images, shape.inputs, shape.height, shape.width, generator=random)
         self.dense_maps = maps.to(dtype).contiguous(memory_format=torch.channels_last)
-        self.dense_gradient = torch.randn(out, generator=random).to(dtype).contiguous(memory_format=torch.channels_last)
+        self.dense_gradient = (
+            torch.randn(out, generator=random).to(dtype).contiguous(memory_format=torch.channels_last)
+        )
         self.dense_weight = self.weight.to(dtype).contiguous(memory_format=torch.channels_last)
         self.maps = operator.to_innermost(self.dense_maps).permute(1, 2, 3, 0)
         self.gradient = operator.to_innermost(self.dense_gradient).permute(1, 2, 3, 0)
@@ -161,18 +183,19 @@ class _Trial:
         result: Tensor = gradients[which]
         return result
 
-    def _best(self, dense: Callable[[], Tensor], sparse: Callable[[Plan], Tensor], which: int) -> tuple[Timing, Tile]:
+    def _best(
+        self, dense: Callable[[], Tensor], sparse: Callable[[Plan], Tensor], which: int
+    ) -> tuple[Timing, Tile]:
         """The fastest tile of one product."""
         expected = dense().float()
-        if which < 2:
-            expected = expected.permute(1, 2, 3, 0)
-        else:
-            expected = expected * self.mask
+        expected = expected.permute(1, 2, 3, 0) if which < 2 else expected * self.mask
         dense_us = 1e6 * median_seconds(dense)
         times: dict[Tile, float] = {}
         error = 0.0
         for tile in candidates(self.shape, self.dtype, which):
-            plan = Plan(self.convolution, self.mask, self.weight.stride(), Tiles(tile, tile, tile), self.dtype)
+            plan = Plan(
+                self.convolution, self.mask, self.weight.stride(), Tiles(tile, tile, tile), self.dtype
+            )
             error = max(error, relative_error(sparse(plan), expected))
             times[tile] = 1e6 * median_seconds(lambda plan=plan: sparse(plan))  # type: ignore[misc]
         best = min(times, key=lambda tile: times[tile])
@@ -185,5 +208,6 @@ class _Trial:
 
 
 def candidates(shape: Shape, dtype: torch.dtype, which: int) -> list[Tile]:
-    """Tiles that are worth measuring for one of the three products (forward, input gradient, weight gradient)."""
+    """Tiles that are worth measuring for one of the three products (forward, input gradient, weight
+    gradient)."""
     return [Tile(1, 7, 1, 40000)]

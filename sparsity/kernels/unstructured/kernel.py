@@ -1,4 +1,5 @@
-"""The kernel of one layer on a CPU, with any mask: forward, input gradient and weight gradient skip what is dropped."""
+"""The kernel of one layer on a CPU, with any mask: forward, input gradient and weight gradient skip what is
+dropped."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ _numbers = itertools.count()
 
 
 class SparseKernel(Kernel):
-    """tiles: how it computes, see plan.Tile; results differ between them only by rounding. dtype: of activations,
-    autocast's or float32; weights and sums are float32, weights are rounded to dtype before they multiply."""
+    """tiles: how it computes, see plan.Tile; results differ between them only by rounding. dtype: of
+    activations, autocast's or float32; weights and sums are float32, weights are rounded to dtype before they
+    multiply."""
 
     sparse_gradient = True
 
@@ -56,7 +58,7 @@ class SparseKernel(Kernel):
             input = input.to(torch.get_autocast_dtype("cpu"))
         if isinstance(layer, nn.Linear):
             rows = input.flatten(0, -2)[:, :, None, None]
-            output = self._convolve(rows, layer.weight, 1, 1).flatten(1).unflatten(0, input.shape[:-1])
+            output = self._convolve(rows, layer.weight, 1, 1).reshape(*input.shape[:-1], -1)
             return output if layer.bias is None else output + layer.bias.to(output.dtype)
         height, width = Convolution.of(layer).output_size(*input.shape[-2:])
         output = self._convolve(input, layer.weight, height, width)

@@ -1,7 +1,7 @@
 """The C++ of this room, built for this machine at its first use, and its functions by ctypes.
 
-A build takes some seconds and lies beside torch.compile's, by a name that tells source, compiler and instructions
-apart: another machine, or another version, has another file.
+A build takes some seconds and lies beside torch.compile's, by a name that tells source, compiler and
+instructions apart: another machine, or another version, has another file.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def _cache_folder() -> Path:
 
 
 def _digest(command: list[str]) -> str:
-    version = subprocess.run([command[0], "--version"], capture_output=True, timeout=TIMEOUT, check=False).stdout
+    version = subprocess.run(
+        [command[0], "--version"], capture_output=True, timeout=TIMEOUT, check=False
+    ).stdout
     digest = hashlib.sha256(repr(command).encode() + version)
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
@@ -117,7 +119,9 @@ def _build(command: list[str], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            result = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, timeout=TIMEOUT)
+            result = subprocess.run(
+                [*command, "-o", str(built)], capture_output=True, text=True, timeout=TIMEOUT
+            )
             if result.returncode:
                 raise BuildError(f"{command[0]} failed: {_first_error(result.stderr)}")
             os.replace(built, path)  # several processes may build at once

@@ -1,8 +1,9 @@
-"""Operators of masked layers on a CPU: acdc::gather and its gradients, by a layer's plan; and between memory formats.
+"""Operators of masked layers on a CPU: acdc::gather and its gradients, by a layer's plan; and between memory
+formats.
 
-Activations have torch's shape, (images, channels, height, width), and lie in memory with their images innermost.
-torch.compile keeps that format through what works element by element, so that it is converted to where the first such
-layer stands, and from behind the last.
+Activations have torch's shape, (images, channels, height, width), and lie in memory with their images
+innermost. torch.compile keeps that format through what works element by element, so that it is converted to
+where the first such layer stands, and from behind the last.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def _empty(like: Tensor, images: int, channels: int, height: int, width: int) ->
 
 @torch.library.custom_op("acdc::gather", mutates_args=())
 def gather(maps: Tensor, weight: Tensor, height: int, width: int, number: int) -> Tensor:
-    """The convolution of maps (N, C, H, W) with a masked weight; height, width: of the output. number: see PLANNED."""
+    """The convolution of maps (N, C, H, W) with a masked weight; height, width: of the output. number: see
+    PLANNED."""
     return _plan(number).forward(_maps(maps), weight.detach()).permute(3, 0, 1, 2)
 
 
@@ -60,7 +62,9 @@ def _(maps: Tensor, weight: Tensor, height: int, width: int, number: int) -> Ten
 
 
 @torch.library.custom_op("acdc::gather_input_gradient", mutates_args=())
-def input_gradient(gradient: Tensor, weight: Tensor, channels: int, height: int, width: int, number: int) -> Tensor:
+def input_gradient(
+    gradient: Tensor, weight: Tensor, channels: int, height: int, width: int, number: int
+) -> Tensor:
     return _plan(number).input_gradient(_maps(gradient), weight, height, width).permute(3, 0, 1, 2)
 
 
@@ -135,7 +139,9 @@ def _transpose(maps: Tensor, innermost: Tensor, to: bool) -> None:
     images, channels, height, width = maps.shape
     channels_last = not maps.is_contiguous()
     pixels = height * width
-    strides = library.Strides(channels * pixels, 1 if channels_last else pixels, channels if channels_last else 1)
+    strides = library.Strides(
+        channels * pixels, 1 if channels_last else pixels, channels if channels_last else 1
+    )
     library.load().transpose_maps(
         maps.data_ptr(),
         ctypes.byref(strides),
@@ -153,5 +159,7 @@ def _save_format(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.channels_last = not inputs[0].is_contiguous()
 
 
-to_innermost.register_autograd(lambda ctx, gradient: from_innermost(gradient, ctx.channels_last), setup_context=_save_format)
+to_innermost.register_autograd(
+    lambda ctx, gradient: from_innermost(gradient, ctx.channels_last), setup_context=_save_format
+)
 from_innermost.register_autograd(lambda ctx, gradient: (to_innermost(gradient), None))

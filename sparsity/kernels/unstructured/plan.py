@@ -17,8 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Tile(NamedTuple):
-    """rows x columns output pixels of `units` vectors of images, over blocks of input channels that take at most
-    slab_bytes; see native/plan.h."""
+    """rows x columns output pixels of `units` vectors of images, over blocks of input channels that take at
+    most slab_bytes; see native/plan.h."""
 
     rows: int
     columns: int
@@ -63,13 +63,20 @@ class Convolution(NamedTuple):
 
 
 class Plan:
-    """Of one layer, for one mask. weight: (outputs, inputs / groups, *kernel), or (outputs, inputs); its strides count,
-    not its values, which are read at each product. Products do not depend on the number of threads.
+    """Of one layer, for one mask. weight: (outputs, inputs / groups, *kernel), or (outputs, inputs); its
+    strides count, not its values, which are read at each product. Products do not depend on the number of
+    threads.
 
-    Activations are in `dtype`, with their images innermost: (channels, height, width, images), without gaps."""
+    Activations are in `dtype`, with their images innermost: (channels, height, width, images), without
+    gaps."""
 
     def __init__(
-        self, convolution: Convolution, mask: Tensor, strides: tuple[int, ...], tiles: Tiles, dtype: torch.dtype
+        self,
+        convolution: Convolution,
+        mask: Tensor,
+        strides: tuple[int, ...],
+        tiles: Tiles,
+        dtype: torch.dtype,
     ) -> None:
         self.convolution, self.tiles, self.dtype, self.strides = convolution, tiles, dtype, strides
         outputs, inputs = mask.shape[:2]
@@ -78,10 +85,17 @@ class Plan:
         filled = (*strides, *(1,) * (4 - len(strides)))
         self._library = library.load()
         geometry = library.Geometry(
-            self.outputs, self.inputs, convolution.groups, *convolution.kernel, *pairs, (ctypes.c_int64 * 4)(*filled)
+            self.outputs,
+            self.inputs,
+            convolution.groups,
+            *convolution.kernel,
+            *pairs,
+            (ctypes.c_int64 * 4)(*filled),
         )
         if not all(self._library.has_tile(tile.rows, tile.columns * tile.units) for tile in tiles):
-            raise KernelUnavailableError(f"no code for the tiles {tiles} with the instructions of this machine")
+            raise KernelUnavailableError(
+                f"no code for the tiles {tiles} with the instructions of this machine"
+            )
         mask = mask.contiguous()
         tile_array = (library.Tile * 3)(*(library.Tile(*tile) for tile in tiles))
         self._layer = self._library.layer_new(
@@ -108,7 +122,12 @@ class Plan:
         output = torch.empty_like(self._as_planned(weight))
         size = self._size(maps.shape[1:])
         status = self._library.layer_weight_gradient(
-            self._layer, ctypes.byref(size), maps.data_ptr(), gradient.data_ptr(), output.data_ptr(), torch.get_num_threads()
+            self._layer,
+            ctypes.byref(size),
+            maps.data_ptr(),
+            gradient.data_ptr(),
+            output.data_ptr(),
+            torch.get_num_threads(),
         )
         assert status == 0
         return output

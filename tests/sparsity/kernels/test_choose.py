@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from sparsity import Run24, mask_layers
-from sparsity.kernels import measure
 from sparsity.flops import Call
+from sparsity.kernels import measure
 from sparsity.kernels.choose import candidates
 from sparsity.kernels.measure import Measured, Timing
 from sparsity.kernels.semi_structured import kernel

@@ -1,4 +1,5 @@
-"""Sparse CPU kernels against conv2d and autograd over masked weights; plans, formats, and the operators' rules."""
+"""Sparse CPU kernels against conv2d and autograd over masked weights; plans, formats, and the operators'
+rules."""
 
 import copy
 import pickle
@@ -10,10 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from sparsity import MaskedConv2d, mask_layers
-from sparsity.kernels.families import kernel_named
+from sparsity.kernel_families import kernel_named
 from sparsity.kernels.interface import KernelUnavailableError
 from sparsity.kernels.unstructured import library, operator
-from sparsity.kernels.unstructured.family import candidates
 from sparsity.kernels.unstructured.kernel import SparseKernel
 from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
 
@@ -47,7 +47,8 @@ def drawn(seed):
 
 
 class Case:
-    """Operands of a layer, its plan, and what conv2d and autograd give in float32 over the same rounded values."""
+    """Operands of a layer, its plan, and what conv2d and autograd give in float32 over the same rounded
+    values."""
 
     def __init__(self, seed, **given):
         case = {**drawn(seed), **given}
@@ -56,7 +57,9 @@ class Case:
         inputs, outputs = case["channels"]
         size = (outputs, inputs // self.convolution.groups, *self.convolution.kernel)
         self.mask = torch.rand(size, generator=random_) < case["density"]
-        self.weight = (torch.randn(size, generator=random_) * self.mask).contiguous(memory_format=case["format"])
+        self.weight = (torch.randn(size, generator=random_) * self.mask).contiguous(
+            memory_format=case["format"]
+        )
         maps = torch.randn(case["images"], inputs, *case["size"], generator=random_).to(self.dtype)
         self.tiles = Tiles(*[case["tile"]] * 3)
         self.plan = Plan(self.convolution, self.mask, self.weight.stride(), self.tiles, self.dtype)
@@ -116,13 +119,21 @@ def test_nan_and_infinity_arrive():
     case = Case(0, dtype=BF16, density=1, images=32)
     case.maps[:] = float("nan")
     assert case.products()[0].isnan().any()
-    plan = Plan(Convolution.of(nn.Conv2d(1, 1, 1)), torch.ones(1, 1, 1, 1, dtype=torch.bool), (1, 1, 1, 1), case.tiles, BF16)
+    plan = Plan(
+        Convolution.of(nn.Conv2d(1, 1, 1)),
+        torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        (1, 1, 1, 1),
+        case.tiles,
+        BF16,
+    )
     largest = torch.full((1, 1, 1, 32), 3e38, dtype=BF16)
     assert plan.forward(largest, torch.full((1, 1, 1, 1), 2.0)).isinf().all()
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("shape", [(32, 64, 7, 5), (33, 5, 1, 7), (1, 3, 16, 16), (65, 40, 3, 3), (2, 1, 4, 4), (4, 3, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(32, 64, 7, 5), (33, 5, 1, 7), (1, 3, 16, 16), (65, 40, 3, 3), (2, 1, 4, 4), (4, 3, 1, 1)]
+)
 def test_formats_are_changed_without_loss(dtype, shape):
     maps = torch.randn(shape).to(dtype)
     for before in (maps, maps.contiguous(memory_format=torch.channels_last), maps[:, :, ::2]):
@@ -132,17 +143,19 @@ def test_formats_are_changed_without_loss(dtype, shape):
         for channels_last in (True, False):
             after = operator.from_innermost(inside, channels_last)
             assert torch.equal(after, before)
-            assert after.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            assert after.is_contiguous(
+                memory_format=torch.channels_last if channels_last else torch.contiguous_format
+            )
 
 
-def sparse_layer(layer, tile=Tile(*GRIDS[0], 1, 40000), dtype=FP32):
+def sparse_layer(layer, dtype=FP32):
     """Masked, at a density of a half, and running a kernel."""
     net = nn.Sequential(layer)
     mask_layers(net)
     layer.mask.copy_(torch.rand(layer.mask.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
     with torch.no_grad():
         layer.weight.mul_(layer.mask)
-    layer.kernel = SparseKernel(Tiles(tile, tile, tile), dtype)
+    layer.kernel = SparseKernel(Tiles(*[Tile(*GRIDS[0], 1, 40000)] * 3), dtype)
     layer.kernel.prepare(layer)
     return net
 
@@ -194,7 +207,12 @@ def test_the_operators_keep_torchs_rules():
 
 
 def test_a_plan_reads_weights_of_any_strides():
-    case = Case(3, convolution=Convolution((3, 3), (1, 1), (1, 1), (1, 1), 1), format=torch.contiguous_format, dtype=FP32)
+    case = Case(
+        3,
+        convolution=Convolution((3, 3), (1, 1), (1, 1), (1, 1), 1),
+        format=torch.contiguous_format,
+        dtype=FP32,
+    )
     other = case.weight.contiguous(memory_format=torch.channels_last)
     assert torch.equal(case.plan.forward(case.maps, other), case.plan.forward(case.maps, case.weight))
 
@@ -206,7 +224,13 @@ def test_names_make_kernels_again():
         for again in (kernel_named(kernel.name), pickle.loads(pickle.dumps(kernel)), copy.deepcopy(kernel)):
             assert (again.tiles, again.dtype, again.name) == (tiles, dtype, kernel.name)
             assert again.number != kernel.number
-    for name in ("", "sparse", "sparse fp32 1x1x1/1 1x1x1/1", "sparse fp64 1x1x1/1 1x1x1/1 1x1x1/1", "sparse fp32 a b c"):
+    for name in (
+        "",
+        "sparse",
+        "sparse fp32 1x1x1/1 1x1x1/1",
+        "sparse fp64 1x1x1/1 1x1x1/1 1x1x1/1",
+        "sparse fp32 a b c",
+    ):
         assert kernel_named(name) is None
 
 

@@ -1,4 +1,4 @@
-"""Which kernels there are: by the name that a training state keeps, and for a device, precision and pattern."""
+"""Which kernels there are: by the name in a training state, and for a device, a precision and a pattern."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def kernel_named(name: str) -> Kernel | None:
 
 
 def family_for(pattern: Pattern, device: torch.device, dtype: torch.dtype) -> KernelFamily | str:
-    """The kernels for masks of a pattern, or what this machine or precision misses for them, after "they need".
+    """The kernels for masks of a pattern, or what this machine or precision misses for them, after "they
+    need".
 
     Builds the CPU's kernels where that was not done before: some seconds.
     """
