@@ -63,6 +63,7 @@ def measure(name: str, way: str, steps: int) -> dict[str, Any]:
     """Seconds of the first step and of later ones, and the number of graphs."""
     from sparsity import mask_layers
     from trainer.distributed import ranks
+    from trainer.engine import precision
     from trainer.models.classifier import Classifier
 
     device = ranks.start()
@@ -76,10 +77,11 @@ def measure(name: str, way: str, steps: int) -> dict[str, Any]:
     batch, side = network.batch(device), 224 if network.of_files else 32
     noise = next(SyntheticLoader(batch, 1, batch, lambda _: side, network.num_classes, device).epoch(0))
     _compile(classifier, way)
+    dtype = precision(config, device)
     seconds = []
     for _ in range(steps + 1):
         begin = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, _ = classifier(*noise)
         loss.backward()
         optimizer.step()

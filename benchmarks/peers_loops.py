@@ -24,7 +24,7 @@ from benchmarks.models import IN_EPOCH, Network
 from data.datasets.imagenet import MEAN, STD
 from data.torchvision_import import import_torchvision, import_transforms
 from trainer.config.load import load_config
-from trainer.engine import missing_for_compilation
+from trainer.engine import missing_for_compilation, precision
 
 Step = Callable[[Tensor, Tensor], Tensor]  # (images, labels) -> loss
 SPARSITY = 0.9
@@ -66,7 +66,7 @@ def plain_step(model: nn.Module, network: Network, device: torch.device) -> Step
     layers = [(layer, "weight") for layer in _prunable(model)]
     prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=SPARSITY)
     optimizer = _sgd(network, model)
-    autocast = _autocast(device)
+    autocast = _autocast(network, device)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         with autocast:
@@ -87,7 +87,7 @@ def tuned_step(model: nn.Module, network: Network, device: torch.device) -> Step
     weights = [layer.weight for layer in _prunable(model)]
     masks = keep_masks(weights, SPARSITY)
     optimizer = _sgd(network, model, fused=True)
-    autocast = _autocast(device)
+    autocast = _autocast(network, device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch._inductor.config.force_layout_optimization = True  # as ours, see trainer.engine
@@ -145,8 +145,10 @@ def _sgd(network: Network, model: nn.Module, fused: bool | None = None) -> torch
     return torch.optim.SGD(model.parameters(), lr=1e-3, fused=fused, **keywords)
 
 
-def _autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def _autocast(network: Network, device: torch.device) -> torch.autocast:
+    """To the precision that ours has there."""
+    dtype = precision(load_config(network.recipe, network.overrides), device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def plain_transform(of_files: bool) -> Callable[[Any], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from trainer.checkpoints.run_dir import DENSE_TWIN, RunDir
 from trainer.checkpoints.state import Position, branch_off, check_branch, restore
 from trainer.config.schema import Config
 from trainer.distributed import ranks
-from trainer.engine import build_engine, deepspeed_config
+from trainer.engine import build_engine, check_same_precision, deepspeed_config, precision_name
 from trainer.errors import Finished, UserError, as_user_error
 from trainer.kernels import find_family
 from trainer.loop import Trainer
@@ -22,6 +23,8 @@ from trainer.monitor.records import Monitor
 from trainer.monitor.screen import Screen
 from trainer.optim import build_optimizer
 from trainer.task import Task, build_task
+
+log = logging.getLogger(__name__)
 
 
 def build_trainer(config: Config, device: torch.device, path: Path | None = None) -> Trainer:
@@ -33,6 +36,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
     task = build_task(config, device, weights=config.model.weights if resumed is None else None)
     if config.sparsity.accelerate == "require":
         find_family(config, device)  # raises where this machine does not have them
+    check_same_precision(config, device)
     settings = deepspeed_config(config, device)
     branch = None
     if resumed is None and config.checkpoint is not None:
@@ -66,10 +70,26 @@ def _go_to(
         with as_user_error(f"resume {resumed[1]}"):
             state = checkpoint.read(resumed[1], checkpoint.STATE)
             position = restore(state, engine, task.acdc, task.loaders.train, task.config.seed)
+            if ranks.is_main():
+                _warn_of_precision(checkpoint.read_info(resumed[1]), task)
     if position.training_flops and not position.dense_training_flops:
         places = task.acdc.steps_per_epoch * task.config.data.batch_size
         task.flops.recount(position, min(places, task.loaders.train.num_images))
     return position
+
+
+def _warn_of_precision(info: dict[str, Any], task: Task) -> None:
+    """A resumed run whose precision is left to the machine may go on in another one than before."""
+    before = info.get("precision", "fp32")  # until it was recorded, "auto" was fp32 on every CPU
+    now = precision_name(task.config, task.device)
+    if task.config.engine.precision == "auto" and now != before:
+        log.warning(
+            "the run was in %s so far and goes on in %s, which engine.precision=auto is here; "
+            "engine.precision=%s keeps to the former",
+            before,
+            now,
+            before,
+        )
 
 
 def _open_folder(config: Config, resumed: tuple[RunDir, Path] | None, path: Path | None) -> RunDir:

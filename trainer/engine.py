@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.checkpoints.environment import cpu_multiplies_bf16
 from trainer.config.data import ImageNetData
 from trainer.config.schema import Config, EvalConfig
 from trainer.distributed import ranks
 from trainer.errors import UserError
 
 log = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
@@ -76,8 +79,22 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], source: str, prefix: st
 def precision(config: Config | EvalConfig, device: torch.device) -> torch.dtype:
     """What matrix products are computed in."""
     if config.engine.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.precision]
+        return torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bf16() else torch.float32
+    return PRECISIONS[config.engine.precision]
+
+
+def precision_name(config: Config | EvalConfig, device: torch.device) -> str:
+    """The same as recipes write it."""
+    return next(name for name, dtype in PRECISIONS.items() if dtype == precision(config, device))
+
+
+def check_same_precision(config: Config, device: torch.device) -> None:
+    """Raise UserError where "auto" means one thing on one rank's machine and another on another's."""
+    if len({*ranks.all_gather(precision_name(config, device))}) > 1:
+        raise UserError(
+            "engine.precision=auto: some of these machines multiply bf16 in hardware, others do not; choose "
+            "engine.precision=fp32 or bf16 for all"
+        )
 
 
 def check_convolutions(model: nn.Module, device: torch.device) -> None:

@@ -21,7 +21,7 @@ from trainer.checkpoints.state import Position, capture, seed_generators
 from trainer.config.schema import duration_steps
 from trainer.distributed import ranks
 from trainer.distributed.signals import StopRequest
-from trainer.engine import num_graphs, precision
+from trainer.engine import num_graphs, precision, precision_name
 from trainer.errors import Diverged, Stopped, UserError
 from trainer.evaluate import Metrics, evaluate, recompute_batch_norm
 from trainer.kernels import accelerate, choice_table
@@ -244,6 +244,7 @@ class Trainer:
         return {
             "model": self.task.model_info,
             "config": self.config.model_dump(mode="json"),
+            "precision": precision_name(self.config, self.device),
             "step": self.acdc.step,
             "epoch": self.position.epoch,
             "phase": self.acdc.phase.kind,

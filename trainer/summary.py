@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.checkpoints.run_dir import DENSE_TWIN, FINETUNED_DENSE, SPARSE, RunDir
 from trainer.distributed import ranks
-from trainer.engine import num_graphs, precision
+from trainer.engine import num_graphs, precision_name
 from trainer.loop import Trainer
 from trainer.monitor.report import write_report
 from trainer.monitor.screen import Screen, closing_lines, closing_table
@@ -18,7 +18,9 @@ def log_start(trainer: Trainer) -> None:
         return
     config, acdc = trainer.config, trainer.acdc
     num_weights = sum(weight.numel() for weight in acdc.weights().values())
-    dtype = str(precision(config, trainer.device)).removeprefix("torch.")
+    computed = precision_name(config, trainer.device)
+    if config.engine.precision == "auto":
+        computed += " (engine.precision=auto)"
     masked = f"{len(acdc.layers)} masked layers with {num_weights:,} weights"
     devices = f"{ranks.world_size()} x {trainer.device.type}"
     lines = [
@@ -26,7 +28,7 @@ def log_start(trainer: Trainer) -> None:
         f"data        {trainer.loaders.describe()}",
         f"model       {config.model.name}, {masked}, {acdc.pattern}",
         f"phases      {acdc.schedule}",
-        f"device      {devices}, {dtype}, ZeRO stage {config.engine.zero_stage}",
+        f"device      {devices}, {computed}, ZeRO stage {config.engine.zero_stage}",
     ]
     if trainer.position.epoch or trainer.position.step:
         lines.append(f"begins      at epoch {trainer.position.epoch}, step {trainer.position.step} of it")

@@ -18,7 +18,7 @@ from data.datasets.imagenet import MEAN, STD
 from tests.data.photographs import make_tree
 
 CPU = torch.device("cpu")
-SMALL = Network("cifar10/memorisation_90", cpu_batch=4, gpu_batch=4)
+SMALL = Network("cifar10/memorisation_90", cpu_batch=4, gpu_batch=4, overrides=("engine.precision=fp32",))
 FILES = Network("imagenet/mobilenetv1_90", cpu_batch=4, gpu_batch=4)
 
 

@@ -29,6 +29,7 @@ def tiny(data: Path, run_root: Path, *overrides: str) -> list[str]:
         "epochs=6",
         f"sparsity.schedule={SCHEDULE}",
         "engine.compile=false",
+        "engine.precision=fp32",  # the same on all CPUs; the choice by hardware: test_precision
         "log.every=4st",
         *overrides,
     ]
@@ -51,6 +52,7 @@ def tiny_images(tree: Path, run_root: Path, *overrides: str) -> list[str]:
         "data.eval_resize=36",
         "data.eval_size=32",
         "engine.compile=false",
+        "engine.precision=fp32",
         *overrides,
     ]
 

@@ -28,7 +28,8 @@ class Regression(nn.Module):
 
 def make_engine(make_optimizer, *overrides, module=None):
     device = start()
-    config = load_config("quickstart", ["data.batch_size=8", "engine.compile=false", *overrides])
+    options = ["data.batch_size=8", "engine.compile=false", "engine.precision=fp32"]
+    config = load_config("quickstart", [*options, *overrides])
     module = module or Regression()
     optimizer = make_optimizer(module.parameters())
     return build_engine(module, optimizer, deepspeed_config(config, device), config, device)

@@ -70,6 +70,7 @@ def test_recorded_trajectory(case, stage, golden):
         module.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=nesterov
     )
     overrides = ["data.batch_size=8", f"engine.zero_stage={stage}", "engine.compile=false"]
+    overrides += ["engine.precision=fp32"]
     config = load_config("quickstart", overrides)
     engine = build_engine(module, optimizer, deepspeed_config(config, device), config, device)
     acdc.attach(engine)

@@ -1,18 +1,155 @@
-"""Which precision a live engine computes in, layer by layer, and that everything kept stays float32."""
+"""Which precision a run chooses and says; what a live engine computes in, layer by layer, and that everything
+kept stays float32.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from sparsity.masters import masters_of
-from tests.trainer.distributed.small_net import small
+from tests.trainer.distributed.small_net import WHOLE, small
+from tests.trainer.runs import StopAfter, assert_equal_states, final_state, newest_run
+from trainer import engine
 from trainer.build import build_trainer
+from trainer.checkpoints import environment
+from trainer.checkpoints.environment import cpu_multiplies_bf16
+from trainer.cli.main import main as acdc_command
 from trainer.config.load import load_config
+from trainer.distributed import ranks
 from trainer.distributed.ranks import start
+from trainer.errors import Stopped
+from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 pytestmark = pytest.mark.usefixtures("small_net")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("instructions", "used", "expected"),
+    [
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, "AVX512", "bf16"),  # AMD Zen 4
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": True}, "AVX512", "bf16"),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": True}, "AVX512", "bf16"),
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": True}, "AVX2", "fp32"),  # torch is held to it
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "AVX512", "fp32"),
+        ({"avx2": True}, "AVX2", "fp32"),
+        ({"neon": True, "bf16": True, "sve_bf16": True}, "SVE256", "bf16"),  # AWS Graviton 3
+        ({"neon": True, "bf16": True}, "DEFAULT", "bf16"),
+        ({"neon": True, "bf16": False}, "DEFAULT", "fp32"),
+        ({}, "DEFAULT", "fp32"),
+    ],
+)
+def test_auto_is_bf16_where_the_hardware_multiplies_it(instructions, used, expected, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
+    config = load_config("quickstart")
+    assert engine.precision_name(config, CPU) == expected
+    assert engine.precision_name(config, GPU) == "bf16"
+    assert environment.environment()["cpu_bf16"] is (expected == "bf16")
+    assert acdc_command(["doctor"]) == 0
+    assert f"engine.precision=auto  {expected}\n" in capsys.readouterr().out
+    for name in ("fp32", "bf16"):
+        assert engine.precision_name(load_config("quickstart", [f"engine.precision={name}"]), CPU) == name
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert engine.precision_name(config, CPU) == "fp32"
+
+
+@pytest.mark.parametrize("held_to", [None, "avx2"])
+def test_this_cpus_own_instructions_decide(held_to):
+    flags = Path("/proc/cpuinfo").read_text().split()
+    variables = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    code = "from trainer.checkpoints.environment import cpu_multiplies_bf16 as f; print(f())"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**variables, **({"ATEN_CPU_CAPABILITY": held_to} if held_to else {})},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    x86 = held_to is None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+    assert found.stdout == f"{x86 or 'bf16' in flags}\n"
+
+
+def test_a_run_says_its_precision_and_warns_where_it_resumes_in_another(
+    tiny_data, tmp_path, monkeypatch, capsys, caplog
+):
+    """The CPU of another machine is a fake."""
+    auto = small(tiny_data, tmp_path, "{}", "engine.precision=auto", "save.every=1st", "save.keep=9")
+
+    def train(able, *options):
+        monkeypatch.setattr(engine, "cpu_multiplies_bf16", lambda: able)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert main(["quickstart", *auto, *options]) == 0
+        run = newest_run(tmp_path)
+        manifests = [run / "checkpoints" / name / "manifest.json" for name in ("step-000000006", "sparse")]
+        (kept,) = {json.loads(manifest.read_text())["info"]["precision"] for manifest in manifests}
+        return kept, capsys.readouterr().out, [line for line in caplog.messages if "engine.precision" in line]
+
+    kept, shown, warnings = train(False)
+    assert (kept, warnings) == ("fp32", [])
+    assert "1 x cpu, fp32 (engine.precision=auto), ZeRO stage 0" in shown
+    point = f"resume={newest_run(tmp_path) / 'checkpoints' / 'step-000000004'}"
+    kept, shown, warnings = train(True, point)
+    assert "1 x cpu, bf16 (engine.precision=auto), ZeRO stage 0" in shown
+    (warning,) = warnings
+    assert warning.startswith(
+        "the run was in fp32 so far and goes on in bf16, which engine.precision=auto is"
+    )
+    assert warning.endswith("; engine.precision=fp32 keeps to the former")
+    assert kept == "bf16"
+    assert train(True, point.replace("4", "5"))[2] == []  # that one was saved in bf16
+    kept, shown, warnings = train(True, point, "engine.precision=fp32")
+    assert (kept, warnings) == ("fp32", [])
+    assert "1 x cpu, fp32, ZeRO stage 0" in shown
+    assert acdc_command(["eval", str(newest_run(tmp_path)), "engine.precision=bf16"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "bf16" in line]
+    assert [line.replace("│", " ").split()[0] for line in lines] == ["dense_twin", "sparse"]
+
+
+def test_a_checkpoint_from_before_it_was_recorded_was_in_fp32(tiny_data, tmp_path, monkeypatch, caplog):
+    options = small(tiny_data, tmp_path, "{}", "save.every=1st", "save.keep=9")
+    assert main(["quickstart", *options]) == 0
+    point = newest_run(tmp_path) / "checkpoints" / "step-000000004"
+    manifest = json.loads((point / "manifest.json").read_text())
+    del manifest["info"]["precision"]
+    (point / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(engine, "cpu_multiplies_bf16", lambda: True)
+    with caplog.at_level(logging.WARNING):
+        assert main(["quickstart", *options, "engine.precision=auto", f"resume={point}"]) == 0
+    assert "the run was in fp32 so far and goes on in bf16" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_equals_the_uninterrupted_in_either_precision(precision, tiny_data, tmp_path):
+    def options(name):
+        return small(tiny_data, tmp_path / name, WHOLE, f"engine.precision={precision}")
+
+    assert main(["quickstart", *options("whole")]) == 0
+    trainer = build_trainer(load_config("quickstart", options("stopped")), start())
+    trainer.acdc.before_step = StopAfter(trainer, 5)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    trainer.close()
+    assert main(["quickstart", *options("stopped"), "resume=auto"]) == 0
+    whole, resumed = (final_state(newest_run(tmp_path / name), 6) for name in ("whole", "stopped"))
+    assert_equal_states(whole, resumed)
+
+
+def test_machines_that_differ_have_to_be_told(tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "all_gather", lambda mine: [mine, "bf16" if mine == "fp32" else "fp32"])
+    assert main(["quickstart", *small(tiny_data, tmp_path, "{}", "engine.precision=auto")]) == 2
+    assert "choose engine.precision=fp32 or bf16 for all" in capsys.readouterr().err
+    assert not (tmp_path / "quickstart").exists()
 
 
 @pytest.mark.parametrize(
@@ -21,7 +158,7 @@ pytestmark = pytest.mark.usefixtures("small_net")
         ("bf16", 0, torch.bfloat16),
         ("bf16", 1, torch.bfloat16),
         ("fp32", 0, torch.float32),
-        ("auto", 0, torch.float32),  # of a CPU
+        ("auto", 0, torch.bfloat16 if cpu_multiplies_bf16() else torch.float32),
     ],
 )
 def test_products_are_in_the_recipes_precision_and_all_else_in_float32(

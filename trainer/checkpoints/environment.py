@@ -34,9 +34,9 @@ def environment() -> dict[str, Any]:
         import torch
 
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        cuda = torch.version.cuda
+        cuda, cpu_bf16 = torch.version.cuda, cpu_multiplies_bf16()
     except ModuleNotFoundError:
-        gpus, cuda = [], None
+        gpus, cuda, cpu_bf16 = [], None, False
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
@@ -46,8 +46,22 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "cpu": _cpu(),
         "cpu_cores": len(os.sched_getaffinity(0)),
+        "cpu_bf16": cpu_bf16,
         "revision": revision(),
     }
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has instructions for it, and torch uses them; without, bf16 is slower than float32."""
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    if has.get("avx512_bf16") or has.get("amx_bf16"):  # not so where ATEN_CPU_CAPABILITY asks for avx2
+        allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    else:
+        allowed = bool(has.get("bf16"))  # ARM's extension
+    # oneDNN has the kernels
+    return allowed and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _version(package: str) -> str | None:

@@ -35,7 +35,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from trainer.config.load import parse
     from trainer.config.recipes import override
     from trainer.config.schema import EvalConfig
-    from trainer.engine import precision
+    from trainer.engine import precision, precision_name
     from trainer.evaluate import evaluate as measure
     from trainer.loaders import build_test_loader
     from trainer.models.classifier import Classifier
@@ -45,8 +45,8 @@ def evaluate(options: argparse.Namespace) -> int:
     folders = [folder for folder in pair if folder.is_dir()] or [path]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table()
-    for column in ("model", "top-1 %", "top-5 %", "loss", "images", "zero weights %"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    for column in ("model", "top-1 %", "top-5 %", "loss", "images", "zero weights %", "precision"):
+        table.add_column(column, justify="left" if column in ("model", "precision") else "right")
     for folder in folders:
         with as_user_error("eval"):
             model, info = load_model(folder)
@@ -62,7 +62,8 @@ def evaluate(options: argparse.Namespace) -> int:
         weights = torch.cat([weight.flatten() for weight in model.parameters() if weight.dim() > 1])
         zeros = f"{100 * int((weights == 0).sum()) / len(weights):.3f}"
         accuracy = (f"{share:.2f}" for share in (metrics.top1, metrics.top5))
-        table.add_row(folder.name, *accuracy, f"{metrics.loss:.4f}", f"{metrics.num_images:,}", zeros)
+        figures = (*accuracy, f"{metrics.loss:.4f}", f"{metrics.num_images:,}", zeros)
+        table.add_row(folder.name, *figures, precision_name(config, device))
     Console().print(table)
     return 0
 
@@ -190,6 +191,8 @@ def doctor(options: argparse.Namespace) -> int:
     found = environment()
     for key in ("python", "platform", "cpu", "cpu_cores", "gpus", "cuda"):
         print(f"{key:22} {found[key]}")
+    auto = "bf16" if found["gpus"] or found["cpu_bf16"] else "fp32"
+    print(f"{'engine.precision=auto':22} {auto}")
     for package, version in found["packages"].items():
         print(f"{package:22} {version or 'missing'}")
     if found["packages"]["torch"] is not None:

@@ -178,7 +178,7 @@ class SparsityConfig(Section):
 class EngineConfig(Section):
     zero_stage: int = Field(default=0, ge=0, le=3, description="DeepSpeed ZeRO stage: 0, 1 or 2")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 autocast on a GPU"
+        default="auto", description="auto: bf16 autocast on a GPU or a CPU that multiplies bf16 in hardware"
     )
     compile: bool | Literal["auto"] = Field(
         default="auto", description="torch.compile; auto: where it can work"
