@@ -98,8 +98,8 @@ def test_a_run_says_its_precision_and_warns_where_it_resumes_in_another(
     kept, shown, warnings = train(False)
     assert (kept, warnings) == ("fp32", [])
     assert "1 x cpu, fp32 (engine.precision=auto), ZeRO stage 0" in shown
-    point = f"resume={newest_run(tmp_path) / 'checkpoints' / 'step-000000004'}"
-    kept, shown, warnings = train(True, point)
+    resume = f"resume={newest_run(tmp_path)}/checkpoints/step-00000000"
+    kept, shown, warnings = train(True, f"{resume}4")
     assert "1 x cpu, bf16 (engine.precision=auto), ZeRO stage 0" in shown
     (warning,) = warnings
     assert warning.startswith(
@@ -107,8 +107,8 @@ def test_a_run_says_its_precision_and_warns_where_it_resumes_in_another(
     )
     assert warning.endswith("; engine.precision=fp32 keeps to the former")
     assert kept == "bf16"
-    assert train(True, point.replace("4", "5"))[2] == []  # that one was saved in bf16
-    kept, shown, warnings = train(True, point, "engine.precision=fp32")
+    assert train(True, f"{resume}5")[2] == []  # that one was saved in bf16
+    kept, shown, warnings = train(True, f"{resume}4", "engine.precision=fp32")
     assert (kept, warnings) == ("fp32", [])
     assert "1 x cpu, fp32, ZeRO stage 0" in shown
     assert acdc_command(["eval", str(newest_run(tmp_path)), "engine.precision=bf16"]) == 0
