@@ -16,6 +16,7 @@ from benchmarks import compare, peers, peers_loops
 from benchmarks.models import NETWORKS, Network
 from data.datasets.imagenet import MEAN, STD
 from tests.data.photographs import make_tree
+from trainer import engine
 
 CPU = torch.device("cpu")
 SMALL = Network("cifar10/memorisation_90", cpu_batch=4, gpu_batch=4, overrides=("engine.precision=fp32",))
@@ -68,6 +69,15 @@ def test_the_tuned_step_is_the_textbook_step(monkeypatch):
     assert ours[0].weight.is_contiguous(memory_format=torch.channels_last)
     kept = sum(int((layer.weight != 0).sum()) for layer in (ours[0], ours[2], ours[3], ours[6]))
     assert kept == sum(int(mask.sum()) for mask in masks) == len(smallest) - round(0.5 * len(smallest))
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_the_loops_compute_in_the_precision_of_ours(able, monkeypatch):
+    monkeypatch.setattr(engine, "cpu_multiplies_bf16", lambda: able)
+    with peers_loops._autocast(FILES, CPU):  # whose recipe says auto
+        assert torch.is_autocast_enabled("cpu") is able
+    with peers_loops._autocast(SMALL, CPU):
+        assert not torch.is_autocast_enabled("cpu")
 
 
 def test_the_plain_step_trains_what_its_masks_keep():
