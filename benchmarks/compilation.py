@@ -62,6 +62,7 @@ def _in_processes(network: str, way: str, steps: int) -> list[dict[str, Any]]:
 def measure(name: str, way: str, steps: int) -> dict[str, Any]:
     """Seconds of the first step and of later ones, and the number of graphs."""
     from sparsity import mask_layers
+    from trainer.config.load import load_config
     from trainer.distributed import ranks
     from trainer.engine import precision
     from trainer.models.classifier import Classifier
@@ -77,7 +78,7 @@ def measure(name: str, way: str, steps: int) -> dict[str, Any]:
     batch, side = network.batch(device), 224 if network.of_files else 32
     noise = next(SyntheticLoader(batch, 1, batch, lambda _: side, network.num_classes, device).epoch(0))
     _compile(classifier, way)
-    dtype = precision(config, device)
+    dtype = precision(load_config(network.recipe), device)
     seconds = []
     for _ in range(steps + 1):
         begin = time.perf_counter()
