@@ -3,6 +3,7 @@ sum."""
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.nn import functional
 from sparsity.flops import Call
 from sparsity.kernels.measure import Measured, Timing, median_seconds, relative_error
 from sparsity.kernels.unstructured import kernel, operator
-from sparsity.kernels.unstructured.library import instructions
+from sparsity.kernels.unstructured.library import instructions, vector_bytes
 from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
 
 LONGEST_PLANE = 2**31 - 1  # bytes of a channel's maps: offsets in native/ have 32 bits
@@ -192,7 +193,7 @@ class _Trial:
         dense_us = 1e6 * median_seconds(dense)
         times: dict[Tile, float] = {}
         error = 0.0
-        for tile in candidates(self.shape, self.dtype, which):
+        for tile in candidates(self.shape, self.dtype):
             plan = Plan(
                 self.convolution, self.mask, self.weight.stride(), Tiles(tile, tile, tile), self.dtype
             )
@@ -207,7 +208,26 @@ class _Trial:
         return sum(2e6 * median_seconds(lambda maps=maps: operator.to_innermost(maps)) for maps in ends)  # type: ignore[misc]
 
 
-def candidates(shape: Shape, dtype: torch.dtype, which: int) -> list[Tile]:
-    """Tiles that are worth measuring for one of the three products (forward, input gradient, weight
-    gradient)."""
-    return [Tile(1, 7, 1, 40000)]
+# Output rows, and units in a row, of tiles that there is code for (native/layer.cpp), the usually fastest first
+GRIDS = ((1, 7), (2, 4), (1, 8), (2, 7), (1, 14), (1, 4)) if vector_bytes() == 64 else ((1, 6), (2, 3), (1, 4), (1, 7))
+FIRST_CACHE, SECOND_CACHE = 40_000, 400_000  # bytes of slabs that stay there, with what else passes through
+
+
+def candidates(shape: Shape, dtype: torch.dtype) -> list[Tile]:
+    """Tiles that are worth measuring, three or four: those that waste least where a map is no multiple of them."""
+    units = -(-shape.images * dtype.itemsize // vector_bytes())
+    height, width = shape.convolution.output_size(shape.height, shape.width)
+    if shape.convolution.is_flat:
+        longest = sorted(GRIDS, key=lambda grid: (grid[0], -grid[1]))[:2]
+        tiles = [Tile(*grid, 1, SECOND_CACHE) for grid in longest]
+        return [*tiles, Tile(*longest[0], 1, FIRST_CACHE)]
+    fitting: dict[Tile, float] = {}
+    for rows, run in GRIDS:
+        for count in (1, 2, 4):
+            if run % count == 0 and count <= units:
+                tile = Tile(rows, run // count, count, FIRST_CACHE)
+                sizes = ((height, tile.rows), (width, tile.columns), (units, tile.units))
+                fitting[tile] = math.prod(-(-whole // part) * part / whole for whole, part in sizes)
+    least = min(fitting.values())
+    best = [tile for tile, waste in fitting.items() if waste <= 1.1 * least][:3]
+    return [*best, best[0]._replace(slab_bytes=SECOND_CACHE)]

@@ -74,6 +74,11 @@ def instructions() -> tuple[str, ...]:
     return ("-mavx2", "-mfma") if capability == "AVX2" else ()
 
 
+def vector_bytes() -> int:
+    """Of a register with these instructions, as in native/vector.h."""
+    return {"-mavx512f": 64, "-mavx2": 32}.get(next(iter(instructions()), ""), 16)
+
+
 def find_compiler() -> str | None:
     """The C++ compiler that torch.compile uses, too, or None."""
     known = filter(None, (os.environ.get("CXX"), "g++", "clang++"))

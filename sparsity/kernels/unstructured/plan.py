@@ -56,6 +56,11 @@ class Convolution(NamedTuple):
             padding = layer.padding
         return cls(kernel, stride, padding, dilation, layer.groups)  # type: ignore[arg-type]
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether pixels do not matter: a product of matrices."""
+        return self[:3] == ((1, 1), (1, 1), (0, 0))
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         sizes = zip((height, width), *self[:4], strict=True)
         height, width = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)

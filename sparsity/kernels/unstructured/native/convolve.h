@@ -37,6 +37,7 @@ struct Layout {
         return int32_t(std::clamp<int64_t>(left, 0, E::IMAGES)) * E::SIZE;
     }
 
+    // Of the tile whose first pixel and unit these are.
     void set(const Gather& plan, const Map& in, const Map& out, int32_t y, int32_t x, int32_t unit) {
         whole.clear(), part.clear(), zero.clear(), at.clear(), bytes.clear();
         for (int32_t r = 0; r < plan.slab_rows; r++)
@@ -65,10 +66,57 @@ struct Layout {
     void pack(const Gather& plan, const Block& block, const Map& in, char* slab) const {
         const char* source = in.data + block.channel * in.channel;
         for (int32_t c = 0; c < block.channels; c++, source += in.channel, slab += plan.channel_bytes) {
+            if (c + 4 < block.channels)  // channels lie too far apart for the hardware to foresee
+                for (const Move& move : whole) __builtin_prefetch(source + 4 * in.channel + move.from, 0, 1);
             for (const Move& move : whole) store(slab + move.to, load<Words>(source + move.from));
             for (int32_t to : zero) store(slab + to, Words{});
             for (const Move& move : part) memcpy(slab + move.to, source + move.from, move.bytes);
         }
+    }
+};
+
+struct Tiles {  // of one output map
+    int64_t down, across, units;
+
+    Tiles(const Gather& plan, const Map& out, int images_of_unit) {
+        auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
+        down = parts(out.height, plan.tile.rows), across = parts(out.width, plan.tile.columns);
+        units = out.flat ? 1 : parts(out.images, int64_t(plan.tile.units) * images_of_unit);
+    }
+
+    int64_t count() const { return down * across * units; }
+
+    struct Place {
+        int32_t y, x, unit;
+    };
+
+    Place place(const Gather& plan, int64_t tile) const {
+        return {int32_t(tile / units / across * plan.tile.rows), int32_t(tile / units % across * plan.tile.columns),
+                int32_t(tile % units * plan.tile.units)};
+    }
+};
+
+// Fetches the inputs of the next tile into the second cache while this one is computed, some channels with each row.
+template <class E>
+struct Ahead {
+    const Layout<E>& layout;
+    const char* from = nullptr;
+    int64_t channel = 0;
+    int32_t channels = 0, rows = 0;  // still to come
+
+    void aim(const Gather& plan, const Map& in, const Block& first, const Block& last, Tiles::Place here, Tiles::Place next) {
+        from = in.data + first.channel * in.channel + (next.y - here.y) * plan.stride_y * in.row +
+               (next.x - here.x) * plan.stride_x * in.column + (next.unit - here.unit) * UNIT;
+        channel = in.channel;
+        channels = last.channel + last.channels - first.channel;
+        rows = last.row + last.rows - first.row;
+    }
+
+    void fetch() {
+        if (rows <= 0) return;
+        for (int32_t count = (channels + rows - 1) / rows; count > 0; count--, channels--, from += channel)
+            for (const auto& move : layout.whole) __builtin_prefetch(from + move.from, 0, 2);
+        rows--;
     }
 };
 
@@ -77,7 +125,7 @@ enum Ending { KEEP, STORE, STREAM, STORE_PART };  // what happens to the sums of
 // ROWS x RUN units of a tile at once. partial: one place for each output.
 template <class E, int ROWS, int RUN>
 void multiply(const Gather& plan, const Block& block, const char* slab, char* partial, const Map& out,
-              const Layout<E>& layout, bool first, Ending ending) {
+              const Layout<E>& layout, bool first, Ending ending, Ahead<E>& ahead) {
     constexpr int NUM = ROWS * RUN, SUMS = NUM * E::PARTS;
     const Kept* kept = plan.kept.data() + block.kept;
     const int64_t step = plan.step_bytes();
@@ -85,6 +133,7 @@ void multiply(const Gather& plan, const Block& block, const char* slab, char* pa
     for (const Row *row = &plan.rows[block.row], *end = row + block.rows; row < end; row++) {
         char* mine = partial + int64_t(row->output) * (SUMS * UNIT);
         Floats sum[SUMS];
+        ahead.fetch();
         UNROLL for (int i = 0; i < SUMS; i++) sum[i] = first ? Floats{} : load<Floats>(mine + i * UNIT);
         for (const Kept* last = kept + row->count; kept < last; kept++) {
             const char* from = slab + kept->offset;
@@ -116,7 +165,7 @@ void multiply(const Gather& plan, const Block& block, const char* slab, char* pa
 // gradients: of the block's kept weights; added to.
 template <class E, int ROWS, int RUN>
 void correlate(const Gather& plan, const Block& block, const char* slab, const Map& out, const Layout<E>& layout,
-               float* gradients) {
+               float* gradients, Ahead<E>& ahead) {
     constexpr int NUM = ROWS * RUN;
     const Kept* kept = plan.kept.data() + block.kept;
     const int64_t step = plan.step_bytes();
@@ -127,6 +176,7 @@ void correlate(const Gather& plan, const Block& block, const char* slab, const M
     for (; row < end; row++) {
         const char* from = out.data + row->output * out.channel;
         Words of_output[NUM];
+        ahead.fetch();
         if (layout.inside) {
             const char* next = out.data + row[row + 3 < end ? 3 : 0].output * out.channel;
             UNROLL for (int i = 0; i < NUM; i++) __builtin_prefetch(next + at[i]);
@@ -178,26 +228,9 @@ inline char* workspace(int which, size_t bytes) {  // this thread's, kept from c
     return buffer.data.get();
 }
 
-struct Tiles {  // of one output map
-    int64_t down, across, units;
-
-    Tiles(const Gather& plan, const Map& out, int images_of_unit) {
-        auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
-        down = parts(out.height, plan.tile.rows), across = parts(out.width, plan.tile.columns);
-        units = out.flat ? 1 : parts(out.images, int64_t(plan.tile.units) * images_of_unit);
-    }
-
-    int64_t count() const { return down * across * units; }
-};
-
-template <class E>
-void set_layout(Layout<E>& layout, const Gather& plan, const Tiles& tiles, int64_t tile, const Map& in, const Map& out) {
-    int64_t unit = tile % tiles.units, x = tile / tiles.units % tiles.across, y = tile / tiles.units / tiles.across;
-    layout.set(plan, in, out, int32_t(y * plan.tile.rows), int32_t(x * plan.tile.columns), int32_t(unit * plan.tile.units));
-}
-
 template <class E, int ROWS, int RUN>
 void outputs_of(const Gather& plan, const Map& in, const Map& out, bool past_caches, int threads) {
+    constexpr int CHUNK = 4;  // of tiles: neighbours share cache lines of the input
     const Tiles tiles(plan, out, E::IMAGES);
     const size_t last = plan.blocks.size() - 1;
 #pragma omp parallel num_threads(threads)
@@ -205,13 +238,17 @@ void outputs_of(const Gather& plan, const Map& in, const Map& out, bool past_cac
         char* slab = workspace(0, plan.slab_bytes());
         char* partial = last > 0 ? workspace(1, size_t(plan.outputs) * ROWS * RUN * E::PARTS * UNIT) : nullptr;
         Layout<E> layout;
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, CHUNK)
         for (int64_t tile = 0; tile < tiles.count(); tile++) {
-            set_layout(layout, plan, tiles, tile, in, out);
+            const Tiles::Place here = tiles.place(plan, tile);
+            layout.set(plan, in, out, here.y, here.x, here.unit);
+            Ahead<E> ahead{layout};
+            if (tile % CHUNK < CHUNK - 1 && tile + 1 < tiles.count())
+                ahead.aim(plan, in, plan.blocks[0], plan.blocks[last], here, tiles.place(plan, tile + 1));
             Ending ending = !layout.inside ? STORE_PART : past_caches ? STREAM : STORE;
             for (size_t b = 0; b <= last; b++) {
                 layout.pack(plan, plan.blocks[b], in, slab);
-                multiply<E, ROWS, RUN>(plan, plan.blocks[b], slab, partial, out, layout, b == 0, b == last ? ending : KEEP);
+                multiply<E, ROWS, RUN>(plan, plan.blocks[b], slab, partial, out, layout, b == 0, b == last ? ending : KEEP, ahead);
             }
         }
         end_of_stream();
@@ -237,13 +274,18 @@ void weight_gradient_of(const Gather& plan, const Map& in, const Map& out, float
             int64_t first_block = blocks * of_blocks / block_shares, end_block = blocks * (of_blocks + 1) / block_shares;
             float* mine = sums + of_tiles * kept;
             std::fill(mine + plan.blocks[first_block].kept, mine + (end_block < blocks ? plan.blocks[end_block].kept : kept), 0.f);
-            for (int64_t tile = tiles.count() * of_tiles / shares; tile < tiles.count() * (of_tiles + 1) / shares; tile++) {
-                set_layout(layout, plan, tiles, tile, in, out);
+            const int64_t end = tiles.count() * (of_tiles + 1) / shares;
+            for (int64_t tile = tiles.count() * of_tiles / shares; tile < end; tile++) {
+                const Tiles::Place here = tiles.place(plan, tile);
+                layout.set(plan, in, out, here.y, here.x, here.unit);
+                Ahead<E> ahead{layout};
+                if (tile + 1 < end)
+                    ahead.aim(plan, in, plan.blocks[first_block], plan.blocks[end_block - 1], here, tiles.place(plan, tile + 1));
                 for (int64_t b = first_block; b < end_block; b++) {
                     const Block& block = plan.blocks[b];
                     if (block.rows == 0) continue;
                     layout.pack(plan, block, in, slab);
-                    correlate<E, ROWS, RUN>(plan, block, slab, out, layout, mine + block.kept);
+                    correlate<E, ROWS, RUN>(plan, block, slab, out, layout, mine + block.kept, ahead);
                 }
             }
         }
