@@ -83,7 +83,7 @@ def compare(dense: Callable[[], Tensor], sparse: Callable[[], Tensor]) -> Timing
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Greatest difference, as a share of the greatest expected value."""
     greatest = expected.abs().max().item()
-    return (found.float() - expected.float()).abs().max().item() / greatest if greatest else 0.0
+    return (found - expected).abs().max().item() / greatest if greatest else 0.0
 
 
 def median_seconds(call: Callable[[], Any]) -> float:
