@@ -3,6 +3,7 @@
 # make test-slow  the slow tests: real launches, two ranks, damaged data (several minutes more)
 # make setup    the set-up alone: .venv with pinned dependencies
 # make lint     ruff and mypy
+# make sanitize the C++ kernels' tests under address and undefined-behaviour sanitizers
 # make docs     the documentation as a site, in site/
 # make gpu-check  what needs a GPU: tests and all benchmarks, within 9 minutes, with what is installed
 
@@ -12,7 +13,7 @@ INSTALLED := .venv/.installed
 PARALLEL = --numprocesses auto --dist loadfile --durations 10
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: setup train test test-slow lint docs claims gpu-check clean
+.PHONY: setup train test test-slow lint docs sanitize claims gpu-check clean
 setup: $(INSTALLED)
 
 # First what one file serves on every machine, by its hash; then torch, whose build is the machine's; then the rest.
@@ -42,6 +43,12 @@ lint: setup
 
 docs: setup
 	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Address and undefined-behaviour sanitizers over the C++ kernels, while their tests run
+sanitize: setup
+	CXXFLAGS='-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined' ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest tests/sparsity/kernels/test_unstructured.py
 
 claims: setup
 	$(BIN)/python -m benchmarks.quickstart

@@ -42,7 +42,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["trainer*", "sparsity*", "data*", "configs*", "benchmarks*"]),
-    package_data={"configs": ["**/*.yaml"], "data.datasets.bundled": ["*.npz", "LICENSE*"]},
+    package_data={
+        "configs": ["**/*.yaml"],
+        "data.datasets.bundled": ["*.npz", "LICENSE*"],
+        "sparsity.kernels.unstructured": ["native/*"],
+    },
     entry_points={"console_scripts": ["acdc=trainer.cli.main:main"]},
     install_requires=["torch>=2.11,<2.14"],
     extras_require={

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import Parser, console, show_table
+from benchmarks.shared.record import Parser, console, show_table
 from trainer.errors import UserError
 
 HIGH = (

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import NETWORKS
-from benchmarks.record import Parser, parse, show_spread, show_table, spread, write_record
-from benchmarks.turns import repeat_ways, run_apart
+from benchmarks.shared.models import NETWORKS
+from benchmarks.shared.record import Parser, parse, show_spread, show_table, spread, write_record
+from benchmarks.shared.turns import repeat_ways, run_apart
 from data.synthetic import SyntheticLoader
 
 WAYS = ("uncompiled", "blocks", "whole")

@@ -18,8 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.record import Parser, console, parse, settings, show_spread, show_table, spread, write_record
-from benchmarks.turns import cpu_seconds, endless, family, order, ratios, until_quiet
+from benchmarks.shared.record import (
+    Parser,
+    console,
+    parse,
+    settings,
+    show_spread,
+    show_table,
+    spread,
+    write_record,
+)
+from benchmarks.shared.turns import cpu_seconds, endless, family, order, ratios, until_quiet
 from data.crops import CropStream
 from data.dali.files import DaliFileLoader
 from data.dali.pipeline import PREFETCH

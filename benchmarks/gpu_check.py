@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.record import RESULTS
+from benchmarks.shared.record import RESULTS
 
 BUDGET = 8.5 * 60  # seconds for all
 

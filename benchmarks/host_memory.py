@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import NETWORKS, Ours, one_batch, short_trainer
-from benchmarks.record import Parser, parse, show_spread, show_table, spread, write_record
-from benchmarks.turns import repeat_ways, run_apart
+from benchmarks.shared.models import NETWORKS, Ours, one_batch, short_trainer
+from benchmarks.shared.record import Parser, parse, show_spread, show_table, spread, write_record
+from benchmarks.shared.turns import repeat_ways, run_apart
 from trainer.distributed import ranks
 
 WAYS = ("given back", "kept")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.record import Parser, console, parse, show_spread, show_table, spread, write_record
-from benchmarks.turns import ratios, take_turns
+from benchmarks.shared.record import Parser, console, parse, show_spread, show_table, spread, write_record
+from benchmarks.shared.turns import ratios, take_turns
 from sparsity import count_flops
 from sparsity.kernels.measure import compare
 from sparsity.kernels.semi_structured.inference import pack_layers, packable

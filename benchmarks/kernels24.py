@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.record import Parser, parse, show_table, write_record
+from benchmarks.shared.record import Parser, parse, show_table, write_record
 from sparsity import count_flops
 from sparsity.kernels.measure import Measured
 from sparsity.kernels.semi_structured.kernel import Family24, Shape

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import NETWORKS, Ours, Stock, one_batch, short_trainer
-from benchmarks.record import Parser, parse, show_spread, show_table, spread, write_record
-from benchmarks.turns import ratios, take_turns
+from benchmarks.shared.models import NETWORKS, Ours, Stock, one_batch, short_trainer
+from benchmarks.shared.record import Parser, parse, show_spread, show_table, spread, write_record
+from benchmarks.shared.turns import ratios, take_turns
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
 

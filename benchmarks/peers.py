@@ -2,9 +2,10 @@
 
 See benchmarks.peers_loops for both. Ours: the trainer as it is, DALI included, in a compressed phase. Each
 runs in a process of its own, with data of its own, and they take turns in an order that rotates: the others
-wait while one trains. A turn begins and ends with the contender's read-ahead full (see benchmarks.turns), so
-its N steps pay for exactly N batches, and no data work falls outside. At most READ_AHEAD of the N are made
-behind the last step, while the model rests; the record says which share of the time that took ("refill").
+wait while one trains. A turn begins and ends with the contender's read-ahead full (see
+benchmarks.shared.turns), so its N steps pay for exactly N batches, and no data work falls outside. At most
+READ_AHEAD of the N are made behind the last step, while the model rests; the record says which share of the
+time that took ("refill").
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import psutil
 import torch
 
 from benchmarks.peers_loops import AHEAD, WORKERS
-from benchmarks.record import Parser, parse, show_spread, show_table, spread, write_record
-from benchmarks.turns import TURN, order, ratios, until_quiet
+from benchmarks.shared.record import Parser, parse, show_spread, show_table, spread, write_record
+from benchmarks.shared.turns import TURN, order, ratios, until_quiet
 from data.dali.pipeline import PREFETCH
 from trainer.cli.progress import progress
 
@@ -63,7 +64,7 @@ class Turn(NamedTuple):
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Images per second of all, and ratios turn by turn."""
     from benchmarks.data_pipeline import make_tree
-    from benchmarks.models import NETWORKS
+    from benchmarks.shared.models import NETWORKS
 
     network = NETWORKS[name]
     batch = network.batch(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

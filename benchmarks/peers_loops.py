@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks.models import IN_EPOCH, Network
+from benchmarks.shared.models import IN_EPOCH, Network
 from data.datasets.imagenet import MEAN, STD
 from data.torchvision_import import import_torchvision, import_transforms
 from trainer.config.load import load_config

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import IN_EPOCH, NETWORKS, Network, Ours, short_run
 from benchmarks.peers_loops import loop
-from benchmarks.turns import endless
+from benchmarks.shared.models import IN_EPOCH, NETWORKS, Network, Ours, short_run
+from benchmarks.shared.turns import endless
 
 
 def main() -> int:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import timed
-from benchmarks.models import NETWORKS, Ours, one_batch, short_trainer
-from benchmarks.record import Parser, console, parse, show_spread, show_table, spread, write_record
+from benchmarks.shared.machine import timed
+from benchmarks.shared.models import NETWORKS, Ours, one_batch, short_trainer
+from benchmarks.shared.record import Parser, console, parse, show_spread, show_table, spread, write_record
 from sparsity import Run24
 from sparsity.kernels.semi_structured.operator import reason_unsupported
 from trainer.cli.progress import progress

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import parse, show_table, write_record
+from benchmarks.shared.record import parse, show_table, write_record
 
 COLUMNS = ("promise", "bar", "measured", "holds")
 

@@ -3,9 +3,9 @@
 One trainer runs all, in turns: dense and compressed, each with real data and with noise, in an order that
 rotates. Real data are JPEG files, or small images in memory, through DALI. "Cost of data" is how much longer
 a turn with them takes than the turn with noise beside it. On a CPU it is more than the wait for data, because
-decoding takes cores from the model. A turn begins and ends with the read-ahead full (see benchmarks.turns):
-its N steps pay for exactly N batches, of which at most data.dali.pipeline.PREFETCH + 1 are made behind the
-last step.
+decoding takes cores from the model. A turn begins and ends with the read-ahead full (see
+benchmarks.shared.turns): its N steps pay for exactly N batches, of which at most data.dali.pipeline.PREFETCH
++ 1 are made behind the last step.
 
 FLOP/s are dense-equivalent (what the dense model would take) and executed (less what 2:4 kernels skip). The
 peak beside them is measured before and after, by large products and convolutions in the same precision.
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.data_pipeline import make_tree, measure_loader
-from benchmarks.machine import forget_peak, peak_flops, peak_gb
-from benchmarks.models import IN_EPOCH, NETWORKS, Network, short_run
-from benchmarks.record import (
+from benchmarks.shared.machine import forget_peak, peak_flops, peak_gb
+from benchmarks.shared.models import IN_EPOCH, NETWORKS, Network, short_run
+from benchmarks.shared.record import (
     Parser,
     console,
     parse,
@@ -36,8 +36,8 @@ from benchmarks.record import (
     spread,
     write_record,
 )
+from benchmarks.shared.turns import TURN
 from benchmarks.throughput_turns import NOISE, Turn, cost_of_data, sources_of, take_phases
-from benchmarks.turns import TURN
 from data.dali.pipeline import PREFETCH, import_dali
 from sparsity import Kernel
 from trainer.build import build_trainer

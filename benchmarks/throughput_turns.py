@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.machine import forget_peak, wait_for
-from benchmarks.turns import endless, order, ratios, until_quiet
+from benchmarks.shared.machine import forget_peak, wait_for
+from benchmarks.shared.turns import endless, order, ratios, until_quiet
 from data.loader import Batch, Loader
 from data.synthetic import SyntheticLoader
 from trainer.config.data import ImageNetData

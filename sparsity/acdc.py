@@ -22,15 +22,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from sparsity.execution import Execution, Wish, kernel_named
 from sparsity.gradual import CubicSparsity
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
-from sparsity.kernel_families import kernel_named
-from sparsity.kernels.interface import Kernel, KernelUnavailableError
+from sparsity.kernels.interface import Kernel
 from sparsity.layers import mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
 from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
@@ -76,7 +76,7 @@ class ACDC:
         self.layers = mask_layers(model, include, exclude) if schedule.compressions else {}
         self.step = 0  # optimizer steps begun
         self.mask_difference: float | None = None  # between the last two compressions
-        self.kernels: dict[str, Kernel] = {}  # of layers that run one in compressed phases
+        self._execution = Execution(self.layers)
         self._previous: dict[str, Tensor] = {}  # masks of the last compression, while its phase is over
         self._masters: Masters | None = None
         self._detach: Callable[[], None] | None = None
@@ -176,45 +176,36 @@ class ACDC:
         masters.reset_momentum_()
         self._looks = 0
 
-    def accelerate(self, kernels: Mapping[str, Kernel | None]) -> None:
-        """Say how layers compute in compressed phases, from now on; those not named, or with None, with
-        masked dense weights. In dense phases all do. Every switch between the two costs one graph of a
-        compiled model the first time, and none later. Raises KeyError for a layer that is not masked."""
-        unknown = [name for name in kernels if name not in self.layers]
-        if unknown:
-            raise KeyError(f"not a masked layer: {', '.join(unknown)}")
-        self.kernels = {
-            name: kernel.of(self.layers[name]) for name, kernel in kernels.items() if kernel is not None
-        }
+    def accelerate(
+        self,
+        kernels: Mapping[str, Kernel | None] | Literal["auto", "off", "require"],
+        example: Tensor | None = None,
+    ) -> None:
+        """Say how layers compute in compressed phases, from now on: "auto", by what is measured to be fastest
+        at the next compression, or now in a compressed phase; "require", by kernels wherever they are right;
+        "off", dense; or layer by layer, those not named, or with None, dense. In dense phases all do.
+
+        example: images as a step on this device gets them; call within autocast if steps run in it. Every
+        switch between the two costs one graph of a compiled model the first time, and none later. Raises
+        KeyError for a layer that is not masked, ValueError for another word, and
+        sparsity.kernels.choose.NoKernelError, at a compression, where kernels are required and there are
+        none."""
+        if isinstance(kernels, str):
+            self._execution.set({})
+            self._execution.wish = Wish.of(kernels, example)
+        else:
+            self._execution.set(kernels)
         self._use_kernels(self.step > 0 and self.phase.kind == "sparse")
 
-    def _use_kernels(self, compressed: bool) -> None:
-        chosen = self._runnable() if compressed else {}
-        for name, layer in self.layers.items():
-            layer.kernel = chosen.get(name)
-            try:
-                if layer.kernel is not None:
-                    layer.kernel.prepare(layer)
-            except KernelUnavailableError as error:
-                log.warning("layer %s runs dense: %s", name, error)
-                layer.kernel = None
-                del self.kernels[name]
+    @property
+    def kernels(self) -> dict[str, Kernel]:
+        """Of the layers that run one in compressed phases."""
+        return self._execution.kernels
 
-    def _runnable(self) -> dict[str, Kernel]:
-        """self.kernels as far as the masks in force allow: those of another pattern may be (a run resumed
-        with one) what a kernel would compute wrongly."""
-        if not self.kernels:
-            return {}
-        pairs = [(name, each) for name, kernel in self.kernels.items() for each in kernel.chain()]
-        fits = torch.stack([kernel.fits(self.layers[name].mask) for name, kernel in pairs]).tolist()
-        allowed: dict[str, Kernel] = {}
-        for (name, kernel), right in zip(pairs, fits, strict=True):
-            if right:
-                allowed.setdefault(name, kernel)
-        for name, kernel in self.kernels.items():
-            if name not in allowed:
-                log.warning("layer %s runs dense: its mask does not fit the kernel %r", name, kernel.name)
-        return allowed
+    def _use_kernels(self, compressed: bool) -> None:
+        if compressed:
+            self._execution.fulfil(self.model, self.pattern)
+        self._execution.use(compressed)
 
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> boolean keep-mask, of the weight's shape. The live buffers: clone to keep."""
@@ -262,7 +253,9 @@ class ACDC:
         self._previous = {
             name: mask.to(layers[name].mask.device) for name, mask in state["previous_masks"].items()
         }
-        self.accelerate({layer: kernel_named(name) for layer, name in _kernel_names(state).items()})
+        if names := _kernel_names(state):
+            self._execution.set_named(names)
+        self._use_kernels(self.phase.kind == "sparse" and self.step > 0)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Whether load_state_dict can take the state. Raises ValueError when this schedule has another phase

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from benchmarks.record import show_spread
+from benchmarks.shared.record import show_spread
 from trainer.cli.main import build_parser, main
 from trainer.config.load import load_config
 from trainer.config.schema import Config

@@ -5,7 +5,7 @@ table.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from rich.table import Table
@@ -13,8 +13,8 @@ from rich.table import Table
 from data.atomic import write_text
 from data.places import data_home
 from sparsity import ACDC
+from sparsity.execution import family_for
 from sparsity.flops import Call
-from sparsity.kernel_families import family_for
 from sparsity.kernels.choose import LayerChoice, Measurements, NoKernelError, choose_kernels, gain
 from sparsity.kernels.interface import KernelFamily
 from trainer.config.schema import Config
@@ -40,12 +40,16 @@ def find_family(config: Config, device: torch.device) -> KernelFamily | str:
 
 
 def accelerate(
-    config: Config, acdc: ACDC, device: torch.device, calls: Mapping[str, list[Call]]
+    config: Config,
+    acdc: ACDC,
+    device: torch.device,
+    calls: Mapping[str, list[Call]],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerChoice]:
     """Choose on rank 0, tell the layers on every rank; what was chosen and why. Call it in a sparse phase.
 
-    calls: as sparsity.kernels.choose.candidates takes them. A resumed run keeps the kernels it had, and
-    nothing is chosen; where there are no kernels all layers run masked dense."""
+    calls, on_progress: as sparsity.kernels.choose.choose_kernels takes them. A resumed run keeps the kernels
+    it had, and nothing is chosen; where there are no kernels all layers run masked dense."""
     family = find_family(config, device)
     if isinstance(family, str):
         if acdc.kernels:
@@ -64,7 +68,7 @@ def accelerate(
     def choose() -> list[LayerChoice]:
         known = Measurements(data_home() / "kernels.json", family.key, write_text)
         try:
-            return choose_kernels(family, acdc.layers, calls, images, known, required)
+            return choose_kernels(family, acdc.layers, calls, images, known, required, on_progress)
         except NoKernelError as error:
             raise EnvironmentFailure(
                 f"sparsity.accelerate=require: kernels for {acdc.pattern} masks: {error}; with auto "

@@ -139,7 +139,12 @@ class Trainer:
     def accelerate(self) -> None:
         """Choose the kernels of compressed phases, once a process."""
         self._tuned = True
-        choices = accelerate(self.config, self.acdc, self.device, self.flops.calls())
+
+        def on_progress(done: int, total: int) -> None:
+            if self.monitor:
+                self.monitor.screen.working("measuring kernels", done, total)
+
+        choices = accelerate(self.config, self.acdc, self.device, self.flops.calls(), on_progress)
         if choices and self.monitor:
             self.run_dir.write_kernels([choice.as_record() for choice in choices])
             self.monitor.screen.console.print(choice_table(choices))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # Before torch is imported, which asks once: memory in pages of 2 MB, on a CPU
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     parser = argparse.ArgumentParser(
         prog="deepspeed --module trainer.train", description="Train an AC/DC recipe."
     )

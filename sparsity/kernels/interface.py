@@ -23,7 +23,7 @@ class Kernel(ABC):
     """Compiled code compares with the object: a layer keeps one from phase to phase.
 
     name: for people, records and training states, which make the kernel anew from it (see
-    sparsity.kernel_families). sparse_gradient: whether the input gradient skips dropped weights, too.
+    sparsity.execution). sparse_gradient: whether the input gradient skips dropped weights, too.
     fallback: what runs where the mask does not fit; None: the masked dense product, which is right for every
     mask.
     """

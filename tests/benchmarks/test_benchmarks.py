@@ -13,15 +13,15 @@ from benchmarks import (
     gpu_check,
     inference,
     kernels24,
-    machine,
     overhead,
     peers,
     phase_switch,
+    sparse_step,
     throughput,
     throughput_turns,
-    turns,
 )
-from benchmarks.models import NETWORKS, short_run
+from benchmarks.shared import machine, turns
+from benchmarks.shared.models import NETWORKS, short_run
 from tests.trainer.runs import run_here
 from trainer.cli.main import main as acdc_command
 from trainer.export.sparse24_file import read_sparse24
@@ -153,6 +153,22 @@ def test_kernels24(monkeypatch, tmp_path, capsys):
     assert [row["network"] for row in record["kernels"]] == ["resnet50", "wrn-28-10", "ViT-B", "ViT-L"]
     assert all(row["forward"]["error"] < 1e-5 for row in record["kernels"])
     assert "no 2:4 kernels on this machine" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sparse_step(monkeypatch, tmp_path, capsys):
+    small = ["resnet20", "--percent", "90", "--precision", "fp32", "--batch", "8", "--turns", "1"]
+    (result,) = run(sparse_step, monkeypatch, tmp_path, *small)["sparse_step"]
+    assert (result["network"], result["precision"], result["percent"], result["batch"]) == (
+        "resnet20",
+        "fp32",
+        90,
+        8,
+    )
+    assert result["layers"] == 22
+    assert 0 <= result["sparse_layers"] <= 22
+    assert all(result["ms_per_step"][who]["median"] > 0 for who in ("compressed", "dense", "stock"))
+    assert "dense / compressed" in capsys.readouterr().out
 
 
 @pytest.mark.slow

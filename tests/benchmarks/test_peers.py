@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.utils import prune
 
 from benchmarks import compare, peers, peers_loops
-from benchmarks.models import NETWORKS, Network
+from benchmarks.shared.models import NETWORKS, Network
 from data.datasets.imagenet import MEAN, STD
 from tests.data.photographs import make_tree
 from trainer import engine

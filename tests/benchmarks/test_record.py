@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 
 import pytest
 
-from benchmarks import record
+from benchmarks.shared import record
 from trainer.checkpoints.environment import RECORDS, revision
 
 COMMIT = "6e5c088e2204dd23d38aba46a6e78c9ae8d16242"

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import turns
+from benchmarks.shared import turns
 
 
 @pytest.mark.parametrize("names", ["ab", "abc"])

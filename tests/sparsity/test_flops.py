@@ -81,7 +81,7 @@ def test_attention_is_dense_and_what_multiplies_a_layers_weight_is_the_layers():
     layers = {layer.name: layer for layer in flops.layers}
     projection = layers["encoder.layers.encoder_layer_3.self_attention.out_proj"]
     assert (projection.products, projection.calls) == (2 * tokens * width * width, ())
-    assert layers["encoder.layers.encoder_layer_3.mlp.0"].calls == (tokens,)
+    assert layers["encoder.layers.encoder_layer_3.mlp.0"].calls == ((tokens, 1, tokens),)
     assert layers["conv_proj"].products == 2 * 14 * 14 * 16 * 16 * 3 * width
 
     assert flops.forward() == products(flops) + sum(layer.bias for layer in flops.layers)
@@ -114,7 +114,7 @@ class Shared(nn.Module):
 def test_a_layer_that_runs_twice_counts_twice():
     flops = count_flops(Shared(), (3, 4, 4))
     (head,) = flops.layers
-    assert (head.name, head.calls) == ("head", (16, 4))
+    assert (head.name, head.calls) == ("head", ((16, 4, 4), (4, 2, 2)))
     assert (head.products, head.bias) == (2 * 15 * 20, 5 * 20)
     assert flops.forward({"head": 0.2}) == 2 * 3 * 20 + 5 * 20 + 4 * 12
 
@@ -138,7 +138,7 @@ def test_products_of_functions():
     flops = count_flops(Functional(), (3, 4, 4))
     conv, linear = flops.layers
     assert (conv.name, conv.products, conv.calls) == ("conv", 2 * 8 * 27 * 16, ())
-    assert (linear.name, linear.products, linear.calls) == ("linear", 2 * 24 * 16 + 2 * 48 * 16, (16,))
+    assert (linear.name, linear.products, linear.calls) == ("linear", 2 * 24 * 16 + 2 * 48 * 16, ((16, 1, 16),))
     assert flops.products == 2 * 2 * 3 * 16 + 2 * 2 * 16 * 6
 
 
@@ -169,4 +169,4 @@ def test_a_shared_weight_that_a_function_uses_stays_shared():
             return self.project(x) @ self.again
 
     (layer,) = count_flops(Tied(), (1, 1, 4)).layers
-    assert (layer.products, layer.calls) == (2 * 2 * 16, (1,))
+    assert (layer.products, layer.calls) == (2 * 2 * 16, ((1, 1, 1),))

@@ -6,6 +6,7 @@ Imports are within the functions, so that a typing error is reported before torc
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,7 @@ BENCHMARKS = {
     "overhead": "benchmarks.overhead",
     "peers": "benchmarks.peers",
     "phase_switch": "benchmarks.phase_switch",
+    "sparse_step": "benchmarks.sparse_step",
     "throughput": "benchmarks.throughput",
 }
 
@@ -181,6 +183,7 @@ BENCHMARKS = {
 def bench(options: argparse.Namespace) -> int:
     """Run a benchmark: a table on the screen, a JSON record beside it."""
     name = BENCHMARKS[options.benchmark]
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in trainer.train
     return subprocess.run([sys.executable, "-m", name, *options.arguments], check=False).returncode
 
 

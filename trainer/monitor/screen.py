@@ -44,6 +44,13 @@ class Screen:
         elif time.monotonic() - self._last_line > LINE_EVERY and self._status:
             self._line(f"{self._status}  {self.time_left()}")
 
+    def working(self, what: str, done: int, total: int) -> None:
+        """Progress of what happens between two steps and takes long."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{what} {done}/{total}")
+        elif time.monotonic() - self._last_line > LINE_EVERY:
+            self._line(f"{what}: {done} of {total}")
+
     def status(self, epoch: int, phase: str, sparsity: float, loss: float, images_per_second: float) -> None:
         """What the bar shows, or the next plain line: figures read from the device just now."""
         self._status = (

@@ -73,6 +73,9 @@ class Shape(NamedTuple):
     inputs: int
     outputs: int
 
+    def __str__(self) -> str:
+        return " x ".join(f"{size:,}" for size in self)
+
 
 @dataclass(frozen=True)
 class Family24:

@@ -42,6 +42,12 @@ class Shape(NamedTuple):
     width: int
     percent: int
 
+    def __str__(self) -> str:
+        kernel = f"{self.kernel_y}x{self.kernel_x}" + f"/{self.stride_y}" * (self.stride_y > 1)
+        groups = f" in {self.groups} groups" * (self.groups > 1)
+        maps = f"{self.images} x {self.height}x{self.width}"
+        return f"{kernel} {self.inputs:,} to {self.outputs:,}{groups}, {maps}, {self.percent} % kept"
+
     @property
     def convolution(self) -> Convolution:
         kernel, stride, padding, dilation = ((self[i], self[i + 1]) for i in (3, 5, 7, 9))
@@ -188,7 +194,7 @@ class _Trial:
 
 
 def _fill(noise: Tensor, size: tuple[int, int, int, int]) -> Tensor:
-    """Of that size, channels_last, of noise again and again: drawing so much would take longer than products."""
+    """Of that size, channels_last, of noise again and again: drawing so much takes longer than products."""
     images, channels, height, width = size
     numel = math.prod(size)
     repeated = noise.repeat(-(-numel // len(noise)))[:numel]
@@ -198,8 +204,8 @@ def _fill(noise: Tensor, size: tuple[int, int, int, int]) -> Tensor:
 def _fastest(
     dense: Callable[[], Tensor], sparse: Callable[[Plan], Tensor], plans: Sequence[Plan]
 ) -> tuple[Timing, Tile]:
-    """The least of few times each: a step has fifty layers, and each three products of some tiles. What disturbs a
-    time makes it longer."""
+    """The least of few times each: a step has fifty layers, and each three products of some tiles. What
+    disturbs a time makes it longer."""
     expected, found = dense(), sparse(plans[0])
     some = slice(None, None, -(-expected.numel() // _COMPARED))  # of the outer channels
     error = relative_error(found[some], expected[some])
@@ -224,25 +230,28 @@ def _microseconds(call: Callable[[], Tensor]) -> float:
 _NOISE, _COMPARED = 2**18, 2**21  # numbers
 
 
-# Output rows, and units in a row, of tiles that there is code for (native/layer.cpp), the usually fastest first
-GRIDS = (
-    ((1, 7), (2, 4), (1, 8), (2, 7), (1, 14), (1, 4))
-    if vector_bytes() == 64
-    else ((1, 6), (2, 3), (1, 4), (1, 7))
-)
+# Output rows, and units in a row, of tiles that there is code for (native/layer.cpp), by bytes of a vector;
+# the usually fastest first
+GRIDS = {
+    64: ((1, 7), (2, 4), (1, 8), (2, 7), (1, 14), (1, 4)),
+    32: ((1, 7), (2, 3), (1, 6), (1, 4), (1, 2)),
+    16: ((1, 7), (2, 3), (1, 6), (1, 4), (1, 2)),
+}
 FIRST_CACHE, SECOND_CACHE = 40_000, 400_000  # bytes of slabs that stay there, with what else passes through
 
 
 def candidates(shape: Shape, dtype: torch.dtype) -> list[Tile]:
-    """Tiles that are worth measuring, three or four: those that waste least where a map is no multiple of them."""
+    """Tiles that are worth measuring, three or four: those that waste least where a map is no multiple of
+    them."""
+    grids = GRIDS[vector_bytes()]
     units = -(-shape.images * dtype.itemsize // vector_bytes())
     height, width = shape.convolution.output_size(shape.height, shape.width)
     if shape.convolution.is_flat:
-        longest = sorted(GRIDS, key=lambda grid: (grid[0], -grid[1]))[:2]
+        longest = sorted(grids, key=lambda grid: (grid[0], -grid[1]))[:2]
         tiles = [Tile(*grid, 1, SECOND_CACHE) for grid in longest]
         return [*tiles, Tile(*longest[0], 1, FIRST_CACHE)]
     fitting: dict[Tile, float] = {}
-    for rows, run in GRIDS:
+    for rows, run in grids:
         for count in (1, 2, 4):
             if run % count == 0 and count <= units:
                 tile = Tile(rows, run // count, count, FIRST_CACHE)

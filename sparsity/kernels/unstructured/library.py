@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -85,20 +86,35 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, known)), None)
 
 
-@functools.cache
 def load() -> ctypes.CDLL:
     """Build where that was not done before, and load. Raises BuildError; later calls raise it at once."""
+    found = _load_once()
+    if isinstance(found, BuildError):
+        raise found
+    return found
+
+
+@functools.cache
+def _load_once() -> ctypes.CDLL | BuildError:
+    try:
+        return _load()
+    except BuildError as error:
+        return error
+
+
+def _load() -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler (g++ or clang++)")
-    command = [compiler, *FLAGS, *instructions(), str(SOURCES / "layer.cpp")]
-    path = _cache_folder() / f"acdc-kernels-{_digest(command)}.so"
-    if not path.exists():
-        _build(command, path)
+    flags = (*FLAGS, *instructions(), *shlex.split(os.environ.get("CXXFLAGS", "")))
+    command = [compiler, *flags, str(SOURCES / "layer.cpp")]
     try:
+        path = _cache_folder() / f"acdc-kernels-{_digest(command)}.so"
+        if not path.exists():
+            _build(command, path)
         library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"{path}: {error}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{compiler}: {error}") from error
     _declare(library)
     return library
 
@@ -120,18 +136,14 @@ def _digest(command: list[str]) -> str:
 
 def _build(command: list[str], path: Path) -> None:
     began = time.monotonic()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
-            result = subprocess.run(
-                [*command, "-o", str(built)], capture_output=True, text=True, timeout=TIMEOUT
-            )
-            if result.returncode:
-                raise BuildError(f"{command[0]} failed: {_first_error(result.stderr)}")
-            os.replace(built, path)  # several processes may build at once
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]}: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        command = [*command, "-o", str(built)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        if result.returncode:
+            raise BuildError(f"{command[0]} failed: {_first_error(result.stderr)}")
+        os.replace(built, path)  # several processes may build at once
     log.info("sparse CPU kernels built in %.0f s", time.monotonic() - began)
 
 

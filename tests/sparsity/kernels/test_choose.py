@@ -7,7 +7,7 @@ from torch import nn
 from sparsity import Run24, mask_layers
 from sparsity.flops import Call
 from sparsity.kernels import measure
-from sparsity.kernels.choose import candidates
+from sparsity.kernels.choose import LayerChoice, best_region, candidates
 from sparsity.kernels.measure import Measured, Timing
 from sparsity.kernels.semi_structured import kernel
 from sparsity.kernels.semi_structured.kernel import Family24, Shape
@@ -89,3 +89,32 @@ def test_candidates_fit_at_every_size():
         "3": "10x48 is not a multiple of 16",
         "4": "not run in a forward pass",
     }
+
+
+def choice(name, dense, sparse, conversion):
+    """One of a family whose kernels have a memory format of their own; sparse None: it was not measured."""
+    if sparse is None:
+        return LayerChoice(name, None, reason="3x3 kernel")
+    measured = Measured(Timing(dense, sparse, 0.0), conversion=conversion)
+    return LayerChoice(name, Run24.FORWARD if sparse < dense + conversion else None, SHAPE, measured)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([(10, 5, 4), (10, 5, 4)], "ss"),
+        ([(10, 9, 4), (10, 9, 4)], "--"),  # what two layers gain, changing the format at both ends costs
+        ([(10, 9, 4)] * 5, "sssss"),
+        (
+            [(10, 30, 4), (10, 1, 4), (10, 30, 4), (10, 1, 4), (10, 30, 4)],
+            "-s-s-",
+        ),  # dense within: 4 for changes
+        ([(10, 1, 2), (10, 30, 18), (10, 1, 2)], "s--"),  # or one of the two alone
+        ([(10, 1, 2), (10, 12, 18), (10, 1, 2)], "sss"),  # a little slower, and cheaper than changes
+        ([(10, 1, 2), (10, None, 0), (10, 1, 2)], "s-s"),
+        ([(10, 11, 2)] * 3, "---"),
+    ],
+)
+def test_a_region_of_layers_keeps_its_format(layers, expected):
+    chosen = best_region([choice(str(index), *layer) for index, layer in enumerate(layers)])
+    assert "".join("-" if each.kernel is None else "s" for each in chosen) == expected

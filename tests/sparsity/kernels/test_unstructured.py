@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn import functional
 
 from sparsity import MaskedConv2d, mask_layers
-from sparsity.kernel_families import kernel_named
+from sparsity.execution import kernel_named
+from sparsity.flops import Call
 from sparsity.kernels.interface import KernelUnavailableError
 from sparsity.kernels.unstructured import library, operator
+from sparsity.kernels.unstructured.family import GRIDS, Shape, SparseFamily, candidates
 from sparsity.kernels.unstructured.kernel import SparseKernel
 from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
 
@@ -21,7 +23,7 @@ needs_compiler = pytest.mark.skipif(library.find_compiler() is None, reason="no 
 pytestmark = needs_compiler
 
 FP32, BF16 = torch.float32, torch.bfloat16
-GRIDS = ((1, 4), (1, 7), (2, 4)) if library.instructions()[:1] == ("-mavx512f",) else ((1, 2), (1, 4), (2, 3))
+TILES = GRIDS[library.vector_bytes()]
 
 
 def drawn(seed):
@@ -32,7 +34,7 @@ def drawn(seed):
     padding = (draw.randint(0, kernel[0] // 2), draw.randint(0, kernel[1] // 2))
     dilation, groups = draw.choice([(1, 1), (1, 1), (2, 1)]), draw.choice([1, 1, 1, 2, 4])
     height, width = (draw.randint(1, 15) + d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
-    rows, run = draw.choice(GRIDS)
+    rows, run = draw.choice(TILES)
     units = draw.choice([number for number in (1, 2, 4) if run % number == 0])
     return {
         "convolution": Convolution(kernel, stride, padding, dilation, groups),
@@ -104,6 +106,23 @@ def test_products_equal_conv2d_and_autograd_over_masked_weights(seed):
     assert of_weight.stride() == case.weight.stride()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("-mavx2", "-mfma"), ()])
+def test_the_same_source_is_right_for_smaller_vectors(flags, monkeypatch):
+    """AVX2, and what any compiler makes of the vectors."""
+    if flags and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("no AVX2 here")
+    monkeypatch.setattr(library, "instructions", lambda: flags)
+    library._load_once.cache_clear()
+    try:
+        for seed in range(200, 230):
+            case = Case(seed, tile=Tile(*random.Random(seed).choice(GRIDS[library.vector_bytes()]), 1, 3000))
+            for found, expected in zip(case.products(), case.expected, strict=True):
+                assert error(found, expected) <= (1e-5 if case.dtype == FP32 else 2**-7)
+    finally:
+        library._load_once.cache_clear()
+
+
 @pytest.mark.parametrize("seed", range(100, 110))
 def test_products_do_not_depend_on_the_number_of_threads(seed, monkeypatch):
     case = Case(seed, density=0.3)
@@ -155,7 +174,7 @@ def sparse_layer(layer, dtype=FP32):
     layer.mask.copy_(torch.rand(layer.mask.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
     with torch.no_grad():
         layer.weight.mul_(layer.mask)
-    layer.kernel = SparseKernel(Tiles(*[Tile(*GRIDS[0], 1, 40000)] * 3), dtype)
+    layer.kernel = SparseKernel(Tiles(*[Tile(*TILES[0], 1, 40000)] * 3), dtype)
     layer.kernel.prepare(layer)
     return net
 
@@ -249,3 +268,48 @@ def test_tiles_without_code_are_refused():
     tile = Tile(9, 9, 1, 100)
     with pytest.raises(KernelUnavailableError, match="no code for the tiles"):
         Case(0, tile=tile)
+
+
+SHAPE = Shape(33, 8, 16, 3, 3, 2, 2, 1, 1, 1, 1, 1, 9, 9, 20)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_shape_is_measured_and_its_kernel_named(dtype):
+    measured = SparseFamily(dtype).measure(SHAPE)
+    assert len(measured.timings) == 3
+    assert all(timing.right and timing.dense > 0 and timing.sparse > 0 for timing in measured.timings)
+    chosen = SparseFamily.choose(measured, required=True)
+    assert chosen.name == measured.kernel
+    assert set(chosen.tiles) <= set(candidates(SHAPE, dtype))
+
+
+@pytest.mark.parametrize(
+    ("layer", "calls", "expected"),
+    [
+        (nn.Conv2d(8, 16, 3, 2, 1), [Call(25, 9, 9)], SHAPE._replace(percent=100)),
+        (
+            nn.Conv2d(8, 8, 1, groups=8),
+            [Call(4, 2, 2), Call(9, 3, 3)],
+            (33, 8, 8, *(1, 1) * 2, 0, 0, 1, 1, 8, 3, 3, 100),
+        ),
+        (nn.Linear(4, 6), [Call(7, 1, 7)], (33 * 7, 4, 6, *(1, 1) * 2, 0, 0, 1, 1, 1, 1, 1, 100)),
+        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), [Call(4, 2, 2)], "padding mode reflect"),
+        (nn.Conv2d(8, 8, 2, padding="same"), [Call(4, 2, 2)], "uneven padding"),
+        (nn.Conv2d(8, 8, 1), [Call(10**9, 10**5, 10**4)], "images are too large"),
+    ],
+)
+def test_the_shape_of_a_layer_or_why_it_runs_dense(layer, calls, expected):
+    mask_layers(nn.Sequential(layer))
+    assert SparseFamily(FP32).shape(layer, calls, 33) == expected
+
+
+@pytest.mark.parametrize("size", [(7, 7), (56, 56), (32, 32), (1, 1), (3, 5), (224, 224)])
+@pytest.mark.parametrize("images", [1, 32, 65])
+def test_tiles_worth_measuring_waste_little(size, images):
+    for dtype in (FP32, BF16):
+        for kernel in (1, 3):
+            shape = Shape(images, 8, 16, kernel, kernel, 1, 1, *(kernel // 2,) * 2, 1, 1, 1, *size, 20)
+            tiles = candidates(shape, dtype)
+            assert 2 <= len(tiles) <= 4
+            assert len(set(tiles)) == len(tiles)
+            assert all((tile.rows, tile.columns * tile.units) in TILES for tile in tiles)

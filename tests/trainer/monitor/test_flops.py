@@ -32,13 +32,16 @@ def test_each_epoch_counts_at_its_own_size():
     assert [flops.at(epoch) for epoch in range(4)] == [
         count_flops(NET, (3, side, side)) for side in (32, 32, 48, 48)
     ]
-    assert flops.calls() == {"0": [256, 576], "2": [256, 576]}  # at every size that 2:4 kernels meet
+    assert flops.calls() == {
+        "0": [(256, 32, 32), (576, 48, 48)],
+        "2": [(256, 16, 16), (576, 24, 24)],
+    }  # at every size that 2:4 kernels meet
 
 
 def test_images_in_memory_are_trained_on_as_they_are():
     flops = RunFlops.count(NET, ArrayData(name="cifar10", batch_size=8), (3, 64, 32))
     assert flops.at(7) == flops.inference == count_flops(NET, (3, 64, 32))
-    assert flops.calls() == {"0": [512], "2": [512]}
+    assert flops.calls() == {"0": [(512, 64, 32)], "2": [(512, 32, 16)]}
 
 
 def test_a_size_that_the_model_does_not_take_is_named():

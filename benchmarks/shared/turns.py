@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from benchmarks.machine import wait_for
-from benchmarks.record import spread
+from benchmarks.shared.machine import wait_for
+from benchmarks.shared.record import spread
 from data.loader import Batch, Loader
 
 T = TypeVar("T")

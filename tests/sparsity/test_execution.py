@@ -1,0 +1,138 @@
+"""Kernels chosen within a training loop of one's own: by a word, before or after compilation, over whole
+schedules."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sparsity import ACDC, PhaseSchedule, UniformMagnitude, execution
+from sparsity.kernels.choose import NoKernelError
+from sparsity.kernels.unstructured.kernel import SparseKernel
+from sparsity.kernels.unstructured.library import find_compiler
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+SCHEDULE = "dense 1, (sparse 1, dense 1) x2, sparse 1"
+STEPS = 3  # of an epoch
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 5),
+    )
+
+
+def train(net, accelerate, compiled=False, autocast=False, steps=6 * STEPS):
+    """Losses of each step, and the ACDC object."""
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
+    acdc = ACDC(net, UniformMagnitude(0.8), PhaseSchedule.parse(SCHEDULE), STEPS)
+    acdc.attach(optimizer)
+    random = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(STEPS, 6, 3, 8, 8, generator=random), torch.arange(6) % 5
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        accelerate(acdc, images[0])
+    losses = []
+    forward = torch.compile(lambda images: net(images), dynamic=False) if compiled else net
+    for step in range(steps):
+        acdc.before_step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = functional.cross_entropy(forward(images[step % STEPS]), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, acdc
+
+
+def require(acdc, example):
+    acdc.accelerate("require", example)
+
+
+@needs_compiler
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_run_with_kernels_is_the_run_without(autocast):
+    dense, _ = train(network(), lambda acdc, example: acdc.accelerate("off"), autocast=autocast)
+    net = network()
+    sparse, acdc = train(net, require, autocast=autocast)
+    assert sparse == pytest.approx(dense, rel=3e-2 if autocast else 1e-4)
+    assert sparse != dense  # they did run
+    assert all(isinstance(layer.kernel, SparseKernel) for layer in acdc.layers.values())
+    acdc.check_masks()
+    for layer in acdc.layers.values():
+        assert layer.mask.float().mean() == pytest.approx(0.2, abs=0.03)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own look
+def test_compiled_it_is_the_same_run_in_one_more_graph():
+    eager, _ = train(network(), require)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, _ = train(network(), require, compiled=True)
+    assert compiled == pytest.approx(eager, rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@needs_compiler
+def test_kernels_are_chosen_at_the_next_compression_and_work_in_sparse_phases_alone():
+    net = network()
+    acdc = ACDC(net, UniformMagnitude(0.8), PhaseSchedule.parse(SCHEDULE), 1)
+    acdc.attach(torch.optim.SGD(net.parameters(), 0.05))
+    acdc.accelerate("require", torch.randn(6, 3, 8, 8))
+    assert not acdc.kernels
+    for kind in ("dense", "sparse", "dense", "sparse"):
+        acdc.before_step()
+        running = [layer.kernel is not None for layer in acdc.layers.values()]
+        assert running == [kind == "sparse"] * 3
+    chosen = dict(acdc.kernels)
+    acdc.accelerate("off")
+    assert not any(layer.kernel for layer in acdc.layers.values())
+    acdc.accelerate(chosen)  # as given, in a sparse phase: at once
+    assert {name: layer.kernel.name for name, layer in acdc.layers.items()} == {
+        name: kernel.name for name, kernel in chosen.items()
+    }
+
+
+@needs_compiler
+def test_a_state_brings_its_kernels_back():
+    net = network()
+    _, acdc = train(net, require, steps=2 * STEPS)  # ends in a sparse phase
+    state, weights = acdc.state_dict(), copy.deepcopy(net.state_dict())
+    assert len(state["kernels"]) == 3
+    other = network()
+    again = ACDC(other, UniformMagnitude(0.8), PhaseSchedule.parse(SCHEDULE), STEPS)
+    again.attach(torch.optim.SGD(other.parameters(), 0.05, 0.9))
+    other.load_state_dict(weights)
+    again.load_state_dict(state)
+    images = torch.randn(6, 3, 8, 8)
+    assert torch.equal(net(images), other(images))
+    assert {name: layer.kernel.name for name, layer in again.layers.items()} == state["kernels"]
+
+
+def test_without_kernels_auto_warns_and_require_ends(monkeypatch, caplog):
+    monkeypatch.setattr(execution, "family_for", lambda *_: "a machine that has them")
+    dense, _ = train(network(), lambda acdc, example: acdc.accelerate("off"))
+    auto, _ = train(network(), lambda acdc, example: acdc.accelerate("auto", example))
+    assert auto == dense
+    assert caplog.text.count("run masked dense layers: kernels for") == 1
+    with pytest.raises(NoKernelError, match="need a machine that has them"):
+        train(network(), require)
+
+
+def test_wrong_words_are_refused():
+    acdc = ACDC(network(), UniformMagnitude(0.8), PhaseSchedule.parse(SCHEDULE), STEPS)
+    with pytest.raises(ValueError, match="'fast' is not one of auto, off, require"):
+        acdc.accelerate("fast")
+    with pytest.raises(ValueError, match="an example batch says what to measure"):
+        acdc.accelerate("auto")

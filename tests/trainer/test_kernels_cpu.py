@@ -1,0 +1,107 @@
+"""Whole runs on sparse CPU kernels: the run without them but for rounding, resumed bit for bit, in one more
+graph."""
+
+import json
+
+import pytest
+import torch
+
+from sparsity.kernels.unstructured import library
+from tests.slow import slow
+from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
+from trainer import kernels
+from trainer.checkpoints import checkpoint
+from trainer.train import main
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="no C++ compiler")
+
+SHORT = ("steps_per_epoch=3", "save.every=4st", "save.keep=99", "sparsity.accelerate=require")
+LAST = 18  # step
+
+
+@pytest.fixture(autouse=True)
+def _home(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACDC_DATA", str(tmp_path / "home"))
+
+
+@pytest.mark.parametrize(
+    "options", [("engine.precision=fp32",), *slow(("engine.precision=bf16", "engine.zero_stage=1"))]
+)
+def test_a_run_is_resumed_bit_for_bit_and_equals_the_dense_one(tiny_data, tmp_path, capsys, options):
+    run = run_here(tiny_data, tmp_path / "runs", *SHORT, *options)
+    assert "kernels of compressed phases" in capsys.readouterr().out
+    state = final_state(run, LAST)
+    assert len(state["acdc"]["kernels"]) == sum(name.endswith(".mask") for name in state["model"])
+    for name, mask in state["model"].items():
+        if name.endswith(".mask"):
+            weight = state["model"][name.removesuffix("mask") + "weight"]
+            assert (weight[~mask] == 0).all()
+
+    for step in (4, 12):  # in the first sparse phase, and in a dense one
+        within = checkpoint.step_folder(run / "checkpoints", step)
+        assert main(tiny(tiny_data, tmp_path / "runs", *SHORT, *options, f"resume={within}")) == 0
+        assert_equal_states(state, final_state(run, LAST))
+
+    # another run takes what was measured, and is the same
+    again = run_here(tiny_data, tmp_path / "again", *SHORT, *options)
+    assert_equal_states(state, final_state(again, LAST))
+
+    dense = run_here(tiny_data, tmp_path / "dense", *SHORT, *options, "sparsity.accelerate=off")
+    losses = [
+        [
+            json.loads(line)["train_loss"]
+            for line in (each / "metrics.jsonl").read_text().splitlines()
+            if "train_loss" in line
+        ]
+        for each in (run, dense)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if "fp32" in options[0] else 5e-2)
+
+
+@pytest.mark.slow
+def test_compiled_kernels_cost_one_graph(tiny_data, tmp_path):
+    torch._dynamo.reset()
+    run = run_here(tiny_data, tmp_path / "runs", *SHORT, "engine.compile=true")
+    compiled = json.loads((run / "result.json").read_text())["compile"]
+    assert compiled["graphs"] == 3  # dense, evaluation, sparse
+    assert compiled["recompilations"] == 1  # the first sparse step, and no switch after it
+
+
+def test_without_a_compiler_auto_says_what_it_costs(tiny_data, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.setattr("sparsity.execution.find_compiler", lambda: None)
+    dense = run_here(tiny_data, tmp_path / "dense", *SHORT, "sparsity.accelerate=off")
+    auto = run_here(tiny_data, tmp_path / "auto", *SHORT, "sparsity.accelerate=auto")
+    assert caplog.text.count("no faster than dense phases: kernels need a C++ compiler (g++ or clang++)") == 1
+    assert_equal_states(final_state(auto, LAST), final_state(dense, LAST))
+    assert main(tiny(tiny_data, tmp_path / "runs", *SHORT)) == 3
+    assert "kernels for global masks need a C++ compiler" in capsys.readouterr().err
+
+
+def test_a_build_that_fails_is_said_so(tiny_data, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(library, "SOURCES", tmp_path)
+    (tmp_path / "layer.cpp").write_text("int main( { }")
+    library._load_once.cache_clear()
+    try:
+        with pytest.raises(library.BuildError, match=r"failed: .*error"):
+            library.load()
+        run_here(tiny_data, tmp_path / "auto", *SHORT, "sparsity.accelerate=auto")
+    finally:
+        library._load_once.cache_clear()
+    assert "kernels need a build of their C++ that works" in caplog.text
+
+
+def test_kernels_of_another_machine_run_dense(tiny_data, tmp_path, monkeypatch, caplog):
+    run = run_here(tiny_data, tmp_path / "runs", *SHORT)
+    within = checkpoint.step_folder(run / "checkpoints", 4)
+    monkeypatch.setattr(kernels, "family_for", lambda *_: "a machine that has them")
+    monkeypatch.setattr(library, "SOURCES", tmp_path / "nowhere")
+    library._load_once.cache_clear()
+    try:
+        auto = [*SHORT, "sparsity.accelerate=auto", f"resume={within}"]
+        assert main(tiny(tiny_data, tmp_path / "runs", *auto)) == 0
+    finally:
+        library._load_once.cache_clear()
+    assert "runs dense" in caplog.text
+    assert final_state(run, LAST)["acdc"]["kernels"] == {}
