@@ -22,7 +22,7 @@ HIGH = (
     "dali_over",
     "loader_alone",
     "top1",
-    "layers_on_24",
+    "layers_on_kernels",
 )
 LOW = (
     "seconds",

@@ -133,7 +133,7 @@ def _figures(trainer: Trainer, phase: str, turns: list[Turn], peak: float) -> di
         "dense_equivalent_flops": rates["median"] * dense,
         "executed_flops": rates["median"] * (dense - _skipped(trainer, kernels)),
         "utilisation": rates["median"] * dense / peak,
-        "layers_on_24": len(kernels),
+        "layers_on_kernels": len(kernels),
     }
 
 
@@ -142,9 +142,11 @@ def _num_images(trainer: Trainer, steps: int) -> int:
 
 
 def _skipped(trainer: Trainer, kernels: Mapping[str, Kernel]) -> float:
-    """FLOPs of an image that 2:4 kernels leave out: half of a forward pass, and of an input gradient."""
-    layers = {layer.name: layer.flops() for layer in trainer.flops.at(0).layers}
-    return sum(layers[name] / 2 * (1 + kernel.sparse_gradient) for name, kernel in kernels.items())
+    """FLOPs of an image that kernels leave out."""
+    products = {layer.name: layer.products for layer in trainer.flops.at(0).layers}
+    trainer.acdc.compress(trainer.acdc.pattern)  # the last turn may have been dense
+    dropped = {name: 1 - mask.float().mean().item() for name, mask in trainer.acdc.masks().items()}
+    return sum(dropped[name] * products[name] * kernel.sparse_products for name, kernel in kernels.items())
 
 
 def show(measured: list[dict[str, Any]], networks: dict[str, dict[str, Any]]) -> None:

@@ -49,8 +49,8 @@ class LayerChoice:
         if self.measured is None:
             return 0.0
         total = 0.0
-        for timing in self.measured.timings:
-            sparse = kernel is not None and (timing is self.measured.forward or kernel.sparse_gradient)
+        for number, timing in enumerate(self.measured.timings):
+            sparse = kernel is not None and number < kernel.sparse_products
             total += timing.sparse if sparse and timing.sparse is not None else timing.dense
         return total
 

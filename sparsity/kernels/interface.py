@@ -23,13 +23,13 @@ class Kernel(ABC):
     """Compiled code compares with the object: a layer keeps one from phase to phase.
 
     name: for people, records and training states, which make the kernel anew from it (see
-    sparsity.execution). sparse_gradient: whether the input gradient skips dropped weights, too.
-    fallback: what runs where the mask does not fit; None: the masked dense product, which is right for every
-    mask.
+    sparsity.execution). sparse_products: how many of a layer's three products skip dropped weights, in the
+    order forward, input gradient, weight gradient. fallback: what runs where the mask does not fit; None: the
+    masked dense product, which is right for every mask.
     """
 
     name: str
-    sparse_gradient: ClassVar[bool] = False
+    sparse_products: ClassVar[int] = 1
     fallback: ClassVar[Kernel | None] = None
 
     @abstractmethod

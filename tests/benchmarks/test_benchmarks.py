@@ -69,7 +69,8 @@ def test_throughput(monkeypatch, tmp_path, capsys):
         ("compressed", "arrays"),
     ]
     for row in rows:
-        assert row["executed_flops"] == row["dense_equivalent_flops"] > 0
+        assert 0 < row["executed_flops"] <= row["dense_equivalent_flops"]
+        assert (row["executed_flops"] < row["dense_equivalent_flops"]) == bool(row["layers_on_kernels"])
         assert 0 < row["step_p50"] <= row["step_p95"]
         assert 0 <= row["data_wait"]["min"] <= row["data_wait"]["max"] < 1
         assert ("cost_of_data" in row) == (row["data"] == "arrays")
@@ -165,8 +166,8 @@ def test_sparse_step(monkeypatch, tmp_path, capsys):
         90,
         8,
     )
-    assert result["layers"] == 22
-    assert 0 <= result["sparse_layers"] <= 22
+    assert result["layers"] == 20
+    assert 0 <= result["sparse_layers"] <= 20
     assert all(result["ms_per_step"][who]["median"] > 0 for who in ("compressed", "dense", "stock"))
     assert "dense / compressed" in capsys.readouterr().out
 

@@ -138,7 +138,11 @@ def test_products_of_functions():
     flops = count_flops(Functional(), (3, 4, 4))
     conv, linear = flops.layers
     assert (conv.name, conv.products, conv.calls) == ("conv", 2 * 8 * 27 * 16, ())
-    assert (linear.name, linear.products, linear.calls) == ("linear", 2 * 24 * 16 + 2 * 48 * 16, ((16, 1, 16),))
+    assert (linear.name, linear.products, linear.calls) == (
+        "linear",
+        2 * 24 * 16 + 2 * 48 * 16,
+        ((16, 1, 16),),
+    )
     assert flops.products == 2 * 2 * 3 * 16 + 2 * 2 * 16 * 6
 
 

@@ -46,7 +46,8 @@ class Transposed24(Kernel24):
     """The input gradient sparse as well, for 2:4 masks whose transpose is 2:4, too."""
 
     name = "2:4 forward and input gradient"
-    transposed = sparse_gradient = True
+    transposed = True
+    sparse_products = 2
 
     def fits(self, mask: Tensor) -> Tensor:
         return super().fits(mask) & fits_24(mask.flatten(1).t())

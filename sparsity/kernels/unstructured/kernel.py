@@ -24,7 +24,7 @@ class SparseKernel(Kernel):
     activations, autocast's or float32; weights and sums are float32, weights are rounded to dtype before they
     multiply."""
 
-    sparse_gradient = True
+    sparse_products = 3
 
     def __init__(self, tiles: Tiles, dtype: torch.dtype) -> None:
         self.tiles, self.dtype = tiles, dtype
