@@ -33,6 +33,14 @@ class Call(NamedTuple):
     height: int
     width: int
 
+    @classmethod
+    def of(cls, layer: nn.Module, input: Tensor, output: Tensor) -> Call:
+        """input, output: of one image."""
+        if isinstance(layer, nn.Conv2d):
+            return cls(output[0, 0].numel(), *input.shape[-2:])
+        rows = output.numel() // output.shape[-1]
+        return cls(rows, 1, rows)
+
 
 @dataclass(frozen=True)
 class LayerFlops:
@@ -139,12 +147,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _end(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear):
             self._running.pop()
-            if isinstance(module, nn.Conv2d):
-                call = Call(output[0, 0].numel(), *inputs[0].shape[-2:])
-            else:
-                rows = output.numel() // module.out_features
-                call = Call(rows, 1, rows)
-            self._calls[name].append(call)
+            self._calls[name].append(Call.of(module, inputs[0], output))
             self._bias[name] += output.numel() if module.bias is not None else 0
         elif isinstance(module, nn.BatchNorm2d):
             self._other["norm"] += 2 * output.numel()

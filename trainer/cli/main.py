@@ -54,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("export", commands.export)
     path = "a run folder (its sparse model), or a checkpoint folder in it"
     sub.add_argument("path", metavar="PATH", help=path)
-    sub.add_argument("--format", choices=["onnx", "safetensors", "sparse24", "torch"], default="onnx")
+    sub.add_argument(
+        "--format", choices=["onnx", "safetensors", "sparse", "sparse24", "torch"], default="onnx"
+    )
     sub.add_argument("--out", metavar="FILE", help="default: named after the model, in the current folder")
     prepare = subparsers.add_parser("prepare", help="Store a data set in another form.")
     kinds = prepare.add_subparsers(required=True, metavar="WHAT")

@@ -1,4 +1,5 @@
-"""Saved models in formats that other programs read: ONNX, safetensors, a torch state_dict; and packed 2:4.
+"""Saved models in formats that other programs read: ONNX, safetensors, a torch state_dict; without zeros, and
+packed 2:4.
 
 A model is exported plain: no masks, no wrappers, dropped weights 0. Its input are normalised images, float32
 (batch, channels, height, width); mean and standard deviation travel in the file's metadata where it has any.
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsity import inference
 from trainer.export.sparse24_file import export_sparse24
 
 OPSET = 18
@@ -65,6 +67,10 @@ def export_torch(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
     torch.save(model.state_dict(), path)
 
 
+def _sparse(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
+    inference.save(model, path, _metadata(info))
+
+
 def _sparse24(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
     export_sparse24(model, _metadata(info), path)
 
@@ -73,6 +79,7 @@ def _sparse24(model: nn.Module, info: Mapping[str, Any], path: Path) -> None:
 FORMATS: dict[str, tuple[Callable[[nn.Module, Mapping[str, Any], Path], None], str]] = {
     "onnx": (export_onnx, ".onnx"),
     "safetensors": (export_safetensors, ".safetensors"),
+    "sparse": (_sparse, ".sparse.safetensors"),
     "sparse24": (_sparse24, ".sparse24.safetensors"),
     "torch": (export_torch, ".pth"),
 }

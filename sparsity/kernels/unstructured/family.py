@@ -56,15 +56,17 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class SparseFamily:
-    """See sparsity.kernels.interface."""
+    """See sparsity.kernels.interface. inference: the forward product alone, with weights that stay."""
 
     dtype: torch.dtype
+    inference: bool = False
 
     @property
     def key(self) -> str:
         flags = " ".join(instructions()) or platform.machine()
-        threads = torch.get_num_threads()
-        return f"CPU {_cpu_name()}, {flags}, {threads} threads, torch {torch.__version__}, {self.dtype}"
+        machine = f"CPU {_cpu_name()}, {flags}, {torch.get_num_threads()} threads"
+        products = "inference" if self.inference else "training"
+        return f"{machine}, torch {torch.__version__}, {self.dtype}, {products}"
 
     def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
         if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
@@ -84,7 +86,8 @@ class SparseFamily:
             return "images are too large"
         convolution = Convolution.of(layer)
         inputs, outputs = layer.weight.shape[1] * convolution.groups, layer.weight.shape[0]
-        percent = _round(100 * layer.mask.float().mean().item())
+        kept = layer.weight.detach() != 0 if self.inference else layer.mask
+        percent = _round(100 * kept.float().mean().item())
         ends = (convolution.groups, height, width, percent)
         return Shape(
             images,
@@ -98,7 +101,7 @@ class SparseFamily:
         )
 
     def measure(self, shape: Shape) -> Measured:
-        return _Trial(shape, self.dtype).run()
+        return _Trial(shape, self.dtype, self.inference).run()
 
     @staticmethod
     def choose(measured: Measured, required: bool = False) -> kernel.SparseKernel | None:
@@ -135,8 +138,9 @@ def _cpu_name() -> str:
 class _Trial:
     """One shape's operands, with random weights and a random mask, and the three products of both kinds."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, inference: bool) -> None:
         self.shape, self.dtype, self.convolution = shape, dtype, shape.convolution
+        self.inference = inference
         random = torch.Generator().manual_seed(0)
         size = (shape.outputs, shape.inputs // shape.groups, *self.convolution.kernel)
         self.mask = torch.rand(size, generator=random) < shape.percent / 100
@@ -162,11 +166,16 @@ class _Trial:
             Plan(self.convolution, self.mask, self.weight.stride(), Tiles(tile, tile, tile), self.dtype)
             for tile in candidates(self.shape, self.dtype)
         ]
+        if self.inference:
+            products = products[:1]
+            for plan in plans:
+                plan.freeze(self.weight)
         results = [_fastest(dense, sparse, plans) for dense, sparse in products]
+        tiles = [tile for _, tile in results] * (3 if self.inference else 1)
+        name = kernel.SparseKernel(Tiles(*tiles), self.dtype).name
         timings = [timing for timing, _ in results]
-        name = kernel.SparseKernel(Tiles(*(tile for _, tile in results)), self.dtype).name
-        forward, gradient, weight_gradient = timings
-        return Measured(forward, gradient, weight_gradient, self._conversion(), name)
+        gradients: list[Timing | None] = [*timings[1:]] or [None, None]
+        return Measured(timings[0], gradients[0], gradients[1], self._conversion(), name)
 
     def _dense_forward(self) -> Tensor:
         _, stride, padding, dilation, groups = self.convolution
@@ -188,9 +197,10 @@ class _Trial:
         return plan.input_gradient(self.gradient, self.weight, self.shape.height, self.shape.width)
 
     def _conversion(self) -> float:
-        """Of maps and their gradient, in and out of the format, at both ends of the layer."""
+        """Of maps, and in training of their gradient, at both ends of the layer."""
+        passes = 1 if self.inference else 2
         ends = (self.dense_maps, self.dense_gradient)
-        return sum(2 * _microseconds(lambda maps=maps: operator.to_innermost(maps)) for maps in ends)  # type: ignore[misc]
+        return sum(passes * _microseconds(lambda maps=maps: operator.to_innermost(maps)) for maps in ends)  # type: ignore[misc]
 
 
 def _fill(noise: Tensor, size: tuple[int, int, int, int]) -> Tensor:

@@ -157,6 +157,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.layer_new.argtypes = (_pointer, _pointer, _pointer, ctypes.c_int)
     library.layer_free.restype = None
     library.layer_free.argtypes = (_pointer,)
+    library.layer_freeze.restype = None
+    library.layer_freeze.argtypes = (_pointer, _pointer, ctypes.c_int)
     products = (_pointer, _pointer, _pointer, _pointer, _pointer, ctypes.c_int, ctypes.c_int)
     library.layer_forward.argtypes = library.layer_input_gradient.argtypes = products
     library.layer_weight_gradient.argtypes = (*products[:5], ctypes.c_int)

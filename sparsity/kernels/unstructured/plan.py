@@ -88,7 +88,7 @@ class Plan:
         self.outputs, self.inputs = int(outputs), int(inputs) * convolution.groups
         pairs = (*convolution.stride, *convolution.padding, *convolution.dilation)
         filled = (*strides, *(1,) * (4 - len(strides)))
-        self._library = library.load()
+        self._library, self._frozen = library.load(), False
         geometry = library.Geometry(
             self.outputs,
             self.inputs,
@@ -107,6 +107,11 @@ class Plan:
             ctypes.byref(geometry), mask.data_ptr(), ctypes.byref(tile_array), dtype == torch.bfloat16
         )
         weakref.finalize(self, self._library.layer_free, self._layer)
+
+    def freeze(self, weight: Tensor) -> None:
+        """Read the weights once, for all forward products to come."""
+        self._library.layer_freeze(self._layer, self._as_planned(weight).data_ptr(), torch.get_num_threads())
+        self._frozen = True
 
     def forward(self, maps: Tensor, weight: Tensor) -> Tensor:
         """maps: (inputs, H, W, N). Returns (outputs, H', W', N)."""
@@ -139,12 +144,12 @@ class Plan:
 
     def _run(self, product: Any, size: library.Size, source: Tensor, weight: Tensor, output: Tensor) -> None:
         past_caches = output.numel() * output.element_size() >= PAST_CACHES
-        weight = self._as_planned(weight)
+        weight = self._as_planned(weight)  # held until the product is done
         status = product(
             self._layer,
             ctypes.byref(size),
             source.data_ptr(),
-            weight.data_ptr(),
+            None if self._frozen else weight.data_ptr(),
             output.data_ptr(),
             past_caches,
             torch.get_num_threads(),

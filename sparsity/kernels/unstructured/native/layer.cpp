@@ -164,10 +164,15 @@ Layer* layer_new(const Geometry* geometry, const bool* mask, const Tile* tiles, 
 
 void layer_free(Layer* layer) { delete layer; }
 
+// The weights of forward products that are given none.
+void layer_freeze(Layer* layer, const float* weight, int threads) {
+    gather_values(layer->forward, weight, layer->bfloat16, threads);
+}
+
 // The three products. x, y: the maps, whole in memory as (channels, height, width, images). They return 0, or 1
 // where there is no code for the tile.
 int layer_forward(Layer* layer, const Size* size, const void* x, const float* weight, void* y, int past_caches, int threads) {
-    gather_values(layer->forward, weight, layer->bfloat16, threads);
+    if (weight) gather_values(layer->forward, weight, layer->bfloat16, threads);
     return !run_outputs(layer->bfloat16, layer->forward, map_of(*layer, x, size->images, size->in_height, size->in_width),
                         map_of(*layer, y, size->images, size->out_height, size->out_width), past_caches, threads);
 }

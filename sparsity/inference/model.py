@@ -1,0 +1,109 @@
+"""A finished sparse model on sparse CPU kernels, where they win, with BatchNorm folded."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from sparsity.flops import Call
+from sparsity.inference.file import read
+from sparsity.kernels.choose import choose_kernels
+from sparsity.kernels.unstructured.family import SparseFamily
+from sparsity.kernels.unstructured.kernel import SparseKernel
+from sparsity.kernels.unstructured.library import BuildError
+from sparsity.kernels.unstructured.plan import Convolution, Plan
+
+log = logging.getLogger(__name__)
+
+
+class SparseConv2d(nn.Conv2d):
+    """Conv2d on a sparse kernel, with weights that stay."""
+
+    kernel: SparseKernel
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.kernel(self, input)
+
+
+class SparseLinear(nn.Linear):
+    """Linear on a sparse kernel, with weights that stay."""
+
+    kernel: SparseKernel
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.kernel(self, input)
+
+
+def load(path: str | Path, model: nn.Module, example: Tensor) -> nn.Module:
+    """The model for inference on a CPU, with the weights of a file of `acdc export --format sparse`.
+
+    model: of the architecture that was trained; it is left as it is. example: a batch as it will get them,
+    normalised as in training; its size says what is measured, others work, too. Compile the result for its
+    full speed, run it under torch.no_grad(), in torch.autocast for bf16 if this was called in it. Raises
+    ValueError for another file, and RuntimeError for the weights of another architecture.
+    """
+    model = copy.deepcopy(model)
+    model.load_state_dict(read(Path(path)))
+    return accelerated(model, example)
+
+
+def accelerated(model: nn.Module, example: Tensor) -> nn.Module:
+    """The same for a model in memory: a copy."""
+    model = fold_batch_norm(copy.deepcopy(model).eval())
+    autocast = torch.is_autocast_enabled("cpu")
+    family = SparseFamily(torch.get_autocast_dtype("cpu") if autocast else torch.float32, inference=True)
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in (nn.Conv2d, nn.Linear)}
+    calls = _calls(model, layers, example[:1])
+    try:
+        choices = choose_kernels(family, layers, calls, len(example))
+    except BuildError as error:
+        log.warning("the model runs dense: sparse kernels need a build of their C++ that works (%s)", error)
+        choices = []
+    for choice in choices:
+        if isinstance(choice.kernel, SparseKernel):
+            _run(layers[choice.layer], choice.kernel)
+    channels_last: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return channels_last
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A model in evaluation mode without the BatchNorms behind its convolutions, where torch.fx can follow
+    it; elsewhere as it is."""
+    try:
+        return fuse(model)
+    except Exception as error:
+        log.warning("BatchNorm is not folded: torch.fx cannot follow the model (%s)", error)
+        return model
+
+
+@torch.no_grad()
+def _calls(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) -> dict[str, list[Call]]:
+    """Of each layer that the model runs for one image."""
+    calls: dict[str, list[Call]] = {}
+
+    def note(name: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        calls.setdefault(name, []).append(Call.of(layer, inputs[0], output))
+
+    hooks = [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
+    model(image)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def _run(layer: nn.Conv2d | nn.Linear, kernel: SparseKernel) -> None:
+    """Change the layer's class in place: its parameters and names stay."""
+    weight = layer.weight.detach()
+    kernel.plan = Plan(Convolution.of(layer), weight != 0, weight.stride(), kernel.tiles, kernel.dtype)
+    kernel.plan.freeze(weight)
+    become: Any = layer
+    become.kernel = kernel
+    become.__class__ = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
