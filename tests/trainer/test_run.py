@@ -121,8 +121,9 @@ def test_eval_finds_the_accuracies_again(finished, capsys):
         assert figures[1] == f"{result[key]['top1']:.2f}"
         assert float(figures[3]) == pytest.approx(result[key]["loss"], abs=2e-4)
     last = checkpoint.step_folder(finished / "checkpoints", NUM_STEPS)
-    assert acdc_command(["eval", str(last)]) == 0
-    assert f"{result['sparse']['top1']:.2f}" in capsys.readouterr().out
+    for options in ([], ["--fast"]):
+        assert acdc_command(["eval", str(last), *options]) == 0
+        assert f"{result['sparse']['top1']:.2f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stop_at", [13, *slow(7, 10, 20, 44, 50)])

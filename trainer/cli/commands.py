@@ -31,6 +31,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from sparsity.inference import accelerated
     from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE
     from trainer.checkpoints.saved_model import load_model
     from trainer.config.load import parse
@@ -57,11 +58,16 @@ def evaluate(options: argparse.Namespace) -> int:
         loader = build_test_loader(config.data, device)
         classifier = Classifier(model, info["model"]["mean"], info["model"]["std"]).to(device)
         dtype = precision(config, device)
-        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # as in training
-        with autocast, as_user_error("eval"):
-            metrics = measure(classifier, loader, device)
         weights = torch.cat([weight.flatten() for weight in model.parameters() if weight.dim() > 1])
         zeros = f"{100 * int((weights == 0).sum()) / len(weights):.3f}"
+        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # as in training
+        with autocast, as_user_error("eval"):
+            if options.fast:
+                if device.type != "cpu":
+                    raise ValueError("--fast: sparse kernels run on a CPU; this machine has a GPU")
+                example = torch.randn(config.data.eval_batch_size, *info["model"]["input_shape"])
+                classifier.model = accelerated(model, example)
+            metrics = measure(classifier, loader, device)
         accuracy = (f"{share:.2f}" for share in (metrics.top1, metrics.top5))
         figures = (*accuracy, f"{metrics.loss:.4f}", f"{metrics.num_images:,}", zeros)
         table.add_row(folder.name, *figures, precision_name(config, device))

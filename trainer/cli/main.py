@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("eval", commands.evaluate)
     sub.add_argument("path", metavar="PATH", help="a run folder, or a checkpoint folder in it")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/fashion-mnist")
+    sub.add_argument("--fast", action="store_true", help="on a CPU: by sparse kernels where they are faster")
     sub = command("import", commands.import_original)
     sub.add_argument("file", metavar="FILE", help="a checkpoint (.ckpt) or a recipe (.yaml)")
     sub.add_argument("--arch", help="a name of trainer.models; default: what the file says")

@@ -98,7 +98,7 @@ def test_mistakes_end_with_code_2(arguments, expected, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["trane"], ["train"], ["eval", "x", "--fast"], ["report", "x", "y=1"]]
+    "arguments", [[], ["trane"], ["train"], ["eval", "x", "--quick"], ["report", "x", "y=1"]]
 )
 def test_wrong_usage_ends_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
