@@ -58,7 +58,7 @@ class SparseKernel(Kernel):
             input = input.to(torch.get_autocast_dtype("cpu"))
         if isinstance(layer, nn.Linear):
             rows = input.flatten(0, -2)[:, :, None, None]
-            output = self._convolve(rows, layer.weight, 1, 1).reshape(*input.shape[:-1], -1)
+            output = self._convolve(rows, layer.weight, 1, 1).reshape(*input.shape[:-1], layer.out_features)
             return output if layer.bias is None else output + layer.bias.to(output.dtype)
         height, width = Convolution.of(layer).output_size(*input.shape[-2:])
         output = self._convolve(input, layer.weight, height, width)

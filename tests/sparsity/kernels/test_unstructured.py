@@ -208,6 +208,20 @@ def test_a_layer_is_its_masked_dense_self(kind, autocast):
         assert error(found, expected.float()) <= (2e-2 if autocast else 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [(nn.Conv2d(8, 12, 3), (0, 8, 6, 6)), (nn.Conv2d(8, 12, 1), (0, 8, 6, 6)), (nn.Linear(8, 12), (4, 0, 8))],
+)
+def test_a_batch_without_images(layer, size):
+    net = sparse_layer(layer)
+    images = torch.randn(size, requires_grad=True)
+    output = net(images)
+    assert output.numel() == 0
+    output.sum().backward()
+    assert images.grad.shape == size
+    assert (layer.weight.grad == 0).all()
+
+
 def test_evaluation_is_dense():
     net = sparse_layer(nn.Conv2d(8, 12, 3)).eval()
     images = torch.randn(2, 8, 6, 6)

@@ -261,7 +261,7 @@ void weight_gradient_of(const Gather& plan, const Map& in, const Map& out, float
     constexpr int64_t MOST_SHARES = 32, MOST_SUMS = 1 << 21;  // sums: 8 MB, not to be written and read for little
     const Tiles tiles(plan, out, E::IMAGES);
     const int64_t kept = int64_t(plan.kept.size()), blocks = int64_t(plan.blocks.size());
-    const int64_t shares = std::clamp<int64_t>(MOST_SUMS / (kept + 1), 1, std::min(tiles.count(), MOST_SHARES));
+    const int64_t shares = std::clamp<int64_t>(MOST_SUMS / (kept + 1), 1, std::clamp<int64_t>(tiles.count(), 1, MOST_SHARES));
     const int64_t block_shares = std::min(blocks, (MOST_SHARES + shares - 1) / shares);
     float* sums = reinterpret_cast<float*>(workspace(2, size_t(shares * kept) * sizeof(float)));
 #pragma omp parallel num_threads(threads)
