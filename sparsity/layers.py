@@ -37,6 +37,10 @@ class MaskedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if self.training and self.kernel is not None:
             return self.kernel(self, input)
+        return self.dense(input)
+
+    def dense(self, input: Tensor) -> Tensor:
+        """With weight * mask."""
         return self._conv_forward(input, self.weight * self.mask, self.bias)
 
 
@@ -50,6 +54,10 @@ class MaskedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.training and self.kernel is not None:
             return self.kernel(self, input)
+        return self.dense(input)
+
+    def dense(self, input: Tensor) -> Tensor:
+        """With weight * mask."""
         return functional.linear(input, self.weight * self.mask, self.bias)
 
 

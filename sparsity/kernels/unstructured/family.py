@@ -18,9 +18,7 @@ from sparsity.flops import Call
 from sparsity.kernels.measure import Measured, Timing, relative_error
 from sparsity.kernels.unstructured import kernel, operator
 from sparsity.kernels.unstructured.library import instructions, vector_bytes
-from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
-
-LONGEST_PLANE = 2**31 - 1  # bytes of a channel's maps: offsets in native/ have 32 bits
+from sparsity.kernels.unstructured.plan import LONGEST_PLANE, Convolution, Plan, Tile, Tiles
 
 
 class Shape(NamedTuple):

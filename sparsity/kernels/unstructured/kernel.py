@@ -4,6 +4,7 @@ dropped."""
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsity.kernels.interface import Kernel
 from sparsity.kernels.unstructured import operator
-from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
+from sparsity.kernels.unstructured.plan import LONGEST_PLANE, Convolution, Plan, Tile, Tiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -54,20 +55,37 @@ class SparseKernel(Kernel):
         return mask.new_ones(())
 
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
-            input = input.to(torch.get_autocast_dtype("cpu"))
-        if isinstance(layer, nn.Linear):
-            rows = input.flatten(0, -2)[:, :, None, None]
-            output = self._convolve(rows, layer.weight, 1, 1).reshape(*input.shape[:-1], layer.out_features)
-            return output if layer.bias is None else output + layer.bias.to(output.dtype)
-        height, width = Convolution.of(layer).output_size(*input.shape[-2:])
-        output = self._convolve(input, layer.weight, height, width)
-        return output if layer.bias is None else output + layer.bias.to(output.dtype)[:, None, None]
-
-    def _convolve(self, maps: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+        """An input that there is no plan for goes to the dense product, which computes or refuses it."""
+        maps = self._maps_of(layer, input)
+        if maps is None:
+            return layer.dense(input)
+        height, width = Convolution.of(layer).output_size(*maps.shape[2:])
         if not operator.is_innermost(maps):
             maps = operator.to_innermost(maps)
-        return operator.gather(maps, weight, height, width, self.number)
+        output = operator.gather(maps, layer.weight, height, width, self.number)
+        if layer.bias is not None:
+            output = output + layer.bias.to(output.dtype)[:, None, None]
+        return output.reshape(*input.shape[:-1], layer.out_features) if isinstance(layer, nn.Linear) else output
+
+    def _maps_of(self, layer: Any, input: Tensor) -> Tensor | None:
+        """(images, channels, height, width), as autocast makes them; None where the plan is not for them."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+        known = input.dtype in DTYPES.values() and layer.weight.dtype == torch.float32
+        if self.plan is None or dtype != self.dtype or not known or input.device.type != "cpu":
+            return None
+        if isinstance(layer, nn.Linear):
+            if input.dim() < 2 or input.shape[-1] != layer.in_features:
+                return None
+            maps = input.flatten(0, -2)[:, :, None, None]
+        else:
+            if input.dim() != 4 or input.shape[1] != layer.in_channels:
+                return None
+            maps = input
+        images, _, *size = maps.shape
+        output = Convolution.of(layer).output_size(*size)
+        if min(output) < 1 or 4 * images * max(math.prod(size), math.prod(output)) > LONGEST_PLANE:
+            return None
+        return maps.to(dtype)
 
 
 def _as_text(tile: Tile) -> str:

@@ -13,7 +13,7 @@ from sparsity.kernels.interface import KernelUnavailableError
 from sparsity.kernels.unstructured import library
 
 PAST_CACHES = 4 << 20  # bytes of an output from which on it is written past the caches
-DTYPES = (torch.float32, torch.bfloat16)
+LONGEST_PLANE = 2**31 - 1  # bytes of a channel's maps: offsets in native/ have 32 bits
 
 
 class Tile(NamedTuple):

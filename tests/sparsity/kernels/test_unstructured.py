@@ -222,6 +222,53 @@ def test_a_batch_without_images(layer, size):
     assert (layer.weight.grad == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("case", "kernel"),
+    [("autocast", FP32), ("none", BF16), ("double", FP32), ("half", FP32), ("bf16 weights", BF16)],
+)
+def test_another_precision_than_the_plans_is_dense(case, kernel):
+    net, images = sparse_layer(nn.Conv2d(8, 12, 3), kernel), torch.randn(5, 8, 6, 6)
+    if case != "autocast" and case != "none":
+        dtype = {"double": torch.float64, "half": torch.float16, "bf16 weights": BF16}[case]
+        net, images = net.to(dtype), images.to(dtype)
+    with torch.autocast("cpu", BF16, enabled=case == "autocast"):
+        output, expected = net(images), net[0].dense(images)
+    output.sum().backward()
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv2d(8, 12, 3), (4, 6, 6)),
+        (nn.Conv2d(8, 12, 3), (2, 8, 2, 2)),
+        (nn.Conv2d(8, 12, 3), (8, 6, 6)),
+        (nn.Conv2d(8, 12, 3), (2, 4, 6, 6)),
+        (nn.Linear(8, 12), (2, 4)),
+        (nn.Linear(8, 12), (8,)),
+    ],
+)
+def test_sizes_are_taken_or_refused_as_by_the_dense_layer(layer, size):
+    net, images = sparse_layer(layer), torch.randn(size)
+    try:
+        expected = layer.dense(images)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError) as found:
+            net(images)
+        assert str(found.value) == str(error)
+    else:
+        assert torch.equal(net(images), expected)
+
+
+@pytest.mark.parametrize("sizes", [(1, 16384, 2**15), (2**30, 1, 1)])
+def test_maps_that_offsets_do_not_reach_are_dense(sizes, monkeypatch):
+    net = sparse_layer(nn.Conv2d(8, 12, 1))
+    monkeypatch.setattr(MaskedConv2d, "dense", lambda layer, images: images)
+    images, height, width = sizes
+    maps = torch.zeros(1).expand(images, 8, height, width)
+    assert net(maps) is maps
+
+
 def test_evaluation_is_dense():
     net = sparse_layer(nn.Conv2d(8, 12, 3)).eval()
     images = torch.randn(2, 8, 6, 6)
