@@ -67,14 +67,8 @@ class SparseFamily:
         return f"{machine}, torch {torch.__version__}, {self.dtype}, {products}"
 
     def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
-        if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-            return f"padding mode {layer.padding_mode}"
-        if (
-            isinstance(layer, nn.Conv2d)
-            and layer.padding == "same"
-            and any(map(_uneven, layer.dilation, layer.kernel_size))
-        ):
-            return "uneven padding"
+        if (reason := Convolution.reason_unsupported(layer)) is not None:
+            return reason
         greatest = max(calls, key=lambda call: call.outputs)
         if isinstance(layer, nn.Linear):
             height, width, images = 1, 1, images * greatest.width
@@ -110,10 +104,6 @@ class SparseFamily:
         dense = sum(timing.dense for timing in measured.timings)
         sparse = sum(timing.sparse or 0.0 for timing in measured.timings)
         return kernel.from_name(measured.kernel) if required or sparse < dense + measured.conversion else None
-
-
-def _uneven(dilation: int, size: int) -> bool:
-    return dilation * (size - 1) % 2 == 1
 
 
 def _round(percent: float) -> int:

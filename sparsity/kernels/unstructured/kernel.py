@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsity.kernels.interface import Kernel
+from sparsity.kernels.interface import Kernel, KernelUnavailableError
 from sparsity.kernels.unstructured import operator
 from sparsity.kernels.unstructured.plan import LONGEST_PLANE, Convolution, Plan, Tile, Tiles
 
@@ -48,6 +48,8 @@ class SparseKernel(Kernel):
         return SparseKernel(self.tiles, self.dtype)
 
     def prepare(self, layer: Any) -> None:
+        if (reason := Convolution.reason_unsupported(layer)) is not None:
+            raise KernelUnavailableError(reason)
         strides = tuple(layer.weight.stride())
         self.plan = Plan(Convolution.of(layer), layer.mask, strides, self.tiles, self.dtype)
 

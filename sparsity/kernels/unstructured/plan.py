@@ -56,6 +56,19 @@ class Convolution(NamedTuple):
             padding = layer.padding
         return cls(kernel, stride, padding, dilation, layer.groups)  # type: ignore[arg-type]
 
+    @staticmethod
+    def reason_unsupported(layer: nn.Conv2d | nn.Linear) -> str | None:
+        """Why no plan computes what the layer does; None where one does."""
+        if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+            return f"padding mode {layer.padding_mode}"
+        if isinstance(layer, nn.Conv2d) and layer.padding == "same":
+            steps = zip(layer.dilation, layer.kernel_size, strict=True)
+            if any(dilation * (size - 1) % 2 for dilation, size in steps):
+                return "uneven padding"
+        if layer.weight.dtype != torch.float32:
+            return f"weights are {layer.weight.dtype}"
+        return None if layer.weight.device.type == "cpu" else f"on {layer.weight.device}, not a CPU"
+
     @property
     def is_flat(self) -> bool:
         """Whether pixels do not matter: a product of matrices."""

@@ -269,6 +269,20 @@ def test_maps_that_offsets_do_not_reach_are_dense(sizes, monkeypatch):
     assert net(maps) is maps
 
 
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Conv2d(8, 12, 3, padding=1, padding_mode="reflect"), "padding mode reflect"),
+        (nn.Conv2d(8, 12, 2, padding="same"), "uneven padding"),
+        (nn.Linear(8, 12).bfloat16(), "weights are torch.bfloat16"),
+        (nn.Linear(8, 12, device="meta"), "on meta, not a CPU"),
+    ],
+)
+def test_layers_that_a_kernel_computes_wrongly_are_refused(layer, reason):
+    with pytest.raises(KernelUnavailableError, match=reason):
+        sparse_layer(layer)
+
+
 def test_evaluation_is_dense():
     net = sparse_layer(nn.Conv2d(8, 12, 3)).eval()
     images = torch.randn(2, 8, 6, 6)
