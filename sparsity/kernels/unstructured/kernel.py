@@ -50,7 +50,7 @@ class SparseKernel(Kernel):
     def prepare(self, layer: Any) -> None:
         if (reason := Convolution.reason_unsupported(layer)) is not None:
             raise KernelUnavailableError(reason)
-        strides = tuple(layer.weight.stride())
+        strides = torch.empty_like(layer.weight).stride()  # a weight with gaps has a gradient without
         self.plan = Plan(Convolution.of(layer), layer.mask, strides, self.tiles, self.dtype)
 
     def fits(self, mask: Tensor) -> Tensor:

@@ -142,7 +142,9 @@ class Plan:
 
     def weight_gradient(self, maps: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
         """As forward and input_gradient take them. Returns a tensor like weight: 0 where the mask drops."""
-        output = torch.empty_like(self._as_planned(weight))
+        like_weight = torch.empty_like(weight)
+        as_planned = like_weight.stride() == self.strides
+        output = like_weight if as_planned else torch.empty_strided(weight.shape, self.strides)
         size = self._size(maps.shape[1:])
         status = self._library.layer_weight_gradient(
             self._layer,
@@ -153,7 +155,7 @@ class Plan:
             torch.get_num_threads(),
         )
         assert status == 0
-        return output
+        return output if as_planned else like_weight.copy_(output)
 
     def _run(self, product: Any, size: library.Size, source: Tensor, weight: Tensor, output: Tensor) -> None:
         past_caches = output.numel() * output.element_size() >= PAST_CACHES

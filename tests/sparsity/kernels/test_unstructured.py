@@ -309,6 +309,18 @@ def test_a_plan_reads_weights_of_any_strides():
     )
     other = case.weight.contiguous(memory_format=torch.channels_last)
     assert torch.equal(case.plan.forward(case.maps, other), case.plan.forward(case.maps, case.weight))
+    gradient = case.plan.weight_gradient(case.maps, case.gradient, other)
+    assert gradient.stride() == other.stride()  # as compiled code expects it
+    assert torch.equal(gradient, case.products()[2])
+
+
+def test_a_weight_with_gaps_has_a_gradient_without():
+    layer = nn.Linear(64, 64)
+    layer.weight = nn.Parameter(torch.randn(64, 128)[:, ::2])
+    net, rows = sparse_layer(layer), torch.randn(4, 64)
+    net(rows).sum().backward()
+    expected = torch.ones(64, 4) @ rows * layer.mask
+    assert error(layer.weight.grad, expected) <= 1e-5
 
 
 def test_names_make_kernels_again():
