@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ class Plan:
         self.outputs, self.inputs = int(outputs), int(inputs) * convolution.groups
         pairs = (*convolution.stride, *convolution.padding, *convolution.dilation)
         filled = (*strides, *(1,) * (4 - len(strides)))
-        self._library, self._frozen = library.load(), False
+        self._library, self._lock, self._frozen = library.load(), threading.Lock(), False
         geometry = library.Geometry(
             self.outputs,
             self.inputs,
@@ -160,15 +161,16 @@ class Plan:
     def _run(self, product: Any, size: library.Size, source: Tensor, weight: Tensor, output: Tensor) -> None:
         past_caches = output.numel() * output.element_size() >= PAST_CACHES
         weight = self._as_planned(weight)  # held until the product is done
-        status = product(
-            self._layer,
-            ctypes.byref(size),
-            source.data_ptr(),
-            None if self._frozen else weight.data_ptr(),
-            output.data_ptr(),
-            past_caches,
-            torch.get_num_threads(),
-        )
+        with self._lock:  # the plan keeps the weights of a product; copies of a layer share it
+            status = product(
+                self._layer,
+                ctypes.byref(size),
+                source.data_ptr(),
+                None if self._frozen else weight.data_ptr(),
+                output.data_ptr(),
+                past_caches,
+                torch.get_num_threads(),
+            )
         assert status == 0
 
     def _size(self, shape: tuple[int, ...]) -> library.Size:

@@ -4,6 +4,7 @@ rules."""
 import copy
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -349,6 +350,21 @@ def test_a_copied_layer_has_a_plan_of_its_own():
     other[0].kernel.prepare(other[0])
     assert torch.equal(net(images), before)
     assert (other(images) == other[0].bias[:, None, None]).all()
+
+
+def test_copies_of_a_layer_run_in_threads():
+    net = sparse_layer(nn.Conv2d(64, 64, 3))
+    other, images = copy.deepcopy(net), torch.randn(4, 64, 16, 16)
+    with torch.no_grad():
+        other[0].weight.mul_(3)
+
+    def run(copied):
+        with torch.no_grad():
+            return [copied(images) for _ in range(50)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for outputs in pool.map(run, (net, other)):
+            assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 def test_tiles_without_code_are_refused():
