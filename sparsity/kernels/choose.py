@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparsity.flops import Call
-from sparsity.kernels.interface import Kernel, KernelFamily, Shape
+from sparsity.kernels.interface import Kernel, KernelFamily, KernelUnavailableError, Shape
 from sparsity.kernels.measure import Measured
 
 log = logging.getLogger(__name__)
@@ -99,10 +99,11 @@ def choose_kernels(
     for done, shape in enumerate(unknown):
         try:
             known[shape] = family.measure(shape)
-        except torch.OutOfMemoryError:
-            crowded = [name for name, other in shapes.items() if other == shape]
-            reasons.update(dict.fromkeys(crowded, "no memory left to measure it"))
-            shapes = {name: shape for name, shape in shapes.items() if name not in crowded}
+        except (torch.OutOfMemoryError, KernelUnavailableError) as error:
+            crowded = isinstance(error, torch.OutOfMemoryError)
+            failed = [name for name, other in shapes.items() if other == shape]
+            reasons.update(dict.fromkeys(failed, "no memory left to measure it" if crowded else str(error)))
+            shapes = {name: shape for name, shape in shapes.items() if name not in failed}
         on_progress(done + 1, len(unknown))
     torch.cuda.empty_cache()
     if measurements is not None and unknown:

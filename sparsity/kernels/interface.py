@@ -73,7 +73,7 @@ class KernelFamily(Protocol):
 
     def measure(self, shape: Any) -> Measured:
         """Time one shape, and compare results with the dense product's. Raises torch.OutOfMemoryError where
-        there is no room for its operands."""
+        there is no room for its operands, KernelUnavailableError where there is no code for it."""
 
     def choose(self, measured: Measured, required: bool) -> Kernel | None:
         """The fastest that is right, None for the dense product; required: one that is right, if there is

@@ -120,6 +120,8 @@ class Plan:
         self._layer = self._library.layer_new(
             ctypes.byref(geometry), mask.data_ptr(), ctypes.byref(tile_array), dtype == torch.bfloat16
         )
+        if self._layer is None:
+            raise KernelUnavailableError("the kernel spans too many pixels")
         weakref.finalize(self, self._library.layer_free, self._layer)
 
     def freeze(self, weight: Tensor) -> None:

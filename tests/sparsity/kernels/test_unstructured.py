@@ -14,6 +14,7 @@ from torch.nn import functional
 from sparsity import MaskedConv2d, mask_layers
 from sparsity.execution import kernel_named
 from sparsity.flops import Call
+from sparsity.kernels.choose import choose_kernels
 from sparsity.kernels.interface import KernelUnavailableError
 from sparsity.kernels.unstructured import library, operator
 from sparsity.kernels.unstructured.family import GRIDS, Shape, SparseFamily, candidates
@@ -350,6 +351,14 @@ def test_a_copied_layer_has_a_plan_of_its_own():
     other[0].kernel.prepare(other[0])
     assert torch.equal(net(images), before)
     assert (other(images) == other[0].bias[:, None, None]).all()
+
+
+def test_a_kernel_that_offsets_do_not_reach_runs_dense():
+    layer = nn.Conv2d(2, 2, 3, padding=3000, dilation=3000)
+    with pytest.raises(KernelUnavailableError, match="spans too many pixels"):
+        sparse_layer(layer)
+    choices = choose_kernels(SparseFamily(FP32), {"conv": layer}, {"conv": [Call(4, 2, 2)]}, 1)
+    assert [(choice.kernel, choice.reason) for choice in choices] == [(None, "the kernel spans too many pixels")]
 
 
 def test_copies_of_a_layer_run_in_threads():

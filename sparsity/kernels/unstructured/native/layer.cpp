@@ -140,12 +140,11 @@ std::vector<Residue> plan_input_gradient(const Geometry& g, const bool* mask, Ti
 
 extern "C" {
 
-int unit_bytes() { return UNIT; }
-
 // Whether there is code for tiles of so many output rows, and units in a row.
 int has_tile(int rows, int run) { return with_grid(Grids{}, Tile{rows, run, 1, 0}, [](auto) {}); }
 
-// mask: (outputs, inputs / groups, height, width). tiles: of the output, the input gradient, the weight gradient.
+// mask: (outputs, inputs / groups, height, width). tiles: of the output, the input gradient, the weight gradient. Null
+// where a slab is too large for offsets.
 Layer* layer_new(const Geometry* geometry, const bool* mask, const Tile* tiles, int bfloat16) {
     const Geometry& g = *geometry;
     std::vector<Tap> taps;
@@ -158,8 +157,10 @@ Layer* layer_new(const Geometry* geometry, const bool* mask, const Tile* tiles, 
         return plan_gather(entries, taps, g.outputs, g.inputs, g.stride_y, g.stride_x, tile, sparse_rows);
     };
     int64_t numel = int64_t(g.outputs) * (g.inputs / g.groups) * g.height * g.width;
-    return new Layer{g,           bfloat16 != 0, numel, plan(tiles[0], false), plan(tiles[2], true),
-                     plan_input_gradient(g, mask, tiles[1])};
+    Layer layer{g, bfloat16 != 0, numel, plan(tiles[0], false), plan(tiles[2], true), plan_input_gradient(g, mask, tiles[1])};
+    bool reached = layer.forward.is_reached() && layer.weight.is_reached();
+    for (const Residue& residue : layer.input) reached = reached && residue.plan.is_reached();
+    return reached ? new Layer(std::move(layer)) : nullptr;
 }
 
 void layer_free(Layer* layer) { delete layer; }

@@ -58,6 +58,7 @@ struct Gather {
 
     int64_t step_bytes() const { return row_bytes * stride_y; }  // between output rows of the tile
     int64_t slab_bytes() const { return channel_bytes * blocks[0].channels; }
+    bool is_reached() const { return blocks.empty() || slab_bytes() <= INT32_MAX; }  // by offsets
 };
 
 // entries: sorted by output, and within an output by input and tap. sparse_rows: leave out rows without kept weights
