@@ -29,9 +29,10 @@ PLANNED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def _plan(number: int) -> Plan:
-    plan: Plan | None = PLANNED[number].plan
-    if plan is None:
-        raise RuntimeError("the kernel has no plan yet: acdc.compress() makes it from the layer's mask")
+    kernel = PLANNED.get(number)
+    if kernel is None or kernel.plan is None:
+        raise RuntimeError("the layer's kernel was taken away after the forward pass: change it between steps")
+    plan: Plan = kernel.plan
     return plan
 
 

@@ -376,6 +376,14 @@ def test_copies_of_a_layer_run_in_threads():
             assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
+def test_a_kernel_taken_away_before_the_backward_pass_is_said_so():
+    net = sparse_layer(nn.Conv2d(8, 12, 3))
+    output = net(torch.randn(2, 8, 6, 6))
+    net[0].kernel = None
+    with pytest.raises(RuntimeError, match="taken away after the forward pass"):
+        output.sum().backward()
+
+
 def test_tiles_without_code_are_refused():
     tile = Tile(9, 9, 1, 100)
     with pytest.raises(KernelUnavailableError, match="no code for the tiles"):
