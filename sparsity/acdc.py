@@ -98,6 +98,8 @@ class ACDC:
         if before is not None:
             before()
         self._masters, self._hold, self._steps = masters, not masters.keep_zeros, StepWatch()
+        if self.kernels and self.step > 0 and self.phase.kind == "sparse":
+            self._use_kernels(True)  # those of an unpickled copy have no plans
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which have no optimizer attached: optimizers do not copy the hooks in them."""
@@ -290,6 +292,7 @@ class ACDC:
             for name, layer in self.layers.items():
                 layer.mask.copy_(masks[name])
             self._looks = LOOKS
+            self._use_kernels(True)
         self.step = epoch * self.steps_per_epoch
 
     def check_start(self, epoch: int, masks: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 schedules."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -118,6 +119,28 @@ def test_a_state_brings_its_kernels_back():
     images = torch.randn(6, 3, 8, 8)
     assert torch.equal(net(images), other(images))
     assert {name: layer.kernel.name for name, layer in again.layers.items()} == state["kernels"]
+
+
+@needs_compiler
+def test_an_unpickled_run_has_kernels_again_once_attached():
+    net, images = network(), torch.randn(6, 3, 8, 8)
+    _, acdc = train(net, require, steps=2 * STEPS)  # ends in a sparse phase
+    net, acdc = pickle.loads(pickle.dumps((net, acdc)))
+    dense = net(images)  # without plans
+    acdc.attach(torch.optim.SGD(net.parameters(), 0.05))
+    sparse = net(images)
+    assert not torch.equal(sparse, dense)
+    torch.testing.assert_close(sparse, dense)
+
+
+@needs_compiler
+def test_a_start_within_a_sparse_phase_uses_the_kernels():
+    net = network()
+    acdc = ACDC(net, UniformMagnitude(0.8), PhaseSchedule.parse("dense 1, sparse 3"), STEPS)
+    acdc.attach(torch.optim.SGD(net.parameters(), 0.05))
+    acdc.accelerate("require", torch.randn(6, 3, 8, 8))
+    acdc.start_at(2, {name: torch.rand(mask.shape) < 0.2 for name, mask in acdc.masks().items()})
+    assert all(isinstance(layer.kernel, SparseKernel) for layer in acdc.layers.values())
 
 
 def test_without_kernels_auto_warns_and_require_ends(monkeypatch, caplog):
