@@ -49,18 +49,20 @@ def accelerate(
     """Choose on rank 0, tell the layers on every rank; what was chosen and why. Call it in a sparse phase.
 
     calls, on_progress: as sparsity.kernels.choose.choose_kernels takes them. A resumed run keeps the kernels
-    it had, and nothing is chosen; where there are no kernels all layers run masked dense."""
+    it had, and nothing is chosen, in the same precision on such a device; where there are no kernels all layers run masked dense."""
     family = find_family(config, device)
     if isinstance(family, str):
-        if acdc.kernels:
+        if config.sparsity.accelerate == "off":
+            pass
+        elif acdc.kernels:
             log.warning("the kernels that ran before cannot run here: they need %s", family)
-        elif device.type == "cpu" and config.sparsity.accelerate != "off":
+        elif device.type == "cpu":
             log.warning(
                 "sparse phases run masked dense layers, no faster than dense phases: kernels need %s", family
             )
         acdc.accelerate({})
         return []
-    if acdc.kernels:
+    if acdc.kernels and all(family.has(kernel) for kernel in acdc.kernels.values()):
         return []
     images = config.data.batch_size // (ranks.world_size() * config.engine.accumulation_steps)
     required = config.sparsity.accelerate == "require"

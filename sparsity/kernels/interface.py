@@ -66,6 +66,9 @@ class KernelFamily(Protocol):
     def key(self) -> str:
         """Tells apart what was measured for one device, precision and library from what was for others."""
 
+    def has(self, kernel: Kernel) -> bool:
+        """Whether the kernel is one of these: that of a training state may be another device's."""
+
     def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
         """What to measure for a masked layer, or why it runs dense. calls: of the layer for one image, at
         every size that is trained on; a layer must fit at all of them and is measured at the greatest.

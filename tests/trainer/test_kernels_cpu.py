@@ -105,3 +105,15 @@ def test_kernels_of_another_machine_run_dense(tiny_data, tmp_path, monkeypatch, 
         library._load_once.cache_clear()
     assert "runs dense" in caplog.text
     assert final_state(run, LAST)["acdc"]["kernels"] == {}
+
+
+def test_kernels_of_another_precision_are_chosen_anew(tiny_data, tmp_path, caplog):
+    run = run_here(tiny_data, tmp_path / "runs", *SHORT)
+    within = checkpoint.step_folder(run / "checkpoints", 4)
+    for options, begin in (("engine.precision=bf16",), "sparse bf16 "), (("sparsity.accelerate=off",), ""):
+        arguments = [*SHORT, *options, f"resume={within}"]
+        assert main(tiny(tiny_data, tmp_path / "runs", *arguments)) == 0
+        names = final_state(run, LAST)["acdc"]["kernels"].values()
+        assert all(name.startswith(begin) for name in names)
+        assert bool(names) == bool(begin)
+    assert "cannot run here" not in caplog.text  # nobody asked for them

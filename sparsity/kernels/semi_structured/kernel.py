@@ -93,6 +93,9 @@ class Family24:
         kind = "transposable" if self.transposable else "row-wise"
         return f"{name}, torch {torch.__version__}, cuSPARSELt {library}, {self.dtype}, {kind}"
 
+    def has(self, kernel: Kernel) -> bool:
+        return isinstance(kernel, Kernel24)
+
     def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
         rows = sorted(call.outputs * images for call in calls)
         reasons = filter(None, (reason_unsupported(layer, count) for count in rows))

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsity.flops import Call
+from sparsity.kernels.interface import Kernel
 from sparsity.kernels.measure import Measured, Timing, relative_error
-from sparsity.kernels.unstructured import kernel, operator
+from sparsity.kernels.unstructured import operator
+from sparsity.kernels.unstructured.kernel import SparseKernel, from_name
 from sparsity.kernels.unstructured.library import instructions, vector_bytes
 from sparsity.kernels.unstructured.plan import LONGEST_PLANE, Convolution, Plan, Tile, Tiles
 
@@ -66,6 +68,9 @@ class SparseFamily:
         products = "inference" if self.inference else "training"
         return f"{machine}, torch {torch.__version__}, {self.dtype}, {products}"
 
+    def has(self, kernel: Kernel) -> bool:
+        return isinstance(kernel, SparseKernel) and kernel.dtype == self.dtype
+
     def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
         if (reason := Convolution.reason_unsupported(layer)) is not None:
             return reason
@@ -96,14 +101,14 @@ class SparseFamily:
         return _Trial(shape, self.dtype, self.inference).run()
 
     @staticmethod
-    def choose(measured: Measured, required: bool = False) -> kernel.SparseKernel | None:
+    def choose(measured: Measured, required: bool = False) -> SparseKernel | None:
         """Sparse where all three products are right and faster together; within a region of sparse layers,
         see choose.best_region, a little slower is still a gain."""
         if not all(timing.right for timing in measured.timings):
             return None
         dense = sum(timing.dense for timing in measured.timings)
         sparse = sum(timing.sparse or 0.0 for timing in measured.timings)
-        return kernel.from_name(measured.kernel) if required or sparse < dense + measured.conversion else None
+        return from_name(measured.kernel) if required or sparse < dense + measured.conversion else None
 
 
 def _round(percent: float) -> int:
@@ -160,7 +165,7 @@ class _Trial:
                 plan.freeze(self.weight)
         results = [_fastest(dense, sparse, plans) for dense, sparse in products]
         tiles = [tile for _, tile in results] * (3 if self.inference else 1)
-        name = kernel.SparseKernel(Tiles(*tiles), self.dtype).name
+        name = SparseKernel(Tiles(*tiles), self.dtype).name
         timings = [timing for timing, _ in results]
         gradients: list[Timing | None] = [*timings[1:]] or [None, None]
         return Measured(timings[0], gradients[0], gradients[1], self._conversion(), name)
