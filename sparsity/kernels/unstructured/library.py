@@ -106,14 +106,14 @@ def _load() -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler (g++ or clang++)")
-    flags = (*FLAGS, *instructions(), *shlex.split(os.environ.get("CXXFLAGS", "")))
-    command = [compiler, *flags, str(SOURCES / "layer.cpp")]
     try:
+        flags = (*FLAGS, *instructions(), *shlex.split(os.environ.get("CXXFLAGS", "")))
+        command = [compiler, *flags, str(SOURCES / "layer.cpp")]
         path = _cache_folder() / f"acdc-kernels-{_digest(command)}.so"
         if not path.exists():
             _build(command, path)
         library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # ValueError: of CXXFLAGS
         raise BuildError(f"{compiler}: {error}") from error
     _declare(library)
     return library

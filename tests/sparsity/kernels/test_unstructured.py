@@ -390,6 +390,28 @@ def test_tiles_without_code_are_refused():
         Case(0, tile=tile)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("CXX", "PROGRAM", "Exec format error"),
+        ("CXX", "/bin/false", "/bin/false failed"),
+        ("CXXFLAGS", "-DX='a", "No closing quotation"),
+        ("TORCHINDUCTOR_CACHE_DIR", "PROGRAM", "File exists"),
+    ],
+)
+def test_what_hinders_a_build_is_said_so(name, value, message, monkeypatch, tmp_path):
+    program = tmp_path / "program"
+    program.write_text("no program")
+    program.chmod(0o755)
+    monkeypatch.setenv(name, value.replace("PROGRAM", str(program)))
+    library._load_once.cache_clear()
+    try:
+        with pytest.raises(library.BuildError, match=message):
+            library.load()
+    finally:
+        library._load_once.cache_clear()
+
+
 SHAPE = Shape(33, 8, 16, 3, 3, 2, 2, 1, 1, 1, 1, 1, 9, 9, 20)
 
 
