@@ -28,6 +28,7 @@ class SparseConv2d(nn.Conv2d):
     """Conv2d on a sparse kernel, with weights that stay."""
 
     kernel: SparseKernel
+    dense = nn.Conv2d.forward
 
     def forward(self, input: Tensor) -> Tensor:
         return self.kernel(self, input)
@@ -37,6 +38,7 @@ class SparseLinear(nn.Linear):
     """Linear on a sparse kernel, with weights that stay."""
 
     kernel: SparseKernel
+    dense = nn.Linear.forward
 
     def forward(self, input: Tensor) -> Tensor:
         return self.kernel(self, input)

@@ -112,7 +112,7 @@ class SparseFamily:
 
 
 def _round(percent: float) -> int:
-    """To two of the 24 numbers between 10 and 100, or so: layers that differ less are measured as one."""
+    """To one of few numbers: layers whose densities differ less are measured as one."""
     steps = (1, 2, 3, 4, 5, 7, 10, 14, 20, 28, 40, 56, 75, 100)
     return min(steps, key=lambda step: abs(step - percent) / step)
 
