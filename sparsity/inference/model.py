@@ -17,9 +17,10 @@ from sparsity.flops import Call
 from sparsity.inference.file import read
 from sparsity.kernels.choose import choose_kernels
 from sparsity.kernels.unstructured.family import SparseFamily
+from sparsity.kernels.unstructured.frozen import FrozenPlan
 from sparsity.kernels.unstructured.kernel import SparseKernel
 from sparsity.kernels.unstructured.library import BuildError
-from sparsity.kernels.unstructured.plan import Convolution, Plan
+from sparsity.kernels.unstructured.plan import Convolution
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +105,7 @@ def _calls(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) -> 
 def _run(layer: nn.Conv2d | nn.Linear, kernel: SparseKernel) -> None:
     """Change the layer's class in place: its parameters and names stay."""
     weight = layer.weight.detach()
-    kernel.plan = Plan(Convolution.of(layer), weight != 0, weight.stride(), kernel.tiles, kernel.dtype)
-    kernel.plan.freeze(weight)
+    kernel.plan = FrozenPlan(Convolution.of(layer), weight, kernel.tiles.forward, kernel.dtype)
     become: Any = layer
     become.kernel = kernel
     become.__class__ = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear

@@ -18,6 +18,7 @@ from sparsity.flops import Call
 from sparsity.kernels.interface import Kernel
 from sparsity.kernels.measure import Measured, Timing, relative_error
 from sparsity.kernels.unstructured import operator
+from sparsity.kernels.unstructured.frozen import FrozenPlan
 from sparsity.kernels.unstructured.kernel import SparseKernel, from_name
 from sparsity.kernels.unstructured.library import instructions, vector_bytes
 from sparsity.kernels.unstructured.plan import LONGEST_PLANE, Convolution, Plan, Tile, Tiles
@@ -147,28 +148,28 @@ class _Trial:
         self.gradient = operator.to_innermost(self.dense_gradient).permute(1, 2, 3, 0)
 
     def run(self) -> Measured:
-        products = [
-            (self._dense_forward, lambda plan: plan.forward(self.maps, self.weight)),
-            (lambda: self._dense_backward(0), self._sparse_input_gradient),
-            (
-                lambda: self._dense_backward(1) * self.mask,
-                lambda plan: plan.weight_gradient(self.maps, self.gradient, self.weight),
-            ),
-        ]
-        plans = [
-            Plan(self.convolution, self.mask, self.weight.stride(), Tiles(tile, tile, tile), self.dtype)
-            for tile in candidates(self.shape, self.dtype)
-        ]
+        tiles = candidates(self.shape, self.dtype)
         if self.inference:
-            products = products[:1]
-            for plan in plans:
-                plan.freeze(self.weight)
-        results = [_fastest(dense, sparse, plans) for dense, sparse in products]
-        tiles = [tile for _, tile in results] * (3 if self.inference else 1)
-        name = SparseKernel(Tiles(*tiles), self.dtype).name
-        timings = [timing for timing, _ in results]
-        gradients: list[Timing | None] = [*timings[1:]] or [None, None]
-        return Measured(timings[0], gradients[0], gradients[1], self._conversion(), name)
+            plans: list[Any] = [FrozenPlan(self.convolution, self.weight, tile, self.dtype) for tile in tiles]
+        else:
+            strides = self.weight.stride()
+            plans = [
+                Plan(self.convolution, self.mask, strides, Tiles(*[tile] * 3), self.dtype) for tile in tiles
+            ]
+        products = [(self._dense_forward, lambda plan: plan.forward(self.maps, self.weight))]
+        if not self.inference:
+            products += [
+                (lambda: self._dense_backward(0), self._sparse_input_gradient),
+                (
+                    lambda: self._dense_backward(1) * self.mask,
+                    lambda plan: plan.weight_gradient(self.maps, self.gradient, self.weight),
+                ),
+            ]
+        timings, best = zip(*(_fastest(dense, sparse, plans) for dense, sparse in products), strict=True)
+        chosen = [tiles[index] for index in best] * (3 if self.inference else 1)
+        name = SparseKernel(Tiles(*chosen), self.dtype).name
+        forward, gradient, weight_gradient = (*timings, None, None)[:3]
+        return Measured(forward, gradient, weight_gradient, self._conversion(), name)
 
     def _dense_forward(self) -> Tensor:
         _, stride, padding, dilation, groups = self.convolution
@@ -205,10 +206,10 @@ def _fill(noise: Tensor, size: tuple[int, int, int, int]) -> Tensor:
 
 
 def _fastest(
-    dense: Callable[[], Tensor], sparse: Callable[[Plan], Tensor], plans: Sequence[Plan]
-) -> tuple[Timing, Tile]:
-    """The least of few times each: a step has fifty layers, and each three products of some tiles. What
-    disturbs a time makes it longer."""
+    dense: Callable[[], Tensor], sparse: Callable[[Any], Tensor], plans: Sequence[Any]
+) -> tuple[Timing, int]:
+    """Times, and which plan is the fastest. The least of few times each: a step has fifty layers, and each
+    three products of some tiles. What disturbs a time makes it longer."""
     expected, found = dense(), sparse(plans[0])
     some = slice(None, None, -(-expected.numel() // _COMPARED))  # of the outer channels
     error = relative_error(found[some], expected[some])
@@ -221,7 +222,7 @@ def _fastest(
     best = times.index(min(times))
     if best > 0:
         error = max(error, relative_error(sparse(plans[best])[some], expected[some]))
-    return Timing(dense_us, times[best], error), plans[best].tiles[0]
+    return Timing(dense_us, times[best], error), best
 
 
 def _microseconds(call: Callable[[], Tensor]) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsity.kernels.interface import Kernel, KernelUnavailableError
 from sparsity.kernels.unstructured import operator
+from sparsity.kernels.unstructured.frozen import FrozenPlan
 from sparsity.kernels.unstructured.plan import LONGEST_PLANE, Convolution, Plan, Tile, Tiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,7 +32,7 @@ class SparseKernel(Kernel):
         self.tiles, self.dtype = tiles, dtype
         precision = next(name for name, known in DTYPES.items() if known == dtype)
         self.name = f"sparse {precision} " + " ".join(map(_as_text, tiles))
-        self.plan: Plan | None = None
+        self.plan: Plan | FrozenPlan | None = None
         self.number = next(_numbers)  # stands for the kernel in compiled code
         operator.PLANNED[self.number] = self
 

@@ -75,6 +75,12 @@ class Convolution(NamedTuple):
         """Whether pixels do not matter: a product of matrices."""
         return self[:3] == ((1, 1), (1, 1), (0, 0))
 
+    def geometry(self, outputs: int, inputs: int, strides: tuple[int, ...]) -> library.Geometry:
+        """For the library. strides: of the weight."""
+        pairs = (*self.stride, *self.padding, *self.dilation)
+        filled = (ctypes.c_int64 * 4)(*strides, *(1,) * (4 - len(strides)))
+        return library.Geometry(outputs, inputs, self.groups, *self.kernel, *pairs, filled)
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         sizes = zip((height, width), *self[:4], strict=True)
         height, width = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
@@ -100,17 +106,8 @@ class Plan:
         self.convolution, self.tiles, self.dtype, self.strides = convolution, tiles, dtype, strides
         outputs, inputs = mask.shape[:2]
         self.outputs, self.inputs = int(outputs), int(inputs) * convolution.groups
-        pairs = (*convolution.stride, *convolution.padding, *convolution.dilation)
-        filled = (*strides, *(1,) * (4 - len(strides)))
-        self._library, self._lock, self._frozen = library.load(), threading.Lock(), False
-        geometry = library.Geometry(
-            self.outputs,
-            self.inputs,
-            convolution.groups,
-            *convolution.kernel,
-            *pairs,
-            (ctypes.c_int64 * 4)(*filled),
-        )
+        self._library, self._lock = library.load(), threading.Lock()
+        geometry = convolution.geometry(self.outputs, self.inputs, strides)
         if not all(self._library.has_tile(tile.rows, tile.columns * tile.units) for tile in tiles):
             raise KernelUnavailableError(
                 f"no code for the tiles {tiles} with the instructions of this machine"
@@ -123,11 +120,6 @@ class Plan:
         if self._layer is None:
             raise KernelUnavailableError("the kernel spans too many pixels")
         weakref.finalize(self, self._library.layer_free, self._layer)
-
-    def freeze(self, weight: Tensor) -> None:
-        """Read the weights once, for all forward products to come."""
-        self._library.layer_freeze(self._layer, self._as_planned(weight).data_ptr(), torch.get_num_threads())
-        self._frozen = True
 
     def forward(self, maps: Tensor, weight: Tensor) -> Tensor:
         """maps: (inputs, H, W, N). Returns (outputs, H', W', N)."""
@@ -168,7 +160,7 @@ class Plan:
                 self._layer,
                 ctypes.byref(size),
                 source.data_ptr(),
-                None if self._frozen else weight.data_ptr(),
+                weight.data_ptr(),
                 output.data_ptr(),
                 past_caches,
                 torch.get_num_threads(),

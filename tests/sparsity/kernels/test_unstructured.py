@@ -18,6 +18,7 @@ from sparsity.kernels.choose import choose_kernels
 from sparsity.kernels.interface import KernelUnavailableError
 from sparsity.kernels.unstructured import library, operator
 from sparsity.kernels.unstructured.family import GRIDS, Shape, SparseFamily, candidates
+from sparsity.kernels.unstructured.frozen import FrozenPlan
 from sparsity.kernels.unstructured.kernel import SparseKernel
 from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
 
@@ -457,3 +458,13 @@ def test_tiles_worth_measuring_waste_little(size, images):
             assert 2 <= len(tiles) <= 4
             assert len(set(tiles)) == len(tiles)
             assert all((tile.rows, tile.columns * tile.units) in TILES for tile in tiles)
+
+
+@pytest.mark.parametrize("seed", range(300, 340))
+def test_frozen_products_equal_conv2d_whatever_fills_the_vectors(seed):
+    images = random.Random(seed).choice([1, 1, 2, 3, 7, 17, 40])
+    case = Case(seed, images=images)
+    plan = FrozenPlan(case.convolution, case.weight, case.tiles.forward, case.dtype)
+    found, expected = plan.forward(case.maps, case.weight), case.expected[0]
+    assert error(found, expected) <= (1e-5 if case.dtype == FP32 else 2**-7)
+    assert torch.equal(found, plan.forward(case.maps, case.weight))

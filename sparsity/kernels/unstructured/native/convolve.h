@@ -30,6 +30,7 @@ struct Layout {
     std::vector<int32_t> zero;
     std::vector<int32_t> at;     // of each output unit
     std::vector<int32_t> bytes;  // of it that are inside the map
+    std::vector<Move> pieces;    // where lanes are pixels: of the tile's units, what belongs to the output
     bool inside;                 // all are
 
     static int32_t valid(const Map& map, int64_t column, int64_t unit) {  // bytes of a unit
@@ -63,6 +64,45 @@ struct Layout {
                 }
     }
 
+    // Where lanes are pixels: of the tile that begins at this element of the long row of outputs.
+    void set_pixels(const Gather& plan, const Map& in, const Map& out, int64_t begin) {
+        whole.clear(), part.clear(), zero.clear(), pieces.clear();
+        inside = false;
+        const int64_t images = in.images, end = begin + plan.phase_bytes / E::SIZE;
+        for (int64_t to = 0; to < plan.channel_bytes; to += UNIT) zero.push_back(int32_t(to));
+        for (int32_t py = 0; py < plan.stride_y; py++)
+            for (int32_t px = 0; px < plan.stride_x; px++)
+                for (int64_t r = begin / plan.pitch; r * plan.pitch < end; r++) {
+                    const int64_t row = r * plan.stride_y + py + plan.first_dy;
+                    if (row < 0 || row >= in.height) continue;
+                    // columns c of this rest with 0 <= c * stride + px + first_dx < width, cut to the tile
+                    const int64_t shift = px + plan.first_dx, stride = plan.stride_x;
+                    int64_t from = shift >= 0 ? 0 : (-shift + stride - 1) / stride * images;
+                    int64_t to = std::min(plan.pitch, in.width > shift ? ((in.width - shift - 1) / stride + 1) * images : 0);
+                    from = std::max(from, begin - r * plan.pitch), to = std::min(to, end - r * plan.pitch);
+                    const int64_t place = (py * stride + px) * plan.phase_bytes, origin = r * plan.pitch - begin;
+                    auto add = [&](int64_t q, int64_t count) {  // elements of the long row that lie together in the map
+                        int64_t column = q / images * stride + shift;
+                        part.push_back({int32_t(row * in.row + column * in.column + q % images * E::SIZE),
+                                        int32_t(place + (origin + q) * E::SIZE), int32_t(count * E::SIZE)});
+                    };
+                    if (stride == 1 && from < to) add(from, to - from);
+                    if (stride > 1)
+                        for (int64_t q = from; q < to;) {
+                            int64_t count = std::min(to - q, images - q % images);
+                            add(q, count);
+                            q += count;
+                        }
+                }
+        const int64_t last = std::min(begin + int64_t(plan.tile.columns) * E::IMAGES, out.height * plan.pitch);
+        for (int64_t y = begin / plan.pitch; y * plan.pitch < last; y++) {
+            const int64_t from = std::max(begin, y * plan.pitch), to = std::min(last, y * plan.pitch + out.width * images);
+            if (from < to)
+                pieces.push_back({int32_t((from - begin) * E::SIZE), int32_t(y * out.row + (from - y * plan.pitch) * E::SIZE),
+                                  int32_t((to - from) * E::SIZE)});
+        }
+    }
+
     void pack(const Gather& plan, const Block& block, const Map& in, char* slab) const {
         const char* source = in.data + block.channel * in.channel;
         for (int32_t c = 0; c < block.channels; c++, source += in.channel, slab += plan.channel_bytes) {
@@ -80,6 +120,10 @@ struct Tiles {  // of one output map
 
     Tiles(const Gather& plan, const Map& out, int images_of_unit) {
         auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
+        if (plan.pitch > 0) {
+            down = units = 1, across = parts(out.height * plan.pitch, int64_t(plan.tile.columns) * images_of_unit);
+            return;
+        }
         down = parts(out.height, plan.tile.rows), across = parts(out.width, plan.tile.columns);
         units = out.flat ? 1 : parts(out.images, int64_t(plan.tile.units) * images_of_unit);
     }
@@ -120,21 +164,21 @@ struct Ahead {
     }
 };
 
-enum Ending { KEEP, STORE, STREAM, STORE_PART };  // what happens to the sums of a row behind its block
+enum Ending { KEEP, STORE, STREAM, STORE_PART, STORE_PIECES };  // what happens to the sums of a row behind its block
 
 // ROWS x RUN units of a tile at once. partial: one place for each output.
 template <class E, int ROWS, int RUN>
-void multiply(const Gather& plan, const Block& block, const char* slab, char* partial, const Map& out,
+void multiply(const Gather& plan, const Row* row, const Row* end, const char* slab, char* partial, const Map& out,
               const Layout<E>& layout, bool first, Ending ending, Ahead<E>& ahead) {
     constexpr int NUM = ROWS * RUN, SUMS = NUM * E::PARTS;
-    const Kept* kept = plan.kept.data() + block.kept;
     const int64_t step = plan.step_bytes();
     const int32_t* at = layout.at.data();
-    for (const Row *row = &plan.rows[block.row], *end = row + block.rows; row < end; row++) {
+    for (; row < end; row++) {
         char* mine = partial + int64_t(row->output) * (SUMS * UNIT);
         Floats sum[SUMS];
         ahead.fetch();
         UNROLL for (int i = 0; i < SUMS; i++) sum[i] = first ? Floats{} : load<Floats>(mine + i * UNIT);
+        const Kept* kept = plan.kept.data() + row->kept;
         for (const Kept* last = kept + row->count; kept < last; kept++) {
             const char* from = slab + kept->offset;
             const typename E::Factor factor(kept->value);
@@ -153,11 +197,15 @@ void multiply(const Gather& plan, const Block& block, const char* slab, char* pa
             UNROLL for (int i = 0; i < NUM; i++) stream(to + at[i], E::round(sum + i * E::PARTS));
         } else if (ending == STORE) {
             UNROLL for (int i = 0; i < NUM; i++) store(to + at[i], E::round(sum + i * E::PARTS));
-        } else {
+        } else if (ending == STORE_PART) {
             UNROLL for (int i = 0; i < NUM; i++) {
                 Words unit = E::round(sum + i * E::PARTS);
                 if (layout.bytes[i] > 0) memcpy(to + at[i], &unit, layout.bytes[i]);
             }
+        } else {
+            char units[NUM * UNIT];
+            UNROLL for (int i = 0; i < NUM; i++) store(units + i * UNIT, E::round(sum + i * E::PARTS));
+            for (const auto& piece : layout.pieces) memcpy(to + piece.to, units + piece.from, piece.bytes);
         }
     }
 }
@@ -228,27 +276,45 @@ inline char* workspace(int which, size_t bytes) {  // this thread's, kept from c
     return buffer.data.get();
 }
 
+// The rows of a block whose outputs belong to one of `parts` equal parts of all outputs.
+inline std::pair<const Row*, const Row*> rows_of_part(const Gather& plan, const Block& block, int64_t part, int64_t parts) {
+    const Row *first = plan.rows.data() + block.row, *last = first + block.rows;
+    auto at = [&](int64_t p) {
+        auto before = [](const Row& row, int64_t output) { return row.output < output; };
+        return std::lower_bound(first, last, plan.outputs * p / parts, before);
+    };
+    return {at(part), at(part + 1)};
+}
+
 template <class E, int ROWS, int RUN>
 void outputs_of(const Gather& plan, const Map& in, const Map& out, bool past_caches, int threads) {
-    constexpr int CHUNK = 4;  // of tiles: neighbours share cache lines of the input
     const Tiles tiles(plan, out, E::IMAGES);
+    // Few tiles: several threads work on one, each packs it and computes a part of the outputs
+    const int64_t parts = std::clamp<int64_t>(3 * threads / std::max<int64_t>(tiles.count(), 1), 1, (plan.outputs + 15) / 16);
+    const int64_t chunk = parts > 1 ? 1 : 4;  // of tiles: neighbours share cache lines of the input
     const size_t last = plan.blocks.size() - 1;
 #pragma omp parallel num_threads(threads)
     {
         char* slab = workspace(0, plan.slab_bytes());
         char* partial = last > 0 ? workspace(1, size_t(plan.outputs) * ROWS * RUN * E::PARTS * UNIT) : nullptr;
         Layout<E> layout;
-#pragma omp for schedule(dynamic, CHUNK)
-        for (int64_t tile = 0; tile < tiles.count(); tile++) {
+#pragma omp for schedule(dynamic, chunk)
+        for (int64_t job = 0; job < tiles.count() * parts; job++) {
+            const int64_t tile = job / parts, part = job % parts;
             const Tiles::Place here = tiles.place(plan, tile);
-            layout.set(plan, in, out, here.y, here.x, here.unit);
             Ahead<E> ahead{layout};
-            if (tile % CHUNK < CHUNK - 1 && tile + 1 < tiles.count())
-                ahead.aim(plan, in, plan.blocks[0], plan.blocks[last], here, tiles.place(plan, tile + 1));
-            Ending ending = !layout.inside ? STORE_PART : past_caches ? STREAM : STORE;
+            if (plan.pitch > 0) {
+                layout.set_pixels(plan, in, out, int64_t(here.x) * E::IMAGES);
+            } else {
+                layout.set(plan, in, out, here.y, here.x, here.unit);
+                if (parts == 1 && tile % chunk < chunk - 1 && tile + 1 < tiles.count())
+                    ahead.aim(plan, in, plan.blocks[0], plan.blocks[last], here, tiles.place(plan, tile + 1));
+            }
+            Ending ending = plan.pitch > 0 ? STORE_PIECES : !layout.inside ? STORE_PART : past_caches ? STREAM : STORE;
             for (size_t b = 0; b <= last; b++) {
+                auto [row, end] = rows_of_part(plan, plan.blocks[b], part, parts);
                 layout.pack(plan, plan.blocks[b], in, slab);
-                multiply<E, ROWS, RUN>(plan, plan.blocks[b], slab, partial, out, layout, b == 0, b == last ? ending : KEEP, ahead);
+                multiply<E, ROWS, RUN>(plan, row, end, slab, partial, out, layout, b == 0, b == last ? ending : KEEP, ahead);
             }
         }
         end_of_stream();

@@ -136,6 +136,14 @@ std::vector<Residue> plan_input_gradient(const Geometry& g, const bool* mask, Ti
     return residues;
 }
 
+std::vector<Tap> taps_of(const Geometry& g) {
+    std::vector<Tap> taps;
+    for (int32_t y = 0; y < g.height; y++)
+        for (int32_t x = 0; x < g.width; x++)
+            taps.push_back({y * g.dilation_y - g.padding_y, x * g.dilation_x - g.padding_x});
+    return taps;
+}
+
 }  // namespace
 
 extern "C" {
@@ -147,10 +155,7 @@ int has_tile(int rows, int run) { return with_grid(Grids{}, Tile{rows, run, 1, 0
 // where a slab is too large for offsets.
 Layer* layer_new(const Geometry* geometry, const bool* mask, const Tile* tiles, int bfloat16) {
     const Geometry& g = *geometry;
-    std::vector<Tap> taps;
-    for (int32_t y = 0; y < g.height; y++)
-        for (int32_t x = 0; x < g.width; x++)
-            taps.push_back({y * g.dilation_y - g.padding_y, x * g.dilation_x - g.padding_x});
+    const std::vector<Tap> taps = taps_of(g);
     const std::vector<Entry> entries = entries_of(g, mask, false);
     auto plan = [&](Tile tile, bool sparse_rows) {
         if (is_flat(g)) tile.columns *= tile.units, tile.units = 1;
@@ -161,6 +166,18 @@ Layer* layer_new(const Geometry* geometry, const bool* mask, const Tile* tiles, 
     bool reached = layer.forward.is_reached() && layer.weight.is_reached();
     for (const Residue& residue : layer.input) reached = reached && residue.plan.is_reached();
     return reached ? new Layer(std::move(layer)) : nullptr;
+}
+
+// For forward products alone. images, out_width: where lanes are pixels, for these; else 0.
+Layer* layer_new_forward(const Geometry* geometry, const bool* mask, const Tile* tile, int bfloat16, int64_t images,
+                         int64_t out_width) {
+    const Geometry& g = *geometry;
+    Tile shape = *tile;
+    if (is_flat(g)) shape.columns *= shape.units, shape.units = 1;
+    Layer layer{g, bfloat16 != 0, 0, {}, {}, {}};
+    layer.forward = plan_gather(entries_of(g, mask, false), taps_of(g), g.outputs, g.inputs, g.stride_y, g.stride_x, shape,
+                                false, {images, out_width, bfloat16 ? 2 : 4});
+    return layer.forward.is_reached() ? new Layer(std::move(layer)) : nullptr;
 }
 
 void layer_free(Layer* layer) { delete layer; }

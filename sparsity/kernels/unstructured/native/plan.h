@@ -8,6 +8,11 @@
 // the tile reads of a block of input channels is first copied, with zeros around the map, into a slab that stays in
 // the cache; columns that are a multiple of the stride apart lie side by side there, so that the pixels of one row of
 // a tile, seen through any tap, are one run of units.
+//
+// With few images their lanes would be empty. Then the lanes are pixels: the map, with its zeros between the rows,
+// is taken for one long row of `pitch` elements a row of pixels, a tile is a run of units of that, and a tap is a
+// shift. A stride takes the map apart into one such row for each rest modulo the stride. What is computed between the
+// rows is not stored.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -36,12 +41,18 @@ struct Kept {
 
 struct Row {
     int32_t output, count;  // kept weights of this output in this block
+    int64_t kept;           // index of the first
 };
 
 struct Block {  // of input channels
     int32_t channel, channels;
     int32_t row, rows;
     int64_t kept;  // index of its first
+};
+
+struct Pixels {  // of a plan whose lanes are pixels; none: images 0
+    int64_t images, out_width;
+    int32_t size;  // bytes of an element
 };
 
 struct Gather {
@@ -51,6 +62,7 @@ struct Gather {
     int32_t slab_rows = 0, slab_columns = 0;
     std::vector<int32_t> column_at;  // column, from the tile's first -> its place in a row of the slab
     int64_t row_bytes = 0, channel_bytes = 0;  // of the slab
+    int64_t pitch = 0, phase_bytes = 0;  // where lanes are pixels: elements of a row; bytes of a rest, of a channel
     std::vector<Block> blocks;
     std::vector<Row> rows;
     std::vector<Kept> kept;
@@ -64,7 +76,7 @@ struct Gather {
 // entries: sorted by output, and within an output by input and tap. sparse_rows: leave out rows without kept weights
 // (else each output has a row in the first and in the last block, which begin and end its sum).
 inline Gather plan_gather(const std::vector<Entry>& entries, const std::vector<Tap>& taps, int32_t outputs, int32_t inputs,
-                          int32_t stride_y, int32_t stride_x, Tile tile, bool sparse_rows) {
+                          int32_t stride_y, int32_t stride_x, Tile tile, bool sparse_rows, Pixels pixels = {}) {
     Gather plan;
     plan.outputs = outputs, plan.inputs = inputs;
     plan.stride_y = stride_y, plan.stride_x = stride_x;
@@ -88,6 +100,18 @@ inline Gather plan_gather(const std::vector<Entry>& entries, const std::vector<T
         offset_of[t] = (taps[t].dy - first.dy) * plan.row_bytes +
                        int64_t(plan.column_at[taps[t].dx - first.dx]) * tile.units * UNIT;
 
+    if (pixels.images > 0) {
+        const int64_t down = (last.dy - first.dy) / stride_y, across = (last.dx - first.dx) / stride_x;
+        plan.pitch = (pixels.out_width + across) * pixels.images;
+        const int64_t span = down * plan.pitch + across * pixels.images;  // the longest shift
+        plan.phase_bytes = (tile.columns + (span * pixels.size + UNIT - 1) / UNIT) * UNIT;
+        plan.channel_bytes = plan.phase_bytes * stride_y * stride_x;
+        for (size_t t = 0; t < taps.size(); t++) {
+            const int32_t dy = taps[t].dy - first.dy, dx = taps[t].dx - first.dx;
+            const int64_t shift = dy / stride_y * plan.pitch + dx / stride_x * pixels.images;
+            offset_of[t] = (dy % stride_y * stride_x + dx % stride_x) * plan.phase_bytes + shift * pixels.size;
+        }
+    }
     int32_t most = std::clamp<int64_t>(tile.slab_bytes / plan.channel_bytes, 1, inputs);
     int32_t num_blocks = (inputs + most - 1) / most, channels = (inputs + num_blocks - 1) / num_blocks;
     num_blocks = (inputs + channels - 1) / channels;
@@ -102,7 +126,7 @@ inline Gather plan_gather(const std::vector<Entry>& entries, const std::vector<T
             int32_t count = counts[size_t(b) * outputs + o];
             next[size_t(b) * outputs + o] = total;
             total += count;
-            if (count > 0 || needed) plan.rows.push_back({o, count});
+            if (count > 0 || needed) plan.rows.push_back({o, count, next[size_t(b) * outputs + o]});
         }
         block.rows = int32_t(plan.rows.size()) - block.row;
         plan.blocks.push_back(block);
