@@ -52,6 +52,9 @@ def accelerate(
     it had, and nothing is chosen, in the same precision on such a device; where there are no kernels all
     layers run masked dense."""
     family = find_family(config, device)
+    families = ranks.all_gather(family)  # of one machine's compiler each
+    if missing := [each for each in families if isinstance(each, str)]:
+        family = missing[0]
     if isinstance(family, str):
         if config.sparsity.accelerate == "off":
             pass
@@ -63,7 +66,8 @@ def accelerate(
             )
         acdc.accelerate({})
         return []
-    if acdc.kernels and all(family.has(kernel) for kernel in acdc.kernels.values()):
+    kept = bool(acdc.kernels) and all(family.has(kernel) for kernel in acdc.kernels.values())
+    if all(ranks.all_gather(kept)):
         return []
     images = config.data.batch_size // (ranks.world_size() * config.engine.accumulation_steps)
     required = config.sparsity.accelerate == "require"

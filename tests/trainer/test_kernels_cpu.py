@@ -5,12 +5,15 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
+from sparsity import ACDC, PhaseSchedule, UniformMagnitude
 from sparsity.kernels.unstructured import library
 from tests.slow import slow
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
 from trainer import kernels
 from trainer.checkpoints import checkpoint
+from trainer.config.load import load_config
 from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -117,3 +120,12 @@ def test_kernels_of_another_precision_are_chosen_anew(tiny_data, tmp_path, caplo
         assert all(name.startswith(begin) for name in names)
         assert bool(names) == bool(begin)
     assert "cannot run here" not in caplog.text  # nobody asked for them
+
+
+def test_kernels_that_one_rank_lacks_run_on_none(monkeypatch):
+    """Or the others would wait for it, where rank 0 tells what it chose."""
+    config = load_config("quickstart", ["engine.precision=fp32"])
+    acdc = ACDC(nn.Sequential(nn.Linear(4, 4)), UniformMagnitude(0.5), PhaseSchedule.parse("dense 1, sparse 1"), 1)
+    monkeypatch.setattr(kernels.ranks, "all_gather", lambda value: [value, "a C++ compiler"])
+    monkeypatch.setattr(kernels.ranks, "on_main", lambda choose: pytest.fail("not on every rank"))
+    assert kernels.accelerate(config, acdc, torch.device("cpu"), {}) == []
