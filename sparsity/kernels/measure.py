@@ -62,9 +62,11 @@ class Measured:
             None if values.get(name) is None else Timing(**values[name])
             for name in ("gradient", "weight_gradient")
         )
-        first, second = gradients
-        rest = values.get("conversion", 0.0), values.get("kernel", "")
-        return cls(Timing(**values["forward"]), first, second, *rest)
+        conversion, kernel = values.get("conversion", 0.0), values.get("kernel", "")
+        measured = cls(Timing(**values["forward"]), *gradients, conversion, kernel)
+        for timing in measured.timings:
+            sum((timing.dense, timing.sparse or 0.0, timing.error or 0.0), conversion)  # of numbers alone
+        return measured
 
 
 def compare(dense: Callable[[], Tensor], sparse: Callable[[], Tensor]) -> Timing:
@@ -83,7 +85,7 @@ def compare(dense: Callable[[], Tensor], sparse: Callable[[], Tensor]) -> Timing
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Greatest difference, as a share of the greatest expected value."""
     greatest = expected.abs().max().item()
-    return (found - expected).abs().max().item() / greatest if greatest else 0.0
+    return (found - expected).abs().max().item() / (greatest or 1.0)
 
 
 def median_seconds(call: Callable[[], Any]) -> float:

@@ -139,7 +139,9 @@ def test_a_damaged_cache_is_measured_anew(tmp_path):
     other.known[shape] = tuned
     other.write()
     assert cache().known == {shape: tuned}  # entries of other kinds stay
-    for damage in ("", "{", "[]", '{"x": 1}', (tmp_path / "k.json").read_text().replace("8x16", "8y")):
+    kept = (tmp_path / "k.json").read_text()
+    of_no_numbers = [kept.replace("2.0", damage) for damage in ("null", '"2.0"', "[]")]
+    for damage in ("", "{", "[]", '{"x": 1}', kept.replace("8x16", "8y"), *of_no_numbers):
         (tmp_path / "k.json").write_text(damage)
         assert not cache().known
 

@@ -68,6 +68,12 @@ def test_a_kernel_that_fails_is_never_chosen(monkeypatch, tune):
     assert Measured.of(tuned.as_dict()) == tuned
 
 
+def test_a_result_that_should_be_zero_is_wrong():
+    assert measure.relative_error(torch.ones(3), torch.zeros(3)) > measure.TOLERANCE
+    assert measure.relative_error(torch.zeros(3), torch.zeros(3)) == 0
+    assert not Timing(1.0, 1.0, measure.relative_error(torch.tensor([torch.nan]), torch.ones(1))).right
+
+
 def test_real_times_are_measured():
     tuned = Family24(CPU, torch.float32, False).measure(SHAPE)
     assert tuned.forward.dense > 0
