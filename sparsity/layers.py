@@ -14,6 +14,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,11 @@ class MaskedConv2d(nn.Conv2d):
         """With weight * mask."""
         return self._conv_forward(input, self.weight * self.mask, self.bias)
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.kernel is not None:
+            self.kernel.prepare(self)  # the mask may be another
+
 
 class MaskedLinear(nn.Linear):
     """Linear of weight * mask. `mask`: bool, (out_features, in_features). `kernel`: as in MaskedConv2d."""
@@ -59,6 +65,11 @@ class MaskedLinear(nn.Linear):
     def dense(self, input: Tensor) -> Tensor:
         """With weight * mask."""
         return functional.linear(input, self.weight * self.mask, self.bias)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.kernel is not None:
+            self.kernel.prepare(self)  # the mask may be another
 
 
 MaskedLayer = MaskedConv2d | MaskedLinear

@@ -343,6 +343,15 @@ def test_names_make_kernels_again():
         assert kernel_named(name) is None
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 8, 1), nn.Linear(8, 8)])
+def test_a_loaded_mask_is_the_kernels_too(layer):
+    net = sparse_layer(layer)
+    state = {**net.state_dict(), "0.mask": ~layer.mask, "0.weight": torch.randn_like(layer.weight)}
+    net.load_state_dict(state)
+    images = torch.randn(8, 8, 1, 1) if layer.weight.dim() == 4 else torch.randn(8, 8)
+    torch.testing.assert_close(net(images), layer.dense(images))
+
+
 def test_a_copied_layer_has_a_plan_of_its_own():
     net = sparse_layer(nn.Conv2d(8, 12, 3))
     images = torch.randn(2, 8, 6, 6)
