@@ -21,7 +21,7 @@ from sparsity.kernels.unstructured import operator
 from sparsity.kernels.unstructured.frozen import FrozenPlan
 from sparsity.kernels.unstructured.kernel import SparseKernel, from_name
 from sparsity.kernels.unstructured.library import instructions, vector_bytes
-from sparsity.kernels.unstructured.plan import LONGEST_PLANE, Convolution, Plan, Tile, Tiles
+from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
 
 
 class Shape(NamedTuple):
@@ -80,9 +80,9 @@ class SparseFamily:
             height, width, images = 1, 1, images * greatest.width
         else:
             height, width = greatest.height, greatest.width
-        if 4 * images * height * width > LONGEST_PLANE:
-            return "images are too large"
         convolution = Convolution.of(layer)
+        if not convolution.reaches(images, height, width):
+            return "images are too large"
         inputs, outputs = layer.weight.shape[1] * convolution.groups, layer.weight.shape[0]
         kept = layer.weight.detach() != 0 if self.inference else layer.mask
         percent = _round(100 * kept.float().mean().item())

@@ -4,7 +4,6 @@ dropped."""
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from sparsity.kernels.interface import Kernel, KernelUnavailableError
 from sparsity.kernels.unstructured import operator
 from sparsity.kernels.unstructured.frozen import FrozenPlan
-from sparsity.kernels.unstructured.plan import LONGEST_PLANE, Convolution, Plan, Tile, Tiles
+from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -86,11 +85,8 @@ class SparseKernel(Kernel):
             if input.dim() != 4 or input.shape[1] != layer.in_channels:
                 return None
             maps = input
-        images, _, *size = maps.shape
-        output = Convolution.of(layer).output_size(*size)
-        if min(output) < 1 or 4 * images * max(math.prod(size), math.prod(output)) > LONGEST_PLANE:
-            return None
-        return maps.to(dtype)
+        images, _, height, width = maps.shape
+        return maps.to(dtype) if Convolution.of(layer).reaches(images, height, width) else None
 
 
 def _as_text(tile: Tile) -> str:

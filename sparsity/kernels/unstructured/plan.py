@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from sparsity.kernels.interface import KernelUnavailableError
 from sparsity.kernels.unstructured import library
 
 PAST_CACHES = 4 << 20  # bytes of an output from which on it is written past the caches
-LONGEST_PLANE = 2**31 - 1  # bytes of a channel's maps: offsets in native/ have 32 bits
 
 
 class Tile(NamedTuple):
@@ -85,6 +85,11 @@ class Convolution(NamedTuple):
         sizes = zip((height, width), *self[:4], strict=True)
         height, width = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
         return height, width
+
+    def reaches(self, images: int, height: int, width: int) -> bool:
+        """Whether offsets of 32 bits reach all of a channel's maps, input and output, and there is output."""
+        output = self.output_size(height, width)
+        return min(output) > 0 and 4 * images * max(height * width, math.prod(output)) < 2**31
 
 
 class Plan:

@@ -450,6 +450,7 @@ def test_a_shape_is_measured_and_its_kernel_named(dtype):
         (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), [Call(4, 2, 2)], "padding mode reflect"),
         (nn.Conv2d(8, 8, 2, padding="same"), [Call(4, 2, 2)], "uneven padding"),
         (nn.Conv2d(8, 8, 1), [Call(10**9, 10**5, 10**4)], "images are too large"),
+        (nn.Conv2d(8, 8, 1, padding=5000), [Call(10**8, 2, 2)], "images are too large"),
     ],
 )
 def test_the_shape_of_a_layer_or_why_it_runs_dense(layer, calls, expected):

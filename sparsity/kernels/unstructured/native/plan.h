@@ -56,7 +56,7 @@ struct Pixels {  // of a plan whose lanes are pixels; none: images 0
 };
 
 struct Gather {
-    int32_t outputs = 0, inputs = 0, stride_y = 1, stride_x = 1;
+    int32_t outputs = 0, stride_y = 1, stride_x = 1;
     int32_t first_dy = 0, first_dx = 0;  // of the taps
     Tile tile{};
     int32_t slab_rows = 0, slab_columns = 0;
@@ -78,8 +78,7 @@ struct Gather {
 inline Gather plan_gather(const std::vector<Entry>& entries, const std::vector<Tap>& taps, int32_t outputs, int32_t inputs,
                           int32_t stride_y, int32_t stride_x, Tile tile, bool sparse_rows, Pixels pixels = {}) {
     Gather plan;
-    plan.outputs = outputs, plan.inputs = inputs;
-    plan.stride_y = stride_y, plan.stride_x = stride_x;
+    plan.outputs = outputs, plan.stride_y = stride_y, plan.stride_x = stride_x;
     plan.tile = tile;
     Tap first = taps[0], last = taps[0];
     for (const Tap& tap : taps) {
