@@ -49,8 +49,8 @@ def accelerate(
     """Choose on rank 0, tell the layers on every rank; what was chosen and why. Call it in a sparse phase.
 
     calls, on_progress: as sparsity.kernels.choose.choose_kernels takes them. A resumed run keeps the kernels
-    it had, and nothing is chosen, in the same precision on such a device; where there are no kernels all
-    layers run masked dense."""
+    it had, and nothing is chosen, unless they are another precision's or device's; where there are no kernels
+    all layers run masked dense."""
     family = find_family(config, device)
     families = ranks.all_gather(family)  # of one machine's compiler each
     if missing := [each for each in families if isinstance(each, str)]:

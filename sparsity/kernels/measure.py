@@ -63,7 +63,8 @@ class Measured:
             for name in ("gradient", "weight_gradient")
         )
         conversion, kernel = values.get("conversion", 0.0), values.get("kernel", "")
-        measured = cls(Timing(**values["forward"]), *gradients, conversion, kernel)
+        first, second = gradients
+        measured = cls(Timing(**values["forward"]), first, second, conversion, kernel)
         for timing in measured.timings:
             sum((timing.dense, timing.sparse or 0.0, timing.error or 0.0), conversion)  # of numbers alone
         return measured

@@ -125,7 +125,8 @@ def test_kernels_of_another_precision_are_chosen_anew(tiny_data, tmp_path, caplo
 def test_kernels_that_one_rank_lacks_run_on_none(monkeypatch):
     """Or the others would wait for it, where rank 0 tells what it chose."""
     config = load_config("quickstart", ["engine.precision=fp32"])
-    acdc = ACDC(nn.Sequential(nn.Linear(4, 4)), UniformMagnitude(0.5), PhaseSchedule.parse("dense 1, sparse 1"), 1)
+    schedule = PhaseSchedule.parse("dense 1, sparse 1")
+    acdc = ACDC(nn.Sequential(nn.Linear(4, 4)), UniformMagnitude(0.5), schedule, 1)
     monkeypatch.setattr(kernels.ranks, "all_gather", lambda value: [value, "a C++ compiler"])
     monkeypatch.setattr(kernels.ranks, "on_main", lambda choose: pytest.fail("not on every rank"))
     assert kernels.accelerate(config, acdc, torch.device("cpu"), {}) == []

@@ -67,9 +67,9 @@ class SparseKernel(Kernel):
         output = operator.gather(maps, layer.weight, height, width, self.number)
         if layer.bias is not None:
             output = output + layer.bias.to(output.dtype)[:, None, None]
-        return (
-            output.reshape(*input.shape[:-1], layer.out_features) if isinstance(layer, nn.Linear) else output
-        )
+        if isinstance(layer, nn.Linear):
+            output = output.reshape(*input.shape[:-1], layer.out_features)
+        return output
 
     def _maps_of(self, layer: Any, input: Tensor) -> Tensor | None:
         """(images, channels, height, width), as autocast makes them; None where the plan is not for them."""

@@ -31,7 +31,7 @@ PLANNED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 def _plan(number: int) -> Plan:
     kernel = PLANNED.get(number)
     if kernel is None or kernel.plan is None:
-        raise RuntimeError("the layer's kernel was taken away after its forward pass: do that between steps")
+        raise RuntimeError("the layer's kernel was taken away after the forward pass: do it between steps")
     plan: Plan = kernel.plan
     return plan
 
