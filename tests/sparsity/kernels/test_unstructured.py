@@ -390,7 +390,7 @@ def test_a_kernel_taken_away_before_the_backward_pass_is_said_so():
     net = sparse_layer(nn.Conv2d(8, 12, 3))
     output = net(torch.randn(2, 8, 6, 6))
     net[0].kernel = None
-    with pytest.raises(RuntimeError, match="taken away after its forward pass"):
+    with pytest.raises(RuntimeError, match="taken away after the forward pass"):
         output.sum().backward()
 
 
