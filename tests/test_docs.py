@@ -149,7 +149,7 @@ def test_commands_are_found_and_wrong_ones_refused():
     for wrong in (
         "acdc train quickstart lr=1",
         "acdc trian quickstart",
-        "acdc eval RUN --fast",
+        "acdc eval RUN --quick",
         "acdc bench x",
     ):
         with pytest.raises((UserError, SystemExit)):
