@@ -87,6 +87,7 @@ def build_result(trainer: Trainer) -> dict[str, Any]:
             "graphs": num_graphs() - trainer.graphs_before,
             "recompilations": num_graphs() - (trainer.graphs_at_first or 0),
         },
+        "kernels": len(trainer.acdc.kernels),  # layers that run one in sparse phases
         "seconds": position.seconds,
         "run": str(trainer.run_dir.path),
     }
