@@ -32,8 +32,9 @@ class SparseKernel(Kernel):
         precision = next(name for name, known in DTYPES.items() if known == dtype)
         self.name = f"sparse {precision} " + " ".join(map(_as_text, tiles))
         self.plan: Plan | FrozenPlan | None = None
-        self.number = next(_numbers)  # stands for the kernel in compiled code
-        operator.PLANNED[self.number] = self
+        number = next(_numbers)  # stands for the kernel in compiled code
+        operator.PLANNED[number] = self
+        self.number = torch.tensor(number, device="cpu")
 
     def __deepcopy__(self, memo: Any) -> SparseKernel:
         """Of a copied layer, whose mask may become another."""

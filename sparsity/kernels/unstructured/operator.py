@@ -28,8 +28,10 @@ class Planned(Protocol):
 PLANNED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-def _plan(number: int) -> Plan:
-    kernel = PLANNED.get(number)
+def _plan(number: Tensor) -> Plan:
+    """number: a tensor, which compiled code takes as it takes weights. It would hold a plain number to be
+    part of the code, and compile that anew for each layer."""
+    kernel = PLANNED.get(int(number))
     if kernel is None or kernel.plan is None:
         raise RuntimeError("the layer's kernel was taken away after the forward pass: do it between steps")
     plan: Plan = kernel.plan
@@ -51,51 +53,51 @@ def _empty(like: Tensor, images: int, channels: int, height: int, width: int) ->
 
 
 @torch.library.custom_op("acdc::gather", mutates_args=())
-def gather(maps: Tensor, weight: Tensor, height: int, width: int, number: int) -> Tensor:
+def gather(maps: Tensor, weight: Tensor, height: int, width: int, number: Tensor) -> Tensor:
     """The convolution of maps (N, C, H, W) with a masked weight; height, width: of the output. number: see
     PLANNED."""
     return _plan(number).forward(_maps(maps), weight.detach()).permute(3, 0, 1, 2)
 
 
 @gather.register_fake
-def _(maps: Tensor, weight: Tensor, height: int, width: int, number: int) -> Tensor:
+def _(maps: Tensor, weight: Tensor, height: int, width: int, number: Tensor) -> Tensor:
     return _empty(maps, maps.shape[0], weight.shape[0], height, width)
 
 
 @torch.library.custom_op("acdc::gather_input_gradient", mutates_args=())
 def input_gradient(
-    gradient: Tensor, weight: Tensor, channels: int, height: int, width: int, number: int
+    gradient: Tensor, weight: Tensor, channels: int, height: int, width: int, number: Tensor
 ) -> Tensor:
     return _plan(number).input_gradient(_maps(gradient), weight, height, width).permute(3, 0, 1, 2)
 
 
 @input_gradient.register_fake
-def _(gradient: Tensor, weight: Tensor, channels: int, height: int, width: int, number: int) -> Tensor:
+def _(gradient: Tensor, weight: Tensor, channels: int, height: int, width: int, number: Tensor) -> Tensor:
     return _empty(gradient, gradient.shape[0], channels, height, width)
 
 
 @torch.library.custom_op("acdc::gather_weight_gradient", mutates_args=())
-def weight_gradient(maps: Tensor, gradient: Tensor, weight: Tensor, number: int) -> Tensor:
+def weight_gradient(maps: Tensor, gradient: Tensor, weight: Tensor, number: Tensor) -> Tensor:
     return _plan(number).weight_gradient(_maps(maps), _maps(gradient), weight)
 
 
 @weight_gradient.register_fake
-def _(maps: Tensor, gradient: Tensor, weight: Tensor, number: int) -> Tensor:
+def _(maps: Tensor, gradient: Tensor, weight: Tensor, number: Tensor) -> Tensor:
     return torch.empty_like(weight)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, int], output: Tensor) -> None:
-    maps, weight, _, _, ctx.number = inputs
-    ctx.save_for_backward(maps, weight)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, Tensor], output: Tensor) -> None:
+    maps, weight, _, _, number = inputs
+    ctx.save_for_backward(maps, weight, number)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    maps, weight = ctx.saved_tensors
+    maps, weight, number = ctx.saved_tensors
     of_maps = of_weight = None
     if ctx.needs_input_grad[0]:
-        of_maps = input_gradient(gradient, weight, *maps.shape[1:], ctx.number)
+        of_maps = input_gradient(gradient, weight, *maps.shape[1:], number)
     if ctx.needs_input_grad[1]:
-        of_weight = weight_gradient(maps, gradient, weight, ctx.number)
+        of_weight = weight_gradient(maps, gradient, weight, number)
     return of_maps, of_weight, None, None, None
 
 

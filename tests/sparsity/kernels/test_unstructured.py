@@ -302,6 +302,21 @@ def test_the_operators_keep_torchs_rules():
     torch.library.opcheck(operator.from_innermost, (maps, True))
 
 
+def test_equal_layers_share_compiled_code():
+    """Or a model whose blocks are compiled one by one runs out of compilations."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    images = torch.randn(2, 8, 6, 6, requires_grad=True)
+    for _ in range(4):
+        net = sparse_layer(nn.Conv2d(8, 8, 3, padding=1))
+        expected = net(images)
+        net.compile()
+        output = net(images)
+        output.sum().backward()
+        torch.testing.assert_close(output, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_a_plan_reads_weights_of_any_strides():
     case = Case(
         3,
