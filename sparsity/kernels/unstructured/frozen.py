@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,12 @@ class FrozenPlan:
         )
         assert status == 0
         return output
+
+    def input_gradient(self, *operands: Any) -> Tensor:
+        """Refused, and so is weight_gradient."""
+        raise RuntimeError("a model for inference has no gradients: run it under torch.no_grad()")
+
+    weight_gradient = input_gradient
 
     def _layer_for(self, size: library.Size) -> int:
         lanes = library.vector_bytes() // self.dtype.itemsize

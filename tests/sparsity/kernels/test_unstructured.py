@@ -401,6 +401,13 @@ def test_copies_of_a_layer_run_in_threads():
             assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
+def test_a_frozen_plan_has_no_gradients():
+    layer = sparse_layer(nn.Conv2d(8, 12, 3))[0]
+    layer.kernel.plan = FrozenPlan(Convolution.of(layer), layer.weight, Tile(*TILES[0], 1, 40000), FP32)
+    with pytest.raises(RuntimeError, match="a model for inference has no gradients"):
+        layer(torch.randn(2, 8, 6, 6)).sum().backward()
+
+
 def test_a_kernel_taken_away_before_the_backward_pass_is_said_so():
     net = sparse_layer(nn.Conv2d(8, 12, 3))
     output = net(torch.randn(2, 8, 6, 6))
