@@ -293,6 +293,14 @@ def test_figures_are_those_of_the_records():
         assert show_spread(measured["ratio"], 3) in page
         if network == "resnet50":
             assert show_spread(measured["ratio"], 3).replace(" (", " times (") in readme
+    for result in record("sparse_step")["sparse_step"]:
+        percent = f"{result['percent']:g}"
+        gains = (show_spread(result[f"{who}_to_compressed"], 2) for who in ("dense", "stock"))
+        row = f"| {result['network']} | {result['precision']} | {percent} | {' | '.join(gains)} |"
+        assert row in page
+        if result["network"] == "resnet50":
+            told = show_spread(result["dense_to_compressed"], 2).replace(" (", " times (")
+            assert f"sparse phase, ResNet50, {percent} %, {result['precision']} | {told} |" in readme
     for line in blocks(README):
         if found := re.match(r"(dense twin|sparse model) +([\d.]+) +([\d.]+)", line):
             result = record("quickstart")["result"][
