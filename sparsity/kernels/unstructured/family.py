@@ -20,7 +20,7 @@ from sparsity.kernels.measure import Measured, Timing, relative_error
 from sparsity.kernels.unstructured import operator
 from sparsity.kernels.unstructured.frozen import FrozenPlan
 from sparsity.kernels.unstructured.kernel import SparseKernel, from_name
-from sparsity.kernels.unstructured.library import instructions, vector_bytes
+from sparsity.kernels.unstructured.library import instructions, sources_digest, vector_bytes
 from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
 
 
@@ -67,7 +67,8 @@ class SparseFamily:
         flags = " ".join(instructions()) or platform.machine()
         machine = f"CPU {_cpu_name()}, {flags}, {torch.get_num_threads()} threads"
         products = "inference" if self.inference else "training"
-        return f"{machine}, torch {torch.__version__}, {self.dtype}, {products}"
+        versions = f"torch {torch.__version__}, kernels {sources_digest()}"
+        return f"{machine}, {versions}, {self.dtype}, {products}"
 
     def has(self, kernel: Kernel) -> bool:
         return isinstance(kernel, SparseKernel) and kernel.dtype == self.dtype

@@ -128,10 +128,15 @@ def _digest(command: list[str]) -> str:
     version = subprocess.run(
         [command[0], "--version"], capture_output=True, timeout=TIMEOUT, check=False
     ).stdout
-    digest = hashlib.sha256(repr(command).encode() + version)
+    return hashlib.sha256(repr(command).encode() + version + sources_digest().encode()).hexdigest()[:24]
+
+
+def sources_digest() -> str:
+    """Tells versions of the kernels apart."""
+    digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
-    return digest.hexdigest()[:24]
+    return digest.hexdigest()[:8]
 
 
 def _build(command: list[str], path: Path) -> None:
