@@ -52,6 +52,19 @@ def family_for(pattern: Pattern, device: torch.device, dtype: torch.dtype) -> Ke
     return needed or semi_structured.Family24(device, dtype, isinstance(pattern, Transposable24))
 
 
+def unmasked_between(model: nn.Module, layers: Mapping[str, nn.Module]) -> str | None:
+    """What a model misses whose kernels would have to change the memory format within, after "they need"; or
+    None. A convolution without a mask computes in torch's format: between masked ones it costs a change both
+    ways, and more than kernels gain where shortcuts then mix the two."""
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) or name in layers]
+    masked = [index for index, name in enumerate(names) if name in layers]
+    between = names[masked[0] : masked[-1]] if masked else []
+    unmasked = [name for name in between if name not in layers]
+    if not unmasked:
+        return None
+    return f"a mask on every convolution between masked ones, and {', '.join(unmasked[:3])} has none"
+
+
 class Wish(NamedTuple):
     """Kernels to be chosen as soon as there are masks. shape: (images, channels, height, width) of a step on
     this device. required: take kernels wherever they are right, faster or not."""
@@ -103,6 +116,8 @@ class Execution:
         if (wish := self.wish) is None:
             return
         family = family_for(pattern, wish.device, wish.dtype)
+        if isinstance(family, SparseFamily) and not wish.required:
+            family = unmasked_between(model, self.layers) or family
         if isinstance(family, str):
             if wish.required:
                 raise NoKernelError(f"kernels for {pattern} masks need {family}")

@@ -13,10 +13,11 @@ from rich.table import Table
 from data.atomic import write_text
 from data.places import data_home
 from sparsity import ACDC
-from sparsity.execution import family_for
+from sparsity.execution import family_for, unmasked_between
 from sparsity.flops import Call
 from sparsity.kernels.choose import LayerChoice, Measurements, NoKernelError, choose_kernels, gain
 from sparsity.kernels.interface import KernelFamily
+from sparsity.kernels.unstructured.family import SparseFamily
 from trainer.config.schema import Config
 from trainer.distributed import ranks
 from trainer.engine import precision
@@ -52,6 +53,8 @@ def accelerate(
     it had, and nothing is chosen, unless they are another precision's or device's; where there are no kernels
     all layers run masked dense."""
     family = find_family(config, device)
+    if isinstance(family, SparseFamily) and config.sparsity.accelerate == "auto":
+        family = unmasked_between(acdc.model, acdc.layers) or family
     families = ranks.all_gather(family)  # of one machine's compiler each
     if missing := [each for each in families if isinstance(each, str)]:
         family = missing[0]

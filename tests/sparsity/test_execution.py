@@ -159,3 +159,19 @@ def test_wrong_words_are_refused():
         acdc.accelerate("fast")
     with pytest.raises(ValueError, match="an example batch says what to measure"):
         acdc.accelerate("auto")
+
+
+@needs_compiler
+def test_auto_leaves_networks_alone_whose_format_would_change_within(caplog):
+    """A convolution without a mask between masked ones; at the ends it does no harm."""
+    for excluded, needs in (("3", True), ("0", False)):
+        acdc = ACDC(network(), UniformMagnitude(0.8), PhaseSchedule.parse("sparse 2"), 1, exclude=[excluded])
+        acdc.attach(torch.optim.SGD(acdc.model.parameters(), 0.05))
+        acdc.accelerate("auto", torch.randn(6, 3, 8, 8))
+        acdc.before_step()
+        told = "a mask on every convolution between masked ones, and 3 has none" in caplog.text
+        assert told == needs
+        assert not (needs and acdc.kernels)
+        acdc.accelerate("require", torch.randn(6, 3, 8, 8))
+        assert len(acdc.kernels) == 2
+        caplog.clear()
