@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.flops import count_flops
-from sparsity.kernels.choose import LayerChoice, NoKernelError, choose_kernels
+from sparsity.kernels.choose import NoKernelError, choose_kernels
 from sparsity.kernels.interface import Kernel, KernelFamily, KernelUnavailableError
 from sparsity.kernels.semi_structured import kernel as semi_structured
 from sparsity.kernels.semi_structured.operator import missing
@@ -89,12 +89,11 @@ class Wish(NamedTuple):
 
 
 class Execution:
-    """kernels: of the layers that run one in compressed phases. choices: why, where they were measured."""
+    """kernels: of the layers that run one in compressed phases."""
 
     def __init__(self, layers: Mapping[str, MaskedLayer]) -> None:
         self.layers = layers
         self.kernels: dict[str, Kernel] = {}
-        self.choices: list[LayerChoice] = []
         self.wish: Wish | None = None
 
     def set(self, kernels: Mapping[str, Kernel | None]) -> None:
@@ -129,7 +128,6 @@ class Execution:
         calls = {layer.name: layer.calls for layer in count_flops(model, wish.shape[1:]).layers}
         choices = choose_kernels(family, self.layers, calls, wish.shape[0], required=wish.required)
         self.set({choice.layer: choice.kernel for choice in choices})
-        self.choices = choices
 
     def use(self, compressed: bool) -> None:
         """Put the kernels to work, by the masks in force, or the dense product."""

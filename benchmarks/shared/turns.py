@@ -64,7 +64,7 @@ def take_turns(
 
 
 def repeat_ways(what: str, ways: Sequence[str], repeats: int, run: Callable[[str], T]) -> dict[str, list[T]]:
-    """What `run` gives for each way, which take turns; every run is told on the screen."""
+    """What `run` gives for each way, which take turns; a line on the screen for each run."""
     found: dict[str, list[T]] = {way: [] for way in ways}
     for repeat in range(repeats):
         for way in order(ways, repeat):

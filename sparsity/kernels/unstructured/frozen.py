@@ -28,7 +28,7 @@ class FrozenPlan:
     """
 
     def __init__(self, convolution: Convolution, weight: Tensor, tile: Tile, dtype: torch.dtype) -> None:
-        self.convolution, self.tile, self.dtype = convolution, tile, dtype
+        self.convolution, self.dtype = convolution, dtype
         self._weight, self._mask = weight.detach().contiguous(), (weight.detach() != 0).contiguous()
         self.outputs, self.inputs = int(weight.shape[0]), int(weight.shape[1]) * convolution.groups
         self._library = library.load()
@@ -37,9 +37,8 @@ class FrozenPlan:
 
     def forward(self, maps: Tensor, weight: Tensor) -> Tensor:
         """maps: (inputs, H, W, N). Returns (outputs, H', W', N). weight: not looked at."""
-        height, width, images = maps.shape[1:]
-        size = library.Size(images, height, width, *self.convolution.output_size(height, width))
-        output = maps.new_empty(self.outputs, size.out_height, size.out_width, images)
+        size = self.convolution.size(maps.shape[1:])
+        output = maps.new_empty(self.outputs, size.out_height, size.out_width, size.images)
         status = self._library.layer_forward(
             self._layer_for(size),
             ctypes.byref(size),

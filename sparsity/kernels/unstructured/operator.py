@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,7 @@ from torch import Tensor
 from sparsity.kernels.unstructured import library
 from sparsity.kernels.unstructured.plan import Plan
 
-
-class Planned(Protocol):
-    """What a number stands for in compiled code: its plan may change, the number does not."""
-
-    plan: Plan | None
-
-
+# The kernels that numbers stand for in compiled code: a kernel's plan may change, its number does not
 PLANNED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 

@@ -6,6 +6,7 @@ import ctypes
 import math
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +82,11 @@ class Convolution(NamedTuple):
         filled = (ctypes.c_int64 * 4)(*strides, *(1,) * (4 - len(strides)))
         return library.Geometry(outputs, inputs, self.groups, *self.kernel, *pairs, filled)
 
+    def size(self, maps: Sequence[int]) -> library.Size:
+        """For the library. maps: height, width and images of the input."""
+        height, width, images = maps
+        return library.Size(images, height, width, *self.output_size(height, width))
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         sizes = zip((height, width), *self[:4], strict=True)
         height, width = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
@@ -128,14 +134,14 @@ class Plan:
 
     def forward(self, maps: Tensor, weight: Tensor) -> Tensor:
         """maps: (inputs, H, W, N). Returns (outputs, H', W', N)."""
-        size = self._size(maps.shape[1:])
+        size = self.convolution.size(maps.shape[1:])
         output = maps.new_empty(self.outputs, size.out_height, size.out_width, size.images)
         self._run(self._library.layer_forward, size, maps, weight, output)
         return output
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
         """gradient: (outputs, H', W', N). Returns (inputs, height, width, N)."""
-        size = self._size((height, width, gradient.shape[3]))
+        size = self.convolution.size((height, width, gradient.shape[3]))
         output = gradient.new_empty(self.inputs, height, width, size.images)
         self._run(self._library.layer_input_gradient, size, gradient, weight, output)
         return output
@@ -145,7 +151,7 @@ class Plan:
         like_weight = torch.empty_like(weight)
         as_planned = like_weight.stride() == self.strides
         output = like_weight if as_planned else torch.empty_strided(weight.shape, self.strides)
-        size = self._size(maps.shape[1:])
+        size = self.convolution.size(maps.shape[1:])
         status = self._library.layer_weight_gradient(
             self._layer,
             ctypes.byref(size),
@@ -171,10 +177,6 @@ class Plan:
                 torch.get_num_threads(),
             )
         assert status == 0
-
-    def _size(self, shape: tuple[int, ...]) -> library.Size:
-        height, width, images = shape
-        return library.Size(images, height, width, *self.convolution.output_size(height, width))
 
     def _as_planned(self, weight: Tensor) -> Tensor:
         """With the strides that the plan was made for."""
