@@ -114,7 +114,7 @@ def choice_table(choices: list[LayerChoice]) -> Table:
 
 def _verdict(choice: LayerChoice) -> str:
     if choice.kernel is not None:
-        return choice.kernel.name
+        return choice.kernel.title
     assert choice.measured is not None
     wrong = next((timing for timing in choice.measured.timings if not timing.right), None)
     if wrong is None:

@@ -32,6 +32,11 @@ class Kernel(ABC):
     sparse_products: ClassVar[int] = 1
     fallback: ClassVar[Kernel | None] = None
 
+    @property
+    def title(self) -> str:
+        """The name for tables: without what only a training state needs."""
+        return self.name
+
     @abstractmethod
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
         """The output of a masked layer in training: as with weight * mask, and so its gradients."""

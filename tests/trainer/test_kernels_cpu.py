@@ -34,7 +34,10 @@ def _home(monkeypatch, tmp_path):
 )
 def test_a_run_is_resumed_bit_for_bit_and_equals_the_dense_one(tiny_data, tmp_path, capsys, options):
     run = run_here(tiny_data, tmp_path / "runs", *SHORT, *options)
-    assert "kernels of compressed phases" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "kernels of compressed phases" in table
+    assert f"sparse {options[0][-4:]} " in table
+    assert "/40000" not in table  # tiles are in kernels.json
     state = final_state(run, LAST)
     assert len(state["acdc"]["kernels"]) == sum(name.endswith(".mask") for name in state["model"])
     for name, mask in state["model"].items():

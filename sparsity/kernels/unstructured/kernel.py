@@ -36,6 +36,10 @@ class SparseKernel(Kernel):
         operator.PLANNED[number] = self
         self.number = torch.tensor(number, device="cpu")
 
+    @property
+    def title(self) -> str:
+        return " ".join(self.name.split(" ")[:2])
+
     def __deepcopy__(self, memo: Any) -> SparseKernel:
         """Of a copied layer, whose mask may become another."""
         copied = SparseKernel(self.tiles, self.dtype)
