@@ -31,7 +31,7 @@ from sparsity.execution import Execution, Wish, kernel_named
 from sparsity.gradual import CubicSparsity
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
 from sparsity.kernels.interface import Kernel
-from sparsity.layers import mask_layers, to_plain
+from sparsity.layers import MaskedLayer, UnmaskedConv2d, mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
 from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
@@ -76,7 +76,7 @@ class ACDC:
         self.layers = mask_layers(model, include, exclude) if schedule.compressions else {}
         self.step = 0  # optimizer steps begun
         self.mask_difference: float | None = None  # between the last two compressions
-        self._execution = Execution(self.layers)
+        self._execution = Execution(model, self.layers)
         self._previous: dict[str, Tensor] = {}  # masks of the last compression, while its phase is over
         self._masters: Masters | None = None
         self._detach: Callable[[], None] | None = None
@@ -189,7 +189,7 @@ class ACDC:
 
         example: images as a step on this device gets them; call within autocast if steps run in it. Every
         switch between the two costs one graph of a compiled model the first time, and none later. Raises
-        KeyError for a layer that is not masked, ValueError for another word, and
+        KeyError for a layer that is not one of kernel_layers, ValueError for another word, and
         sparsity.kernels.choose.NoKernelError, at a compression, where kernels are required and there are
         none."""
         if isinstance(kernels, str):
@@ -198,6 +198,11 @@ class ACDC:
         else:
             self._execution.set(kernels)
         self._use_kernels(self.step > 0 and self.phase.kind == "sparse")
+
+    @property
+    def kernel_layers(self) -> dict[str, MaskedLayer | UnmaskedConv2d]:
+        """Layers that may run kernels: the masked ones and plain convolutions between them."""
+        return self._execution.layers
 
     @property
     def kernels(self) -> dict[str, Kernel]:

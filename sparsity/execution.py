@@ -17,7 +17,7 @@ from sparsity.kernels.semi_structured.operator import missing
 from sparsity.kernels.unstructured import kernel as unstructured
 from sparsity.kernels.unstructured.family import SparseFamily
 from sparsity.kernels.unstructured.library import BuildError, find_compiler, load
-from sparsity.layers import MaskedLayer
+from sparsity.layers import MaskedLayer, with_unmasked_between
 from sparsity.patterns import Pattern
 from sparsity.transposable import Transposable24, is_24
 
@@ -52,17 +52,16 @@ def family_for(pattern: Pattern, device: torch.device, dtype: torch.dtype) -> Ke
     return needed or semi_structured.Family24(device, dtype, isinstance(pattern, Transposable24))
 
 
-def unmasked_between(model: nn.Module, layers: Mapping[str, nn.Module]) -> str | None:
+def foreign_between(model: nn.Module, layers: Mapping[str, nn.Module]) -> str | None:
     """What a model misses whose kernels would have to change the memory format within, after "they need"; or
-    None. A convolution without a mask computes in torch's format: between masked ones it costs a change both
+    None. A convolution of a kind of its own computes in torch's format: between others it costs a change both
     ways, and more than kernels gain where shortcuts then mix the two."""
-    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) or name in layers]
-    masked = [index for index, name in enumerate(names) if name in layers]
-    between = names[masked[0] : masked[-1]] if masked else []
-    unmasked = [name for name in between if name not in layers]
-    if not unmasked:
-        return None
-    return f"a mask on every convolution between masked ones, and {', '.join(unmasked[:3])} has none"
+    kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d
+    names = [name for name, layer in model.named_modules() if isinstance(layer, kinds) or name in layers]
+    places = [place for place, name in enumerate(names) if name in layers]
+    between = names[places[0] : places[-1]] if places else []
+    foreign = [name for name in between if name not in layers]
+    return f"plain torch.nn.Conv2d between them, and {', '.join(foreign[:3])} is none" if foreign else None
 
 
 class Wish(NamedTuple):
@@ -89,15 +88,16 @@ class Wish(NamedTuple):
 
 
 class Execution:
-    """kernels: of the layers that run one in compressed phases."""
+    """layers: the masked ones and unmasked convolutions between them, in the model's order. kernels: of the
+    layers that run one in compressed phases."""
 
-    def __init__(self, layers: Mapping[str, MaskedLayer]) -> None:
-        self.layers = layers
+    def __init__(self, model: nn.Module, masked: Mapping[str, MaskedLayer]) -> None:
+        self.layers = with_unmasked_between(model, masked) if masked else {}
         self.kernels: dict[str, Kernel] = {}
         self.wish: Wish | None = None
 
     def set(self, kernels: Mapping[str, Kernel | None]) -> None:
-        """Raises KeyError for a layer that is not masked. Takes effect with `use`."""
+        """Raises KeyError for another layer. Takes effect with `use`."""
         unknown = [name for name in kernels if name not in self.layers]
         if unknown:
             raise KeyError(f"not a masked layer: {', '.join(unknown)}")
@@ -116,7 +116,7 @@ class Execution:
             return
         family = family_for(pattern, wish.device, wish.dtype)
         if isinstance(family, SparseFamily) and not wish.required:
-            family = unmasked_between(model, self.layers) or family
+            family = foreign_between(model, self.layers) or family
         if isinstance(family, str):
             if wish.required:
                 raise NoKernelError(f"kernels for {pattern} masks need {family}")

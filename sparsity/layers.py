@@ -12,7 +12,7 @@ import copy
 import difflib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,12 +26,10 @@ from sparsity.kernels.interface import Kernel
 log = logging.getLogger(__name__)
 
 
-class MaskedConv2d(nn.Conv2d):
-    """Conv2d of weight * mask. `mask`: bool, (out, in / groups, kh, kw). `kernel`: what computes in training,
-    None for the masked dense product. Evaluation is always dense, so that switching costs one further graph,
-    not two."""
+class _RunsKernel(nn.Module):
+    """In training, what `kernel` says computes, else the dense product. Evaluation is always dense, so that
+    switching costs one further graph, not two."""
 
-    weight: nn.Parameter
     mask: Tensor
     kernel: Kernel | None
 
@@ -39,42 +37,53 @@ class MaskedConv2d(nn.Conv2d):
         if self.training and self.kernel is not None:
             return self.kernel(self, input)
         return self.dense(input)
+
+    def dense(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.kernel is not None:
+            self.kernel.prepare(self)  # the mask may be another
+
+
+class MaskedConv2d(_RunsKernel, nn.Conv2d):
+    """Conv2d of weight * mask. `mask`: bool, (out, in / groups, kh, kw)."""
+
+    weight: nn.Parameter
 
     def dense(self, input: Tensor) -> Tensor:
         """With weight * mask."""
         return self._conv_forward(input, self.weight * self.mask, self.bias)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        if self.kernel is not None:
-            self.kernel.prepare(self)  # the mask may be another
 
-
-class MaskedLinear(nn.Linear):
-    """Linear of weight * mask. `mask`: bool, (out_features, in_features). `kernel`: as in MaskedConv2d."""
+class MaskedLinear(_RunsKernel, nn.Linear):
+    """Linear of weight * mask. `mask`: bool, (out_features, in_features)."""
 
     weight: nn.Parameter
-    mask: Tensor
-    kernel: Kernel | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and self.kernel is not None:
-            return self.kernel(self, input)
-        return self.dense(input)
 
     def dense(self, input: Tensor) -> Tensor:
         """With weight * mask."""
         return functional.linear(input, self.weight * self.mask, self.bias)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        if self.kernel is not None:
-            self.kernel.prepare(self)  # the mask may be another
+
+class UnmaskedConv2d(_RunsKernel, nn.Conv2d):
+    """Conv2d between masked ones: it may compute in their kernels' memory format. `mask`: all ones, not
+    kept."""
+
+    dense = nn.Conv2d.forward
+
+    @property
+    def mask(self) -> Tensor:  # type: ignore[override]
+        return torch.ones_like(self.weight, dtype=torch.bool)
 
 
 MaskedLayer = MaskedConv2d | MaskedLinear
 _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {nn.Conv2d: MaskedConv2d, nn.Linear: MaskedLinear}
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {masked: plain for plain, masked in _MASKED.items()}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    UnmaskedConv2d: nn.Conv2d,
+    **{masked: plain for plain, masked in _MASKED.items()},
+}
 
 
 def mask_layers(
@@ -115,6 +124,21 @@ def mask_layers(
         layer.kernel = None  # from the beginning: compiled code looks at which attributes there are
         masked[name] = layer
     return masked
+
+
+def with_unmasked_between(
+    model: nn.Module, masked: Mapping[str, MaskedLayer]
+) -> dict[str, MaskedLayer | UnmaskedConv2d]:
+    """The masked layers, and the plain convolutions between the first and the last of them in the model's
+    order, which are converted in place to UnmaskedConv2d."""
+    names = [name for name, layer in model.named_modules() if name in masked or type(layer) is nn.Conv2d]
+    places = [place for place, name in enumerate(names) if name in masked]
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names[places[0] : places[-1] + 1]}
+    for name, layer in layers.items():
+        if name not in masked:
+            _become(layer, UnmaskedConv2d)
+            layer.kernel = None
+    return layers
 
 
 def _reason_unmaskable(layer: nn.Conv2d | nn.Linear) -> str | None:
@@ -180,6 +204,7 @@ def to_plain(model: nn.Module) -> nn.Module:
         if isinstance(layer, MaskedLayer):
             layer.weight.detach().mul_(layer.mask)
             del layer.mask
+        if isinstance(layer, _RunsKernel):
             vars(layer).pop("kernel", None)
             _become(layer, _PLAIN[type(layer)])
     return plain

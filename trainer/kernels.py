@@ -13,7 +13,7 @@ from rich.table import Table
 from data.atomic import write_text
 from data.places import data_home
 from sparsity import ACDC
-from sparsity.execution import family_for, unmasked_between
+from sparsity.execution import family_for, foreign_between
 from sparsity.flops import Call
 from sparsity.kernels.choose import LayerChoice, Measurements, NoKernelError, choose_kernels, gain
 from sparsity.kernels.interface import KernelFamily
@@ -54,7 +54,7 @@ def accelerate(
     all layers run masked dense."""
     family = find_family(config, device)
     if isinstance(family, SparseFamily) and config.sparsity.accelerate == "auto":
-        family = unmasked_between(acdc.model, acdc.layers) or family
+        family = foreign_between(acdc.model, acdc.kernel_layers) or family
     families = ranks.all_gather(family)  # of one machine's compiler each
     if missing := [each for each in families if isinstance(each, str)]:
         family = missing[0]
@@ -78,7 +78,7 @@ def accelerate(
     def choose() -> list[LayerChoice]:
         known = Measurements(data_home() / "kernels.json", family.key, write_text)
         try:
-            return choose_kernels(family, acdc.layers, calls, images, known, required, on_progress)
+            return choose_kernels(family, acdc.kernel_layers, calls, images, known, required, on_progress)
         except NoKernelError as error:
             raise EnvironmentFailure(
                 f"sparsity.accelerate=require: kernels for {acdc.pattern} masks: {error}; with auto "

@@ -16,6 +16,7 @@ from torch.fx.experimental.optimization import fuse
 from sparsity.flops import Call
 from sparsity.inference.file import read
 from sparsity.kernels.choose import choose_kernels
+from sparsity.kernels.interface import Kernel
 from sparsity.kernels.unstructured.family import SparseFamily
 from sparsity.kernels.unstructured.frozen import FrozenPlan
 from sparsity.kernels.unstructured.kernel import SparseKernel
@@ -26,9 +27,9 @@ log = logging.getLogger(__name__)
 
 
 class SparseConv2d(nn.Conv2d):
-    """Conv2d on a sparse kernel, with weights that stay."""
+    """Conv2d on a kernel, with weights that stay."""
 
-    kernel: SparseKernel
+    kernel: Kernel
     dense = nn.Conv2d.forward
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,9 +37,9 @@ class SparseConv2d(nn.Conv2d):
 
 
 class SparseLinear(nn.Linear):
-    """Linear on a sparse kernel, with weights that stay."""
+    """Linear on a kernel, with weights that stay."""
 
-    kernel: SparseKernel
+    kernel: Kernel
     dense = nn.Linear.forward
 
     def forward(self, input: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def accelerated(model: nn.Module, example: Tensor) -> nn.Module:
         log.warning("the model runs dense: sparse kernels need a build of their C++ that works (%s)", error)
         choices = []
     for choice in choices:
-        if isinstance(choice.kernel, SparseKernel):
+        if choice.kernel is not None:
             _run(layers[choice.layer], choice.kernel)
     channels_last: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return channels_last
@@ -102,10 +103,11 @@ def _calls(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) -> 
     return calls
 
 
-def _run(layer: nn.Conv2d | nn.Linear, kernel: SparseKernel) -> None:
+def _run(layer: nn.Conv2d | nn.Linear, kernel: Kernel) -> None:
     """Change the layer's class in place: its parameters and names stay."""
-    weight = layer.weight.detach()
-    kernel.plan = FrozenPlan(Convolution.of(layer), weight, kernel.tiles.forward, kernel.dtype)
+    if isinstance(kernel, SparseKernel):
+        weight = layer.weight.detach()
+        kernel.plan = FrozenPlan(Convolution.of(layer), weight, kernel.tiles.forward, kernel.dtype)
     become: Any = layer
     become.kernel = kernel
     become.__class__ = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear

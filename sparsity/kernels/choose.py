@@ -25,7 +25,7 @@ class NoKernelError(RuntimeError):
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """A masked layer: how it runs in compressed phases (None: dense), its shape and times, or why it was not
+    """A layer: how it runs in compressed phases (None: dense), its shape and times, or why it was not
     measured."""
 
     layer: str
@@ -48,7 +48,7 @@ class LayerChoice:
         """Of a step with this kernel, or with None dense; 0 where nothing was measured."""
         if self.measured is None:
             return 0.0
-        total = 0.0
+        total = self.measured.conversion if kernel is not None and kernel.sparse_products == 0 else 0.0
         for number, timing in enumerate(self.measured.timings):
             sparse = kernel is not None and number < kernel.sparse_products
             total += timing.sparse if sparse and timing.sparse is not None else timing.dense
@@ -90,7 +90,7 @@ def choose_kernels(
     required: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerChoice]:
-    """A choice for each masked layer. calls, images: as KernelFamily.shape takes them. required: take kernels
+    """A choice for each layer. calls, images: as KernelFamily.shape takes them. required: take kernels
     that are right, faster or not; raises NoKernelError where a layer that should run one cannot."""
     shapes, reasons = candidates(family, layers, calls, images)
     known = {} if measurements is None else measurements.known
@@ -116,13 +116,13 @@ def choose_kernels(
         measured = None if layer_shape is None else known[layer_shape]
         kernel = None if measured is None else family.choose(measured, required)
         choices.append(LayerChoice(name, kernel, layer_shape, measured, reasons.get(name, "")))
-    return choices if required else best_region(choices)
+    return best_region(choices, family.between, required)
 
 
 def candidates(
     family: KernelFamily, layers: Mapping[str, nn.Module], calls: Mapping[str, Sequence[Call]], images: int
 ) -> tuple[dict[str, Shape], dict[str, str]]:
-    """(layer -> the shape to measure, layer -> why it runs dense), over masked layers."""
+    """(layer -> the shape to measure, layer -> why it runs dense)."""
     shapes: dict[str, Shape] = {}
     reasons: dict[str, str] = {}
     for name, layer in layers.items():
@@ -136,12 +136,14 @@ def candidates(
     return shapes, reasons
 
 
-def best_region(choices: list[LayerChoice]) -> list[LayerChoice]:
+def best_region(
+    choices: list[LayerChoice], between: Kernel | None = None, required: bool = False
+) -> list[LayerChoice]:
     """Without the kernels that cost more than they gain once changes of the memory format are counted.
 
     Within a region, a run of layers in the model's order, activations keep the kernels' format: a layer that
-    runs dense there pays for changing it both ways. At the region's ends it is changed once. All but the best
-    region runs dense.
+    runs dense there pays for changing it both ways, with the kernel `between`. At the region's ends it is
+    changed once. All but the best region runs dense; required: the region is all.
     """
     conversion = [0.0 if each.measured is None else each.measured.conversion for each in choices]
     gains = [
@@ -156,12 +158,17 @@ def best_region(choices: list[LayerChoice]) -> list[LayerChoice]:
             gain = total - (conversion[first] + conversion[last]) / 2
             if choices[first].kernel and choices[last].kernel and gain > best:
                 best, begin, end = gain, first, last + 1
-    return [
-        each
-        if begin <= index < end and (each.kernel is None or gains[index] > -conversion[index])
-        else replace(each, kernel=None)
-        for index, each in enumerate(choices)
-    ]
+    if required:
+        running = [index for index, each in enumerate(choices) if each.kernel]
+        begin, end = running[0], running[-1] + 1
+
+    def chosen(index: int) -> Kernel | None:
+        kernel = choices[index].kernel
+        if not begin <= index < end:
+            return None
+        return kernel if kernel and (required or gains[index] > -conversion[index]) else between
+
+    return [replace(each, kernel=chosen(index)) for index, each in enumerate(choices)]
 
 
 def _check_required(

@@ -71,6 +71,11 @@ class KernelFamily(Protocol):
     def key(self) -> str:
         """Tells apart what was measured for one device, precision and library from what was for others."""
 
+    @property
+    def between(self) -> Kernel | None:
+        """What a layer runs that stands between kernels of the family and has none of its own; None: the
+        dense product alone, for kernels that keep torch's memory format."""
+
     def has(self, kernel: Kernel) -> bool:
         """Whether the kernel is one of these: that of a training state may be another device's."""
 

@@ -13,6 +13,7 @@ from sparsity import ACDC, PhaseSchedule, UniformMagnitude, execution
 from sparsity.kernels.choose import NoKernelError
 from sparsity.kernels.unstructured.kernel import SparseKernel
 from sparsity.kernels.unstructured.library import find_compiler
+from sparsity.kernels.unstructured.operator import is_innermost
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 SCHEDULE = "dense 1, (sparse 1, dense 1) x2, sparse 1"
@@ -161,17 +162,75 @@ def test_wrong_words_are_refused():
         acdc.accelerate("auto")
 
 
+class OwnConv2d(nn.Conv2d):
+    """A subclass, as timm has."""
+
+
 @needs_compiler
 def test_auto_leaves_networks_alone_whose_format_would_change_within(caplog):
-    """A convolution without a mask between masked ones; at the ends it does no harm."""
-    for excluded, needs in (("3", True), ("0", False)):
-        acdc = ACDC(network(), UniformMagnitude(0.8), PhaseSchedule.parse("sparse 2"), 1, exclude=[excluded])
-        acdc.attach(torch.optim.SGD(acdc.model.parameters(), 0.05))
-        acdc.accelerate("auto", torch.randn(6, 3, 8, 8))
+    """By a convolution of a kind of its own between masked ones; at the ends it does no harm."""
+    for place, needs in ((3, True), (0, False)):
+        net, images = network(), torch.randn(6, 3, 8, 8)
+        net[place].__class__ = OwnConv2d
+        acdc = ACDC(net, UniformMagnitude(0.8), PhaseSchedule.parse("sparse 2"), 1, exclude=[str(place)])
+        acdc.attach(torch.optim.SGD(net.parameters(), 0.05))
+        acdc.accelerate("auto", images)
         acdc.before_step()
-        told = "a mask on every convolution between masked ones, and 3 has none" in caplog.text
+        told = "need plain torch.nn.Conv2d between them, and 3 is none" in caplog.text
         assert told == needs
         assert not (needs and acdc.kernels)
-        acdc.accelerate("require", torch.randn(6, 3, 8, 8))
+        acdc.accelerate("require", images)
         assert len(acdc.kernels) == 2
         caplog.clear()
+
+
+def exclude_the_middle(net, kernels, steps=2 * STEPS):
+    """Losses of each step with these kernels, the second convolution unmasked, and the ACDC object."""
+    acdc = ACDC(net, UniformMagnitude(0.8), PhaseSchedule.parse("sparse 6"), 1, exclude=["3"])
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
+    acdc.attach(optimizer)
+    random = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(6, 3, 8, 8, generator=random), torch.arange(6) % 5
+    acdc.accelerate(kernels, images)
+    losses = []
+    for _ in range(steps):
+        acdc.before_step()
+        loss = functional.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, acdc
+
+
+@needs_compiler
+def test_an_unmasked_convolution_between_runs_a_kernel_that_keeps_all_its_weights():
+    dense, _ = exclude_the_middle(network(), "off")
+    net = network()
+    sparse, acdc = exclude_the_middle(net, "require")
+    assert sparse == pytest.approx(dense, rel=1e-4)
+    assert isinstance(acdc.kernels["3"], SparseKernel)
+    assert list(acdc.kernel_layers) == ["0", "3", "7"]
+    assert list(acdc.masks()) == ["0", "7"]
+    assert "3.mask" not in net.state_dict()
+    assert [type(layer) for layer in acdc.export() if hasattr(layer, "weight")] == [
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.Linear,
+    ]
+
+
+@needs_compiler
+def test_a_dense_layer_between_changes_the_format_itself():
+    dense, _ = exclude_the_middle(network(), "off")
+    names = {"0": "sparse fp32 1x1x1/40000 1x1x1/40000 1x1x1/40000", "3": "dense innermost"}
+    kernels = {name: execution.kernel_named(text.replace("1x1x1", "1x4x1")) for name, text in names.items()}
+    net = network()
+    seen = []
+    net[4].register_forward_pre_hook(lambda layer, inputs: seen.append(is_innermost(inputs[0])))
+    sparse, acdc = exclude_the_middle(net, kernels)
+    assert sparse == pytest.approx(dense, rel=1e-4)
+    assert seen == [True] * 6  # behind it
+    assert acdc.state_dict()["kernels"]["3"] == "dense innermost"

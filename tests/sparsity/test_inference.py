@@ -50,7 +50,7 @@ def forced(monkeypatch):
     monkeypatch.setattr(
         SparseFamily, "choose", staticmethod(lambda measured, required=False: chosen(measured, True))
     )
-    monkeypatch.setattr("sparsity.kernels.choose.best_region", lambda choices: choices)
+    monkeypatch.setattr("sparsity.kernels.choose.best_region", lambda choices, *_: choices)
 
 
 def test_bits_are_packed_and_unpacked():

@@ -19,6 +19,7 @@ from sparsity.kernels.interface import Kernel
 from sparsity.kernels.measure import Measured, compare
 from sparsity.kernels.semi_structured.operator import conv24, linear24, mm24, reason_unsupported
 from sparsity.kernels.semi_structured.packing import fits_24
+from sparsity.layers import UnmaskedConv2d
 from sparsity.patterns import NM
 from sparsity.transposable import Transposable24
 
@@ -93,10 +94,14 @@ class Family24:
         kind = "transposable" if self.transposable else "row-wise"
         return f"{name}, torch {torch.__version__}, cuSPARSELt {library}, {self.dtype}, {kind}"
 
+    between = None
+
     def has(self, kernel: Kernel) -> bool:
         return isinstance(kernel, Kernel24)
 
     def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
+        if isinstance(layer, UnmaskedConv2d):
+            return "not masked"
         rows = sorted(call.outputs * images for call in calls)
         reasons = filter(None, (reason_unsupported(layer, count) for count in rows))
         outputs, inputs = layer.weight.shape[:2]

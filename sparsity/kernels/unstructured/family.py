@@ -19,7 +19,7 @@ from sparsity.kernels.interface import Kernel
 from sparsity.kernels.measure import Measured, Timing, relative_error
 from sparsity.kernels.unstructured import operator
 from sparsity.kernels.unstructured.frozen import FrozenPlan
-from sparsity.kernels.unstructured.kernel import SparseKernel, from_name
+from sparsity.kernels.unstructured.kernel import DENSE_INNERMOST, SparseKernel, from_name
 from sparsity.kernels.unstructured.library import instructions, sources_digest, vector_bytes
 from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
 
@@ -70,8 +70,10 @@ class SparseFamily:
         versions = f"torch {torch.__version__}, kernels {sources_digest()}"
         return f"{machine}, {versions}, {self.dtype}, {products}"
 
+    between = DENSE_INNERMOST
+
     def has(self, kernel: Kernel) -> bool:
-        return isinstance(kernel, SparseKernel) and kernel.dtype == self.dtype
+        return kernel is self.between or (isinstance(kernel, SparseKernel) and kernel.dtype == self.dtype)
 
     def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
         if (reason := Convolution.reason_unsupported(layer)) is not None:
@@ -103,7 +105,7 @@ class SparseFamily:
         return _Trial(shape, self.dtype, self.inference).run()
 
     @staticmethod
-    def choose(measured: Measured, required: bool = False) -> SparseKernel | None:
+    def choose(measured: Measured, required: bool = False) -> Kernel | None:
         """Sparse where all three products are right and faster together; within a region of sparse layers,
         see choose.best_region, a little slower is still a gain."""
         if not all(timing.right for timing in measured.timings):

@@ -94,12 +94,33 @@ class SparseKernel(Kernel):
         return maps.to(dtype) if Convolution.of(layer).reaches(images, height, width) else None
 
 
+class DenseInnermost(Kernel):
+    """The dense product between layers on sparse kernels: it changes the memory format of its maps itself, so
+    that theirs goes on behind it."""
+
+    name = title = "dense innermost"
+    sparse_products = 0
+
+    def fits(self, mask: Tensor) -> Tensor:
+        return mask.new_ones(())
+
+    def __call__(self, layer: Any, input: Tensor) -> Tensor:
+        if input.dim() != 4 or input.device.type != "cpu":
+            return layer.dense(input)
+        return operator.to_innermost(layer.dense(operator.from_innermost(input, True)))
+
+
+DENSE_INNERMOST = DenseInnermost()
+
+
 def _as_text(tile: Tile) -> str:
     return f"{tile.rows}x{tile.columns}x{tile.units}/{tile.slab_bytes}"
 
 
-def from_name(name: str) -> SparseKernel | None:
+def from_name(name: str) -> SparseKernel | DenseInnermost | None:
     """The kernel that has this name, for one layer; None for a name of another kind."""
+    if name == DENSE_INNERMOST.name:
+        return DENSE_INNERMOST
     words = name.split(" ")
     if len(words) != 5 or words[0] != "sparse" or words[1] not in DTYPES:
         return None

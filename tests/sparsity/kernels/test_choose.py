@@ -11,6 +11,7 @@ from sparsity.kernels.choose import LayerChoice, best_region, candidates
 from sparsity.kernels.measure import Measured, Timing
 from sparsity.kernels.semi_structured import kernel
 from sparsity.kernels.semi_structured.kernel import Family24, Shape
+from sparsity.kernels.unstructured.kernel import DENSE_INNERMOST
 
 SHAPE = Shape(32, 48, 64)
 CPU = torch.device("cpu")
@@ -106,21 +107,29 @@ def choice(name, dense, sparse, conversion):
 
 
 @pytest.mark.parametrize(
-    ("layers", "expected"),
+    ("layers", "expected"),  # s: sparse, d: dense between two changes of the format, -: dense
     [
         ([(10, 5, 4), (10, 5, 4)], "ss"),
         ([(10, 9, 4), (10, 9, 4)], "--"),  # what two layers gain, changing the format at both ends costs
         ([(10, 9, 4)] * 5, "sssss"),
-        (
-            [(10, 30, 4), (10, 1, 4), (10, 30, 4), (10, 1, 4), (10, 30, 4)],
-            "-s-s-",
-        ),  # dense within: 4 for changes
-        ([(10, 1, 2), (10, 30, 18), (10, 1, 2)], "s--"),  # or one of the two alone
+        ([(10, 30, 4), (10, 1, 4), (10, 30, 4), (10, 1, 4), (10, 30, 4)], "-sds-"),
+        ([(10, 1, 2), (10, 30, 18), (10, 1, 2)], "s--"),  # two changes would cost more than a layer gains
         ([(10, 1, 2), (10, 12, 18), (10, 1, 2)], "sss"),  # a little slower, and cheaper than changes
-        ([(10, 1, 2), (10, None, 0), (10, 1, 2)], "s-s"),
+        ([(10, 1, 2), (10, None, 0), (10, 1, 2)], "sds"),
         ([(10, 11, 2)] * 3, "---"),
     ],
 )
 def test_a_region_of_layers_keeps_its_format(layers, expected):
-    chosen = best_region([choice(str(index), *layer) for index, layer in enumerate(layers)])
-    assert "".join("-" if each.kernel is None else "s" for each in chosen) == expected
+    choices = [choice(str(index), *layer) for index, layer in enumerate(layers)]
+    letters = {None: "-", Run24.FORWARD: "s", DENSE_INNERMOST: "d"}
+    assert "".join(letters[each.kernel] for each in best_region(choices, DENSE_INNERMOST)) == expected
+    alone = best_region(choices)  # of a family without such a kernel
+    assert "".join(letters[each.kernel] for each in alone) == expected.replace("d", "-")
+
+
+def test_what_is_required_runs_slower_or_not():
+    measured = Measured(Timing(10, 30, 0.0), conversion=4)
+    choices = [LayerChoice("fast", Run24.FORWARD, SHAPE, measured), LayerChoice("other", None)]
+    chosen = best_region([choices[1], *choices, *choices, choices[1]], DENSE_INNERMOST, required=True)
+    names = [None if each.kernel is None else each.kernel.name for each in chosen]
+    assert names == [None, "2:4 forward", "dense innermost", "2:4 forward", None, None]
