@@ -6,6 +6,7 @@ from sparsity.gradual import CubicSparsity
 from sparsity.guard import MaskError, find_escaping
 from sparsity.kernels.interface import Kernel
 from sparsity.kernels.semi_structured.kernel import Run24
+from sparsity.kernels.unstructured.fusion import inductor
 from sparsity.layers import MaskedConv2d, MaskedLinear, mask_layers, to_plain
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
@@ -31,6 +32,7 @@ __all__ = [
     "UniformMagnitude",
     "count_flops",
     "find_escaping",
+    "inductor",
     "mask_layers",
     "measure",
     "num_leaked",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsity import inductor
 from trainer.checkpoints.environment import cpu_multiplies_bf16
 from trainer.config.data import ImageNetData
 from trainer.config.schema import Config, EvalConfig
@@ -151,7 +152,8 @@ def build_engine(
             torch._inductor.config.force_layout_optimization = True
         if isinstance(config.data, ImageNetData):  # for each side of the images one, and one with 2:4 kernels
             torch._dynamo.config.recompile_limit = 8 + 2 * len(config.data.sizes)
-        engine.compile(compile_kwargs={"dynamic": False})
+        # On a CPU, what stands between sparse kernels gets kernels, too; else this is Inductor
+        engine.compile(inductor if device.type == "cpu" else "inductor", {"dynamic": False})
     engine.train()
     return engine
 

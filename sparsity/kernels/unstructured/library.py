@@ -62,6 +62,27 @@ class Strides(ctypes.Structure):
     _fields_ = tuple((name, _int64) for name in ("image", "channel", "pixel"))
 
 
+class Norm(ctypes.Structure):
+    """See native/batch_norm.h."""
+
+    _fields_ = (
+        *((name, _int64) for name in ("channels", "count")),
+        ("epsilon", ctypes.c_float),
+        *((name, _int32) for name in ("behind", "past_caches")),
+    )
+
+
+class Pool(ctypes.Structure):
+    """See native/max_pool.h."""
+
+    _fields_ = (
+        *((name, _int64) for name in ("channels", "images")),
+        *((f"{side}_{size}", _int32) for side in ("in", "out") for size in ("height", "width")),
+        *((name, _int32) for name in ("height", "width")),
+        *((f"{name}_{axis}", _int32) for name in ("stride", "padding") for axis in "yx"),
+    )
+
+
 class BuildError(KernelUnavailableError):
     """There is no compiler, or it failed; the message says which and why."""
 
@@ -169,5 +190,13 @@ def _declare(library: ctypes.CDLL) -> None:
     products = (_pointer, _pointer, _pointer, _pointer, _pointer, ctypes.c_int, ctypes.c_int)
     library.layer_forward.argtypes = library.layer_input_gradient.argtypes = products
     library.layer_weight_gradient.argtypes = (*products[:5], ctypes.c_int)
+    library.batch_norm.restype = None
+    library.batch_norm.argtypes = (_pointer, ctypes.c_int, *(_pointer,) * 6, ctypes.c_int)
+    library.batch_norm_gradient.restype = None
+    library.batch_norm_gradient.argtypes = (_pointer, ctypes.c_int, *(_pointer,) * 10, ctypes.c_int)
+    library.max_pool.restype = None
+    library.max_pool.argtypes = (_pointer, ctypes.c_int, *(_pointer,) * 3, ctypes.c_int)
+    library.max_pool_gradient.restype = None
+    library.max_pool_gradient.argtypes = (_pointer, ctypes.c_int, *(_pointer,) * 3, ctypes.c_int)
     library.transpose_maps.restype = None
     library.transpose_maps.argtypes = (*(_pointer,) * 3, *(_int64,) * 3, *(ctypes.c_int,) * 3)

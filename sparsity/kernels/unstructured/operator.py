@@ -101,6 +101,8 @@ gather.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op("acdc::to_innermost", mutates_args=())
 def to_innermost(maps: Tensor) -> Tensor:
     """(N, C, H, W) of any format, with its images innermost."""
+    if is_innermost(maps):
+        return maps.clone()
     output = _empty(maps, *maps.shape)
     if not (maps.is_contiguous() or maps.is_contiguous(memory_format=torch.channels_last)):
         maps = maps.contiguous(memory_format=torch.channels_last)

@@ -1,7 +1,9 @@
 // A masked layer: its plans, and the functions that Python calls through ctypes (see ../library.py).
 #include <tuple>
 
+#include "batch_norm.h"
 #include "convolve.h"
+#include "max_pool.h"
 #include "transpose.h"
 
 struct Geometry {  // of a convolution; a linear layer is one of 1 x 1
@@ -45,6 +47,17 @@ using Grids = std::tuple<Grid<1, 2>, Grid<1, 4>, Grid<1, 6>, Grid<1, 7>, Grid<2,
 template <class... G, class Run>
 bool with_grid(std::tuple<G...>, const Tile& tile, Run run) {
     return ((tile.rows == G::ROWS && tile.columns * tile.units == G::RUN && (run(G{}), true)) || ...);
+}
+
+// run<format, what stands behind BatchNorm>()
+template <class Run>
+void dispatch(bool bfloat16, int behind, Run run) {
+    auto with_format = [&](auto format) {
+        if (behind == NOTHING) run(format, std::integral_constant<Behind, NOTHING>{});
+        else if (behind == RELU) run(format, std::integral_constant<Behind, RELU>{});
+        else run(format, std::integral_constant<Behind, ADD_RELU>{});
+    };
+    bfloat16 ? with_format(BFloat16{}) : with_format(Float32{});
 }
 
 template <class Run>
@@ -228,6 +241,35 @@ int layer_weight_gradient(Layer* layer, const Size* size, const void* x, const v
     return !dispatch(layer->bfloat16, layer->weight.tile, [&](auto format, auto grid) {
         weight_gradient_of<decltype(format), grid.ROWS, grid.RUN>(layer->weight, in, out, gradient, layer->numel, threads);
     });
+}
+
+// Of BatchNorm, see batch_norm.h. Maps as above; statistics: (3, channels). y, other: null but with ADD_RELU.
+void batch_norm(const Norm* norm, int bfloat16, const char* x, const char* other, const float* weight, const float* bias,
+                char* y, float* statistics, int threads) {
+    const Statistics parts{statistics, statistics + norm->channels, statistics + 2 * norm->channels};
+    dispatch(bfloat16, norm->behind, [&](auto format, auto behind) {
+        norm_forward<decltype(format), behind.value>(*norm, x, other, weight, bias, y, parts, threads);
+    });
+}
+
+void batch_norm_gradient(const Norm* norm, int bfloat16, const char* dy, const char* x, const char* y, const float* weight,
+                         const float* bias, float* statistics, char* dx, char* d_other, float* d_weight, float* d_bias,
+                         int threads) {
+    const Statistics parts{statistics, statistics + norm->channels, statistics + 2 * norm->channels};
+    dispatch(bfloat16, norm->behind, [&](auto format, auto behind) {
+        norm_backward<decltype(format), behind.value>(*norm, dy, x, y, weight, bias, parts, dx, d_other, d_weight, d_bias,
+                                                      threads);
+    });
+}
+
+// See max_pool.h.
+void max_pool(const Pool* pool, int bfloat16, const char* x, char* y, char* which, int threads) {
+    bfloat16 ? max_pool_forward<BFloat16>(*pool, x, y, which, threads) : max_pool_forward<Float32>(*pool, x, y, which, threads);
+}
+
+void max_pool_gradient(const Pool* pool, int bfloat16, const char* dy, const char* which, char* dx, int threads) {
+    bfloat16 ? max_pool_backward<BFloat16>(*pool, dy, which, dx, threads)
+             : max_pool_backward<Float32>(*pool, dy, which, dx, threads);
 }
 
 // size: bytes of an element, 2 or 4. innermost: whether to (channels, pixels, images), else from it.

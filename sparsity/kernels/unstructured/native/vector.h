@@ -69,6 +69,7 @@ struct Float32 {
         return sum + reinterpret_cast<Floats>(a) * reinterpret_cast<Floats>(b);
     }
 
+    static void widen(Words unit, Floats* parts) { parts[0] = reinterpret_cast<Floats>(unit); }
     static Words round(const Floats* parts) { return reinterpret_cast<Words>(parts[0]); }
 };
 
@@ -111,6 +112,7 @@ struct BFloat16 {
         return rounded;
     }
 
+    static void widen(Words unit, Floats* parts) { parts[0] = even(unit), parts[1] = odd(unit); }
     static Words round(const Floats* parts) { return upper(parts[0]) >> 16 | (upper(parts[1]) & 0xffff0000u); }
 
   private:

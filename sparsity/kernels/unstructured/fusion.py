@@ -1,0 +1,172 @@
+"""A backend of torch.compile that gives kernels to what stands between layers on sparse kernels, too.
+
+    torch.compile(model, backend=sparsity.inductor)
+
+It is Inductor, for a graph that was changed: where maps lie in memory with their images innermost, BatchNorm
+in training with the addition and the ReLU behind it becomes acdc::batch_norm, and max pooling acdc::max_pool;
+a change to that format moves up past these. In graphs without sparse kernels nothing changes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from sparsity.kernels.unstructured import batch_norm, pooling
+
+_TO_INNERMOST = torch.ops.acdc.to_innermost.default
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_RELUS = (functional.relu, functional.relu_, torch.relu, torch.relu_, "relu", "relu_")
+_POOLS = (functional.max_pool2d, torch.max_pool2d)
+
+
+def inductor(graph: fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    """As torch.compile calls a backend."""
+    fuse(graph)
+    compiled: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")(graph, inputs, **options)
+    return compiled
+
+
+def fuse(graph: fx.GraphModule) -> int:
+    """Change the graph, which Dynamo made, in place; how many operators were replaced."""
+    nodes = graph.graph.nodes
+    for node in [node for node in nodes if node.target is _TO_INNERMOST]:
+        _move_up(graph.graph, node)
+    norms = [node for node in nodes if _is_norm(node) and _is_innermost(node.args[0])]
+    pools = [node for node in nodes if _window(node) and _is_innermost(node.args[0])]
+    for node in norms:
+        _replace_norm(graph.graph, node)
+    for node in pools:
+        _replace_pool(graph.graph, node)
+    if norms or pools:
+        graph.graph.lint()
+        graph.recompile()
+    return len(norms) + len(pools)
+
+
+def _move_up(graph: fx.Graph, change: fx.Node) -> None:
+    """Change the format where the maps come from, not behind their BatchNorm, ReLU and pooling."""
+    behind: list[fx.Node] = []
+    source: Any = change.args[0]
+    while isinstance(source, fx.Node) and (_is_norm(source) or _window(source) or _keeps_maps(source)):
+        behind.append(source)
+        source = source.args[0]
+    if not _is_innermost(source):
+        if not any(_is_norm(node) or _window(node) for node in behind) or not all(map(_would_fit, behind)):
+            return
+        with graph.inserting_before(behind[-1]):
+            moved = graph.call_function(_TO_INNERMOST, (source,))
+        moved.meta["example_value"] = _innermost(source.meta["example_value"])
+        behind[-1].replace_input_with(source, moved)
+    for node in behind:
+        node.meta["example_value"] = _innermost(node.meta["example_value"])
+    change.replace_all_uses_with(change.all_input_nodes[0])
+    graph.erase_node(change)
+
+
+def _would_fit(node: fx.Node) -> bool:
+    """Whether there is a kernel, or need be none, once its maps have the format."""
+    maps, window = node.args[0].meta.get("example_value"), _window(node)  # type: ignore[union-attr]
+    if not isinstance(maps, Tensor) or maps.dim() != 4:
+        return False
+    return pooling.takes(maps, window[0]) if window else batch_norm.takes(_innermost(maps))
+
+
+def _innermost(value: Any) -> Tensor:
+    innermost: Tensor = value.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    return innermost
+
+
+def _is_innermost(node: Any) -> bool:
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return isinstance(value, Tensor) and batch_norm.takes(value)
+
+
+def _keeps_maps(node: fx.Node) -> bool:
+    """Whether it is a ReLU, or a conversion to the dtype that its maps have."""
+    if node.target == "to" and isinstance(node.args[0], fx.Node):
+        before, after = node.args[0].meta.get("example_value"), node.meta.get("example_value")
+        return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+    return node.target in _RELUS
+
+
+def _is_norm(node: fx.Node) -> bool:
+    """Whether it is a BatchNorm in training, with weights and a momentum."""
+    if node.target is not functional.batch_norm or node.kwargs or len(node.args) != 8:
+        return False
+    _, mean, _, weight, bias, training, momentum, _ = node.args
+    momentum_is_known = mean is None or isinstance(momentum, float)
+    return training is True and momentum_is_known and None not in (weight, bias)
+
+
+def _window(node: fx.Node) -> tuple[tuple[int, int], ...] | None:
+    """(kernel, stride, padding) of a max pooling that there is a kernel for."""
+    if node.target not in _POOLS:
+        return None
+    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if given.get("dilation", 1) not in (1, (1, 1)) or given.get("ceil_mode") or given.get("return_indices"):
+        return None
+    kernel: Any = given["kernel_size"]
+    sizes: tuple[Any, ...] = (kernel, given.get("stride") or kernel, given.get("padding", 0))
+    return tuple((size, size) if isinstance(size, int) else tuple(size) for size in sizes)
+
+
+def _replace_pool(graph: fx.Graph, pool: fx.Node) -> None:
+    window = _window(pool)
+    assert window is not None
+    with graph.inserting_before(pool):
+        both = graph.call_function(torch.ops.acdc.max_pool.default, (pool.args[0], *window))
+        output = graph.call_function(operator.getitem, (both, 0))
+    output.meta.update(pool.meta)
+    pool.replace_all_uses_with(output)
+    graph.erase_node(pool)
+
+
+def _replace_norm(graph: fx.Graph, norm: fx.Node) -> None:
+    maps, mean, variance, weight, bias, _, momentum, epsilon = norm.args
+    fused, other = [norm], None
+    if (relu := _only_user(norm, _RELUS)) is not None:
+        fused = [norm, relu]
+    elif (addition := _only_user(norm, _ADDITIONS)) is not None:
+        summand, relu = _summand(addition, norm), _only_user(addition, _RELUS)
+        if relu is not None and summand is not None:
+            fused, other = [norm, addition, relu], summand
+    last = fused[-1]
+    with graph.inserting_before(last):
+        operands = (maps, other, weight, bias, epsilon, last is not norm)
+        both = graph.call_function(torch.ops.acdc.batch_norm.default, operands)
+        output, statistics = (graph.call_function(operator.getitem, (both, index)) for index in (0, 1))
+        if mean is not None:
+            statistics = graph.call_method("detach", (statistics,))
+            for running, row in ((mean, 0), (variance, 2)):
+                now = graph.call_function(operator.getitem, (statistics, row))
+                graph.call_method("lerp_", (running, now, momentum))
+    output.meta.update(last.meta)
+    last.replace_all_uses_with(output)
+    for node in reversed(fused):
+        graph.erase_node(node)
+
+
+def _only_user(node: fx.Node, targets: tuple[Any, ...]) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in targets else None
+
+
+def _summand(addition: fx.Node, norm: fx.Node) -> fx.Node | None:
+    """What is added to the norm, if it is as the norm's maps are."""
+    if len(addition.args) != 2 or addition.kwargs:
+        return None
+    first, second = addition.args
+    if first is not norm and addition.target in (operator.iadd, "add_"):
+        return None  # it changes the summand
+    summand = second if first is norm else first
+    if summand is norm or not isinstance(summand, fx.Node) or not _is_innermost(summand):
+        return None
+    one, other = summand.meta["example_value"], norm.meta["example_value"]
+    return summand if one.shape == other.shape and one.dtype == other.dtype else None

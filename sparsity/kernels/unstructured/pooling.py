@@ -1,0 +1,118 @@
+"""Max pooling of maps that lie in memory with their images innermost: acdc::max_pool and its gradient."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsity.kernels.unstructured import library
+from sparsity.kernels.unstructured.operator import is_innermost, to_innermost
+
+_INDICES = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+
+
+def takes(maps: Tensor, kernel: Sequence[int]) -> bool:
+    """Whether there is code for (N, C, H, W), once its images lie innermost."""
+    whole = maps.shape[0] * maps.element_size() % library.vector_bytes() == 0
+    known = maps.device.type == "cpu" and maps.dtype in _INDICES
+    return maps.dim() == 4 and known and maps.numel() > 0 and whole and kernel[0] * kernel[1] < 2**16
+
+
+def _pool(
+    maps: Sequence[int],
+    output: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> library.Pool:
+    return library.Pool(maps[1], maps[0], *maps[2:], *output[2:], *kernel, *stride, *padding)
+
+
+def _output(maps: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    sizes = zip(maps.shape[2:], kernel, stride, padding, strict=True)
+    height, width = ((size + 2 * pad - window) // step + 1 for size, window, step, pad in sizes)
+    return maps.new_empty(maps.shape[1], height, width, maps.shape[0]).permute(3, 0, 1, 2)
+
+
+@torch.library.custom_op("acdc::max_pool", mutates_args=())
+def max_pool(
+    maps: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """As torch's max_pool2d, of dilation 1 with whole windows alone; and which pixels were greatest, for the
+    gradient."""
+    output = _output(maps, kernel, stride, padding)
+    which = torch.empty_like(output, dtype=_INDICES[maps.dtype])
+    library.load().max_pool(
+        ctypes.byref(_pool(maps.shape, output.shape, kernel, stride, padding)),
+        maps.dtype == torch.bfloat16,
+        maps.data_ptr(),
+        output.data_ptr(),
+        which.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return output, which
+
+
+@max_pool.register_fake
+def _(
+    maps: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    output = _output(maps, kernel, stride, padding)
+    return output, torch.empty_like(output, dtype=_INDICES[maps.dtype])
+
+
+@torch.library.custom_op("acdc::max_pool_gradient", mutates_args=())
+def max_pool_gradient(
+    gradient: Tensor,
+    which: Tensor,
+    height: int,
+    width: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """Of maps of that height and width."""
+    if not is_innermost(gradient):
+        gradient = to_innermost(gradient)
+    images, channels = gradient.shape[:2]
+    of_maps = gradient.new_empty(channels, height, width, images).permute(3, 0, 1, 2)
+    library.load().max_pool_gradient(
+        ctypes.byref(_pool(of_maps.shape, gradient.shape, kernel, stride, padding)),
+        gradient.dtype == torch.bfloat16,
+        gradient.data_ptr(),
+        which.data_ptr(),
+        of_maps.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return of_maps
+
+
+@max_pool_gradient.register_fake
+def _(
+    gradient: Tensor,
+    which: Tensor,
+    height: int,
+    width: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    images, channels = gradient.shape[:2]
+    return gradient.new_empty(channels, height, width, images).permute(3, 0, 1, 2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    maps, *ctx.window = inputs
+    ctx.size = maps.shape[2:]
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx: Any, gradient: Tensor, of_which: Tensor) -> tuple[Tensor | None, ...]:
+    return max_pool_gradient(gradient, *ctx.saved_tensors, *ctx.size, *ctx.window), None, None, None
+
+
+max_pool.register_autograd(_backward, setup_context=_save)
