@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import resource
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+
+from sparsity.kernels.unstructured import library
 
 
 def forget_peak(device: torch.device, free: bool = False) -> None:
@@ -52,6 +57,41 @@ def peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> f
     convolve = partial(functional.conv2d, x, kernel, padding=1)
     flops = 2 * kernel.numel() * images * 28 * 28
     return max(product, flops / min(timed(convolve, device) for _ in range(repeats)))
+
+
+# As many sums as hide how long a multiply-add takes, few enough for registers, none equal to another
+_FMA = """
+typedef float Vector __attribute__((vector_size(BYTES)));
+extern "C" float multiply_add(long rounds, float factor) {
+    Vector sums[SUMS];
+    for (int index = 0; index < SUMS; ++index) sums[index] = Vector{} + factor * index;
+    for (long round = 0; round < rounds; ++round)
+        for (Vector& sum : sums) sum = sum * factor + factor;
+    float total = 0;
+    for (Vector& sum : sums) total += sum[0];
+    return total;
+}
+"""
+
+
+def fma_flops(repeats: int = 5) -> float:
+    """FLOP/s of multiply-adds of float32 vectors that stay in registers, on torch's threads. A compiler and
+    instructions as sparse kernels have them.
+    Raises subprocess.CalledProcessError."""
+    sums, rounds, threads, lanes = 12, 10_000_000, torch.get_num_threads(), library.vector_bytes() // 4
+    command = [library.find_compiler() or "g++", *library.FLAGS, *library.instructions()]
+    command += [f"-DBYTES={4 * lanes}", f"-DSUMS={sums}", "-x", "c++", "-", "-o"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*command, f"{folder}/fma.so"], input=_FMA, text=True, check=True)
+        multiply_add = ctypes.CDLL(f"{folder}/fma.so").multiply_add
+    multiply_add.argtypes, multiply_add.restype = (ctypes.c_long, ctypes.c_float), ctypes.c_float
+    with ThreadPoolExecutor(threads) as pool:  # a call by ctypes lets other threads run
+
+        def all_threads() -> None:
+            list(pool.map(lambda _: multiply_add(rounds, 0.5), range(threads)))
+
+        seconds = min(timed(all_threads, torch.device("cpu")) for _ in range(repeats))
+    return 2 * sums * lanes * rounds * threads / seconds
 
 
 def wait_for(device: torch.device) -> None:

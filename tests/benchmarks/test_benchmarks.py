@@ -16,12 +16,14 @@ from benchmarks import (
     overhead,
     peers,
     phase_switch,
+    sparse_kernels,
     sparse_step,
     throughput,
     throughput_turns,
 )
 from benchmarks.shared import machine, turns
 from benchmarks.shared.models import NETWORKS, short_run
+from sparsity.kernels.unstructured.library import find_compiler
 from tests.trainer.runs import run_here
 from trainer.cli.main import main as acdc_command
 from trainer.export.sparse24_file import read_sparse24
@@ -154,6 +156,30 @@ def test_kernels24(monkeypatch, tmp_path, capsys):
     assert [row["network"] for row in record["kernels"]] == ["resnet50", "wrn-28-10", "ViT-B", "ViT-L"]
     assert all(row["forward"]["error"] < 1e-5 for row in record["kernels"])
     assert "no 2:4 kernels on this machine" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+def test_sparse_kernels(monkeypatch, tmp_path, capsys):
+    small = ["resnet20", "--percent", "50", "10", "--precision", "fp32", "--batch", "4"]
+    result = run(sparse_kernels, monkeypatch, tmp_path, *small)["sparse_kernels"]["resnet20"]["fp32"]
+    *shapes, whole = result["shapes"]
+    assert sum(shape["layers"] for shape in shapes) == whole["layers"] == 20
+    assert len({shape["shape"] for shape in shapes}) == len(shapes) == 7
+    assert shapes[0]["dense_flops"] == 2 * 4 * 16 * 3 * 9 * 32 * 32  # layer conv1
+    for shape in result["shapes"]:
+        assert list(shape["kept"]) == ["10", "50"]
+        for percent, kept in shape["kept"].items():
+            executed = 3 * shape["dense_flops"] * int(percent) / 100
+            assert kept["executed_gflops"] == pytest.approx(executed / sum(kept["sparse_us"]) / 1e3)
+            assert kept["dense_to_sparse"] == pytest.approx(sum(shape["dense_us"]) / sum(kept["sparse_us"]))
+    assert result["fma_fp32_gflops"] > 0
+    assert "even at" in capsys.readouterr().out
+
+
+def test_a_crossover_lies_between_two_densities():
+    assert sparse_kernels.crossover([10, 20, 40], [0.5, 0.8, 1.2]) == pytest.approx(30)
+    assert sparse_kernels.crossover([10, 20], [0.5, 0.9]) is None
+    assert sparse_kernels.crossover([10, 20], [1.1, 1.9]) is None
 
 
 @pytest.mark.slow

@@ -181,6 +181,7 @@ BENCHMARKS = {
     "overhead": "benchmarks.overhead",
     "peers": "benchmarks.peers",
     "phase_switch": "benchmarks.phase_switch",
+    "sparse_kernels": "benchmarks.sparse_kernels",
     "sparse_step": "benchmarks.sparse_step",
     "throughput": "benchmarks.throughput",
 }
