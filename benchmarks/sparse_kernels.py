@@ -45,7 +45,7 @@ def main() -> int:
         "networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; default: resnet50"
     )
     parser.add_argument(
-        "--percent", type=int, nargs="+", default=[5, 10, 20, 30, 50], metavar="P", help="of weights kept"
+        "--percent", type=int, nargs="+", default=[5, 10, 20, 30, 50, 75], metavar="P", help="of weights kept"
     )
     default = ["fp32", "bf16"] if cpu_multiplies_bf16() else ["fp32"]
     parser.add_argument("--precision", nargs="+", default=default, choices=tuple(PRECISIONS))
@@ -166,8 +166,8 @@ def show(title: str, result: dict[str, Any]) -> None:
             gain = f"{kept['dense_to_sparse']:.2f}"
             rows.append((*head, percent, _sum(kept["sparse_us"]), gain, f"{speed:,.0f}", *shares, crossing))
             head, crossing = ("",) * 4, ""
-    columns = ["shape", "layers", "dense µs", "GFLOP/s", "% kept", "sparse µs", "dense / sparse", "GFLOP/s"]
-    columns += ["% of dense", "% of FMA", "even at, %"]
+    columns = ["shape", "layers", "dense µs", "GFLOP/s", "% kept", "sparse µs", "gain", "GFLOP/s"]
+    columns += ["% dense", "% FMA", "even at"]
     show_table(
         columns, rows, texts=("shape",), title=f"sparse kernels: {title}; forward + input + weight gradient"
     )

@@ -79,6 +79,15 @@ class PhaseSchedule:
     def num_epochs(self) -> int:
         return self.phases[-1].end
 
+    @property
+    def num_sparse(self) -> int:
+        """Epochs in sparse phases."""
+        return sum(length for kind, length in self.spans if kind == "sparse")
+
+    def time_share(self, sparse_cost: float) -> float:
+        """Of dense training's time, where an epoch of a sparse phase takes `sparse_cost` of a dense one's."""
+        return 1 - self.num_sparse / self.num_epochs * (1 - sparse_cost)
+
     def phase_at(self, epoch: int) -> Phase:
         """The phase in force in `epoch`. Raises ValueError outside 0 .. num_epochs - 1."""
         for phase in self.phases:

@@ -29,12 +29,23 @@ from trainer.optim import build_optimizer
 
 @dataclass(frozen=True)
 class Network:
-    """recipe: under configs/. cpu_batch, gpu_batch: images of a step. overrides: of the recipe, besides."""
+    """recipe: under configs/, or a path. cpu_batch, gpu_batch: images of a step. overrides: of the recipe,
+    besides. noise: stands in for the data, else the recipe's own are read."""
 
     recipe: str
     cpu_batch: int
     gpu_batch: int
     overrides: tuple[str, ...] = ()
+    noise: bool = True
+
+    @classmethod
+    def of_run(cls, run: Path) -> Network:
+        """What a run trains, by the recipe in its folder, at the start. Raises UserError."""
+        recipe = str(run / "config.yaml")
+        batch = load_config(recipe).data.batch_size
+        starts = ("resume=null", "checkpoint=null", "model.weights=null", "finetune_dense=false")
+        others = ("sparsity.gradual=null", "sparsity.recompute_batch_norm=null", "sparsity.accelerate=auto")
+        return cls(recipe, batch, batch, (*starts, *others, "engine.accumulation_steps=1"), noise=False)
 
     @property
     def of_files(self) -> bool:
@@ -66,7 +77,7 @@ NETWORKS = {
 def short_run(
     network: Network, folder: Path, schedule: str, batch: int, steps: int, *overrides: str
 ) -> Config:
-    """The network's recipe with epochs of `steps` steps, over `schedule`, on noise; `overrides` come last."""
+    """The network's recipe with epochs of `steps` steps, over `schedule`; `overrides` come last."""
     options = [
         f"run_root={folder / 'runs'}",
         f"epochs={PhaseSchedule.parse(schedule).num_epochs}",
@@ -79,9 +90,9 @@ def short_run(
         "save.every=1000ep",
         "log.every=1000ep",
     ]
-    if network.of_files:
+    if network.noise and network.of_files:
         options += ["data.backend=synthetic"]
-    else:
+    elif network.noise:
         options += [f"data.root={_noise_of(network, folder, steps * batch)}"]
         if "memorisation" in network.recipe:
             options += ["data.random_labels=0", "data.crop_padding=4", "data.flip=true"]

@@ -25,9 +25,12 @@ from benchmarks.shared import machine, turns
 from benchmarks.shared.models import NETWORKS, short_run
 from sparsity.kernels.unstructured.library import find_compiler
 from tests.trainer.runs import run_here
+from trainer.checkpoints.checkpoint import step_folder
 from trainer.cli.main import main as acdc_command
 from trainer.export.sparse24_file import read_sparse24
 from trainer.loaders import build_loaders
+from trainer.loop import Trainer
+from trainer.mask_history import load_masks
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -195,7 +198,46 @@ def test_sparse_step(monkeypatch, tmp_path, capsys):
     assert result["layers"] == 20
     assert 0 <= result["sparse_layers"] <= 20
     assert all(result["ms_per_step"][who]["median"] > 0 for who in ("compressed", "dense", "stock"))
-    assert "dense / compressed" in capsys.readouterr().out
+    whole = result["whole_run"]
+    assert (whole["epochs"], whole["sparse_epochs"]) == (200, 110)
+    cost = 1 / result["dense_to_compressed"]["median"]
+    assert whole["of_dense"]["median"] == pytest.approx((90 + 110 * cost) / 200)
+    printed = capsys.readouterr().out
+    assert "dense /" in printed
+    assert "whole run" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["dense 1, sparse 1", "dense 1, sparse 1, dense 1"])
+def test_sparse_step_with_the_masks_of_a_run(monkeypatch, tmp_path, tiny_data, capsys, schedule):
+    phases = [f"epochs={schedule.count('1')}", f"sparsity.schedule={schedule}"]
+    trained = run_here(tiny_data, tmp_path / "runs", *phases, "save.mask_history=true")
+    seen, accelerate = {}, Trainer.accelerate
+
+    def watched(trainer):
+        seen.update({name: mask.clone() for name, mask in trainer.acdc.masks().items()})
+        accelerate(trainer)
+
+    monkeypatch.setattr(Trainer, "accelerate", watched)
+    small = ["--masks", str(trained), "--precision", "fp32", "--batch", "8", "--turns", "1"]
+    (result,) = run(sparse_step, monkeypatch, tmp_path, *small)["sparse_step"]
+    (kept,) = (trained / "masks").iterdir()
+    masks = load_masks(kept)
+    assert seen.keys() == masks.keys()
+    assert all(torch.equal(seen[name], mask) for name, mask in masks.items())
+    assert result["percent"] == pytest.approx(90, abs=0.1)
+    assert (result["network"], result["whole_run"]["sparse_epochs"]) == ("quickstart", 1)
+
+
+def test_masks_that_are_not_there_are_an_error(monkeypatch, tmp_path, tiny_data, capsys):
+    dense = ["epochs=1", "sparsity.schedule=dense 1", "lr.warmup_epochs=0"]
+    early = step_folder(run_here(tiny_data, tmp_path / "runs", *dense) / "checkpoints", 10)
+    for path, message in ((early, "comes before the first compression"), (tmp_path, "is not a checkpoint")):
+        monkeypatch.setattr(sys, "argv", ["bench", "--masks", str(path)])
+        with pytest.raises(SystemExit) as stopped:
+            sparse_step.main()
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

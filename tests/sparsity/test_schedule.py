@@ -16,6 +16,7 @@ def test_papers_imagenet_schedule():
     assert schedule.decompressions == (15, 25, 35, 45, 55, 65, 75)
     assert schedule.last("dense") == Phase("dense", 75, 85)
     assert schedule.last("sparse") == Phase("sparse", 85, 100)
+    assert (schedule.num_sparse, schedule.time_share(0.5)) == (50, 0.75)
     assert str(schedule) == PAPER
 
 

@@ -138,6 +138,11 @@ def _masks_in_force(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name.removesuffix(MASK): v for name, v in state["model"].items() if name.endswith(MASK)}
 
 
+def last_masks(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Keep-masks by layer name of a captured state's last compression; none where there was none yet."""
+    return _masks_in_force(state) or state["acdc"]["previous_masks"]
+
+
 def _check_parts(state: Any) -> None:
     parts = {"model": dict, "optimizer": dict, "acdc": dict, "position": dict, "data": dict, "ranks": list}
     for name, kind in parts.items():
