@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
+from sparsity import PhaseSchedule
 from trainer.checkpoints.run_dir import DENSE_TWIN, FINETUNED_DENSE, SPARSE, RunDir
 from trainer.distributed import ranks
 from trainer.engine import num_graphs, precision_name
@@ -83,6 +85,7 @@ def build_result(trainer: Trainer) -> dict[str, Any]:
             "training": position.training_flops,
             "training_ratio": position.training_flops / position.dense_training_flops,
         },
+        "speed": None if len(trainer.flops.sizes) > 1 else speed(trainer.run_dir.read_metrics()),
         "compile": {
             "graphs": num_graphs() - trainer.graphs_before,
             "recompilations": num_graphs() - (trainer.graphs_at_first or 0),
@@ -90,4 +93,25 @@ def build_result(trainer: Trainer) -> dict[str, Any]:
         "kernels": len(trainer.acdc.kernels),  # layers that run one in sparse phases
         "seconds": position.seconds,
         "run": str(trainer.run_dir.path),
+    }
+
+
+def speed(records: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Images per second of training in dense and in compressed phases, and what the run's training takes of
+    the time of as many dense epochs: medians over epochs of one image size, without the first of each kind,
+    which compiles. None where a kind has no other."""
+    rates: dict[str, list[float]] = {"dense": [], "sparse": []}
+    for record in records:
+        if record["kind"] == "epoch":
+            rates[record["phase"]].append(record["images_per_second"])
+    # 0: of an epoch whose rest, after a resume, was one step
+    seen = {kind: [rate for rate in each[1:] if rate > 0] for kind, each in rates.items()}
+    if not all(seen.values()):
+        return None
+    dense, compressed = (median(seen[kind]) for kind in ("dense", "sparse"))
+    epochs = PhaseSchedule((("dense", len(rates["dense"])), ("sparse", len(rates["sparse"]))))
+    return {
+        "dense_images_per_second": dense,
+        "compressed_images_per_second": compressed,
+        "time_of_dense": epochs.time_share(dense / compressed),
     }

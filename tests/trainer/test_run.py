@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ from trainer.config.load import load_config
 from trainer.distributed.ranks import start
 from trainer.distributed.signals import StopRequest
 from trainer.errors import Stopped
+from trainer.monitor.screen import closing_lines
+from trainer.summary import speed
 from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -149,6 +152,35 @@ def test_resumed_anywhere_equals_uninterrupted(finished, tiny_data, tmp_path, st
         ]
 
     assert losses(run) == losses(finished)
+
+
+def test_a_run_says_how_fast_its_phases_were(finished):
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    rates = [record["images_per_second"] for record in records if record["kind"] == "epoch"]
+    result = json.loads((finished / "result.json").read_text())
+    dense, compressed = statistics.median(rates[2:5:2]), statistics.median(rates[3:6:2])
+    share = (3 + 3 * dense / compressed) / 6
+    assert result["speed"] == pytest.approx(
+        {"dense_images_per_second": dense, "compressed_images_per_second": compressed, "time_of_dense": share}
+    )
+    (line,) = (line for line in closing_lines(result) if line.startswith("speed "))
+    assert line.endswith(f"training took {share:.2f} of a dense run's time")
+    assert str(dense) in (finished / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("phases", "expected"),
+    [
+        # the first of each kind compiles, and a resumed epoch of one more step has no rate
+        ([("dense", 1), ("sparse", 1), ("dense", 8), ("sparse", 10), ("dense", 0)], (8, 10, 0.92)),
+        ([("dense", 1), ("dense", 8), ("sparse", 10)], None),
+        ([("sparse", 1), ("sparse", 10)], None),
+    ],
+)
+def test_no_speed_without_both_phases(phases, expected):
+    records = [{"kind": "epoch", "phase": kind, "images_per_second": rate} for kind, rate in phases]
+    found = speed([{"kind": "step"}, *records])
+    assert (found and tuple(found.values())) == (expected and pytest.approx(expected))
 
 
 def test_resuming_passes_over_a_damaged_checkpoint(finished, tiny_data, tmp_path):

@@ -112,6 +112,14 @@ def closing_lines(result: dict[str, Any]) -> list[str]:
         f"compiled    {compiled['graphs']} graphs, {compiled['recompilations']} more after the first epoch",
         f"time        {result['seconds']:.0f} s",
     ]
+    if speed := result["speed"]:
+        dense, compressed = (speed[f"{kind}_images_per_second"] for kind in ("dense", "compressed"))
+        lines.insert(
+            1,
+            f"speed       compressed phases {compressed:,.0f} img/s, dense {dense:,.0f}: "
+            f"{compressed / dense:.2f} times as fast; training took {speed['time_of_dense']:.2f} of a dense "
+            "run's time",
+        )
     if result["dense_twin"] and result["sparse"]:
         gap = result["sparse"]["top1"] - result["dense_twin"]["top1"]
         lines.insert(0, f"accuracy    the sparse model is {gap:+.2f} points from its dense twin")
