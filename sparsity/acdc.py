@@ -21,19 +21,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sparsity.execution import Execution, Wish, kernel_named
-from sparsity.gradual import CubicSparsity
+from sparsity.gradual import CubicSparsity, actions_of
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
 from sparsity.kernels.interface import Kernel
 from sparsity.layers import MaskedLayer, UnmaskedConv2d, mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
-from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
+from sparsity.patterns import Pattern
 from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import relative_mask_difference
 
@@ -72,11 +71,12 @@ class ACDC:
         self.pattern = pattern
         self.schedule = schedule
         self.steps_per_epoch = steps_per_epoch
-        self.actions = _actions(pattern, schedule, gradual)
+        self.actions = actions_of(pattern, schedule, gradual)
         self.layers = mask_layers(model, include, exclude) if schedule.compressions else {}
         self.step = 0  # optimizer steps begun
         self.mask_difference: float | None = None  # between the last two compressions
         self._execution = Execution(model, self.layers)
+        self._settled = gradual.settled if gradual else 0  # epoch, see masks_settled
         self._previous: dict[str, Tensor] = {}  # masks of the last compression, while its phase is over
         self._masters: Masters | None = None
         self._detach: Callable[[], None] | None = None
@@ -185,7 +185,8 @@ class ACDC:
     ) -> None:
         """Say how layers compute in compressed phases, from now on: "auto", by what is measured to be fastest
         at the next compression, or now in a compressed phase; "require", by kernels wherever they are right;
-        "off", dense; or layer by layer, those not named, or with None, dense. In dense phases all do.
+        "off", dense; or layer by layer, those not named, or with None, dense. In dense phases all do. In
+        gradual pruning measuring waits for a density near the last one: the choice is made once.
 
         example: images as a step on this device gets them; call within autocast if steps run in it. Every
         switch between the two costs one graph of a compiled model the first time, and none later. Raises
@@ -209,8 +210,13 @@ class ACDC:
         """Of the layers that run one in compressed phases."""
         return self._execution.kernels
 
+    @property
+    def masks_settled(self) -> bool:
+        """Whether masks tell which kernels pay: not those of early compressions in gradual pruning."""
+        return max(self.step - 1, 0) // self.steps_per_epoch >= self._settled
+
     def _use_kernels(self, compressed: bool) -> None:
-        if compressed:
+        if compressed and self.masks_settled:
             self._execution.fulfil(self.model, self.pattern)
         self._execution.use(compressed)
 
@@ -293,12 +299,12 @@ class ACDC:
         check_start raises, before anything is changed.
         """
         self.check_start(epoch, masks)
+        self.step = epoch * self.steps_per_epoch
         if self._needs_masks(epoch):
             for name, layer in self.layers.items():
                 layer.mask.copy_(masks[name])
             self._looks = LOOKS
             self._use_kernels(True)
-        self.step = epoch * self.steps_per_epoch
 
     def check_start(self, epoch: int, masks: Mapping[str, Tensor]) -> None:
         """Whether start_at can do that. Raises ValueError where a mask that it needs is missing or has
@@ -329,22 +335,3 @@ class ACDC:
 def _kernel_names(state: Mapping[str, Any]) -> dict[str, str]:
     """Layer -> name of its kernel, in states of earlier versions, too."""
     return state.get("kernels", state.get("run24", {}))
-
-
-def _actions(
-    pattern: Pattern, schedule: PhaseSchedule, gradual: CubicSparsity | None
-) -> dict[int, Pattern | None]:
-    """Epoch -> what happens as it begins: a pattern to compress by, or None to decompress."""
-    actions: dict[int, Pattern | None] = dict.fromkeys(schedule.decompressions)
-    if gradual is None:
-        return {**actions, **dict.fromkeys(schedule.compressions, pattern)}
-    if not isinstance(pattern, GlobalMagnitude | UniformMagnitude):
-        raise ValueError(
-            f"gradual pruning changes the sparsity of a magnitude pattern, which {pattern} is not"
-        )
-    if schedule.compressions != (gradual.start,) or actions:
-        raise ValueError(
-            f"gradual pruning from epoch {gradual.start} needs one sparse phase that begins there and lasts "
-            f'to the end, e.g. "dense 1, sparse 89"; the schedule is "{schedule}"'
-        )
-    return {epoch: replace(pattern, sparsity=gradual.at(epoch)) for epoch in gradual.epochs}

@@ -99,7 +99,7 @@ class Trainer:
             self.acdc.before_step()
             if position.step == 0 and self.acdc.actions.get(epoch) is not None:
                 self.after_compression(epoch)
-            if not self._tuned and self.acdc.phase.kind == "sparse":
+            if not self._tuned and self.acdc.phase.kind == "sparse" and self.acdc.masks_settled:
                 self.accelerate()
             for _ in range(self.micro_batches):
                 totals += self.train_batch(batches)

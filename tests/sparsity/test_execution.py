@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparsity import ACDC, PhaseSchedule, UniformMagnitude, execution
+from sparsity import ACDC, CubicSparsity, PhaseSchedule, UniformMagnitude, execution
 from sparsity.kernels.choose import NoKernelError
 from sparsity.kernels.unstructured.kernel import SparseKernel
 from sparsity.kernels.unstructured.library import find_compiler
@@ -104,6 +104,18 @@ def test_kernels_are_chosen_at_the_next_compression_and_work_in_sparse_phases_al
     assert {name: layer.kernel.name for name, layer in acdc.layers.items()} == {
         name: kernel.name for name, kernel in chosen.items()
     }
+
+
+@needs_compiler
+def test_gradual_pruning_chooses_by_masks_near_the_last_density():
+    net, gradual = network(), CubicSparsity(0.05, 0.9, start=1, end=5)
+    schedule = PhaseSchedule.parse("dense 1, sparse 5")
+    acdc = ACDC(net, UniformMagnitude(0.9), schedule, 1, gradual=gradual)
+    acdc.attach(torch.optim.SGD(net.parameters(), 0.05))
+    acdc.accelerate("require", torch.randn(6, 3, 8, 8))
+    for epoch in range(6):
+        acdc.before_step()
+        assert len(acdc.kernels) == (3 if epoch >= gradual.settled == 3 else 0)
 
 
 @needs_compiler

@@ -19,6 +19,16 @@ def test_sparsities_equal_the_papers_baseline(target, golden):
     )
 
 
+@pytest.mark.parametrize(("final", "settled"), [(0.4, 1), (0.8, 16), (0.9, 21)])
+def test_masks_are_settled_once_the_density_is_near_its_last(final, settled):
+    gradual = CubicSparsity(0.05, final, start=1, end=40, every=5)
+    assert gradual.settled == settled
+    last = 1 - gradual.at(36)
+    assert [1 - gradual.at(epoch) <= 2 * last for epoch in gradual.epochs] == [
+        epoch >= settled for epoch in gradual.epochs
+    ]
+
+
 def test_the_law_is_constant_outside_its_epochs():
     gradual = CubicSparsity(0.1, 0.9, start=2, end=10)
     assert gradual.at(0) == gradual.at(2) == pytest.approx(0.1)

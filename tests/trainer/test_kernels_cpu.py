@@ -21,6 +21,7 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="no C++ compiler")
 
 SHORT = ("steps_per_epoch=3", "save.every=4st", "save.keep=99", "sparsity.accelerate=require")
+GRADUAL = ("sparsity.schedule=dense 1, sparse 5", "sparsity.gradual={end: 5}")
 LAST = 18  # step
 
 
@@ -67,9 +68,23 @@ def test_a_run_is_resumed_bit_for_bit_and_equals_the_dense_one(tiny_data, tmp_pa
 
 
 @pytest.mark.slow
-def test_compiled_kernels_cost_one_graph(tiny_data, tmp_path):
+def test_gradual_pruning_chooses_late_and_is_resumed_bit_for_bit(tiny_data, tmp_path):
+    run = run_here(tiny_data, tmp_path / "runs", *SHORT, *GRADUAL)
+    state = final_state(run, LAST)
+    numbers = [len(final_state(run, step)["acdc"]["kernels"]) for step in (4, 8, 12, 16)]
+    layers = sum(name.endswith(".mask") for name in state["model"])
+    assert numbers == [0, 0, layers, layers]  # epoch 3 begins with step 9
+    for step in (8, 12):
+        within = checkpoint.step_folder(run / "checkpoints", step)
+        assert main(tiny(tiny_data, tmp_path / "runs", *SHORT, *GRADUAL, f"resume={within}")) == 0
+        assert_equal_states(state, final_state(run, LAST))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), GRADUAL])
+def test_compiled_kernels_cost_one_graph(tiny_data, tmp_path, options):
     torch._dynamo.reset()
-    run = run_here(tiny_data, tmp_path / "runs", *SHORT, "engine.compile=true")
+    run = run_here(tiny_data, tmp_path / "runs", *SHORT, *options, "engine.compile=true")
     compiled = json.loads((run / "result.json").read_text())["compile"]
     assert compiled["graphs"] == 3  # dense, evaluation, sparse
     assert compiled["recompilations"] == 1  # the first sparse step, and no switch after it
