@@ -102,7 +102,7 @@ def measure(
         ours, stock = Ours(trainer), Stock(trainer.config, trainer, device)
         trainer.acdc.before_step()
         trainer.accelerate()
-        layers = trainer.acdc.layers.values()
+        layers = trainer.acdc.kernel_layers.values()
         kernels = [layer.kernel for layer in layers]
 
         def step(sparse: bool) -> None:

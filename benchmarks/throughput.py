@@ -146,7 +146,8 @@ def _skipped(trainer: Trainer, kernels: Mapping[str, Kernel]) -> float:
     products = {layer.name: layer.products for layer in trainer.flops.at(0).layers}
     trainer.acdc.compress(trainer.acdc.pattern)  # the last turn may have been dense
     dropped = {name: 1 - mask.float().mean().item() for name, mask in trainer.acdc.masks().items()}
-    return sum(dropped[name] * products[name] * kernel.sparse_products for name, kernel in kernels.items())
+    counted = ((dropped.get(name, 0) * products[name], kernel) for name, kernel in kernels.items())
+    return sum(flops * kernel.sparse_products for flops, kernel in counted)
 
 
 def show(measured: list[dict[str, Any]], networks: dict[str, dict[str, Any]]) -> None:

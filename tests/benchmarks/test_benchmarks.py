@@ -195,8 +195,8 @@ def test_sparse_step(monkeypatch, tmp_path, capsys):
         90,
         8,
     )
-    assert result["layers"] == 20
-    assert 0 <= result["sparse_layers"] <= 20
+    assert result["layers"] == 22  # 20 masked ones, and 2 shortcuts between them
+    assert 0 <= result["sparse_layers"] <= 22
     assert all(result["ms_per_step"][who]["median"] > 0 for who in ("compressed", "dense", "stock"))
     whole = result["whole_run"]
     assert (whole["epochs"], whole["sparse_epochs"]) == (200, 110)
