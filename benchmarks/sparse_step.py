@@ -48,6 +48,8 @@ def main() -> int:
     parser.add_number("--steps", 1, "in a turn")
     parser.add_number("--batch", None, "images in a step; default: by network and device, or the run's")
     options = parse(parser, "sparse_step")
+    if options.masks and options.networks:
+        parser.error("--masks: a run is a network of its own, name no other")
     device = ranks.start()
     networks = {name: NETWORKS[name] for name in options.networks or NETWORKS}
     masks, percents, results = None, options.percent, []

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -65,13 +66,20 @@ class Network:
         return self.gpu_batch if device.type == "cuda" else self.cpu_batch
 
 
+class _Networks(dict[str, Network]):
+    def __missing__(self, name: str) -> NoReturn:
+        raise SystemExit(f"no network {name!r}; there are {', '.join(self)}")
+
+
 IN_EPOCH = 16  # batches that small images make, where they are read again and again
-NETWORKS = {
-    "resnet50": Network("imagenet/resnet50_90", 32, 256),
-    "mobilenetv1": Network("imagenet/mobilenetv1_90", 32, 512),
-    "wrn-28-10": Network("cifar100/wide_resnet_dense13_90", 32, 512),
-    "resnet20": Network("cifar10/memorisation_90", 128, 1024),
-}
+NETWORKS = _Networks(
+    {
+        "resnet50": Network("imagenet/resnet50_90", 32, 256),
+        "mobilenetv1": Network("imagenet/mobilenetv1_90", 32, 512),
+        "wrn-28-10": Network("cifar100/wide_resnet_dense13_90", 32, 512),
+        "resnet20": Network("cifar10/memorisation_90", 128, 1024),
+    }
+)
 
 
 def short_run(

@@ -128,6 +128,12 @@ def test_compilation_counts_first_and_later_steps_apart():
     }
 
 
+def test_an_unknown_network_is_an_error(monkeypatch, tmp_path):
+    for benchmark in (sparse_kernels, sparse_step):
+        with pytest.raises(SystemExit, match="no network 'resnet51'; there are resnet50, "):
+            run(benchmark, monkeypatch, tmp_path, "resnet51")
+
+
 def test_fewer_images_than_a_batch_are_an_error(monkeypatch, tmp_path):
     for benchmark, arguments in ((throughput, ["--images", "8"]), (peers, ["--images", "8"])):
         with pytest.raises(SystemExit, match="--images 8: a batch has 32"):
