@@ -16,7 +16,7 @@ from torch.fx.experimental.optimization import fuse
 from sparsity.flops import Call
 from sparsity.inference.file import read
 from sparsity.kernels.choose import choose_kernels
-from sparsity.kernels.interface import Kernel
+from sparsity.kernels.interface import Kernel, KernelUnavailableError
 from sparsity.kernels.unstructured.family import SparseFamily
 from sparsity.kernels.unstructured.frozen import FrozenPlan
 from sparsity.kernels.unstructured.kernel import SparseKernel
@@ -26,24 +26,29 @@ from sparsity.kernels.unstructured.plan import Convolution
 log = logging.getLogger(__name__)
 
 
-class SparseConv2d(nn.Conv2d):
-    """Conv2d on a kernel, with weights that stay."""
+class _Sparse(nn.Module):
+    """A layer on a kernel, with weights that stay."""
 
     kernel: Kernel
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.kernel(self, input)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a saved layer, whose kernel comes without its plan; where none can be made it runs dense."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        try:
+            _plan(self, self.kernel)
+        except KernelUnavailableError as error:
+            log.warning("a sparse layer runs dense: %s", error)
+
+
+class SparseConv2d(_Sparse, nn.Conv2d):
     dense = nn.Conv2d.forward
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.kernel(self, input)
 
-
-class SparseLinear(nn.Linear):
-    """Linear on a kernel, with weights that stay."""
-
-    kernel: Kernel
+class SparseLinear(_Sparse, nn.Linear):
     dense = nn.Linear.forward
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.kernel(self, input)
 
 
 def load(path: str | Path, model: nn.Module, example: Tensor) -> nn.Module:
@@ -105,9 +110,14 @@ def _calls(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) -> 
 
 def _run(layer: nn.Conv2d | nn.Linear, kernel: Kernel) -> None:
     """Change the layer's class in place: its parameters and names stay."""
-    if isinstance(kernel, SparseKernel):
-        weight = layer.weight.detach()
-        kernel.plan = FrozenPlan(Convolution.of(layer), weight, kernel.tiles.forward, kernel.dtype)
+    _plan(layer, kernel)
     become: Any = layer
     become.kernel = kernel
     become.__class__ = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
+
+
+def _plan(layer: Any, kernel: Kernel) -> None:
+    """Give the kernel what it computes the layer from, where it needs that and has it not."""
+    if isinstance(kernel, SparseKernel) and kernel.plan is None:
+        weight = layer.weight.detach()
+        kernel.plan = FrozenPlan(Convolution.of(layer), weight, kernel.tiles.forward, kernel.dtype)

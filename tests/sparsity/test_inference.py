@@ -1,5 +1,8 @@
 """Finished sparse models: their file without zeros, and the model on sparse kernels."""
 
+import copy
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -116,6 +119,42 @@ def test_compiled_logits_are_the_same(net, forced):
     compiled = torch.compile(fast, dynamic=False)
     with torch.no_grad():
         assert torch.allclose(compiled(batch), net(batch), rtol=1e-4, atol=1e-4)
+
+
+def _saved(fast):
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@needs_compiler
+@pytest.mark.parametrize("copied", [copy.deepcopy, _saved])
+@pytest.mark.parametrize("images", [2, 16])
+def test_copies_and_saved_models_keep_their_kernels(net, forced, copied, images):
+    batch = torch.randn(images, 3, 12, 12)
+    fast = accelerated(net, batch)
+    other = copied(fast)
+    sparse = [layer for layer in other.modules() if type(layer).__name__.startswith("Sparse")]
+    assert len(sparse) == 4
+    assert all(layer.kernel.plan is not None for layer in sparse)
+    with torch.no_grad():
+        expected = fast(batch)
+        del fast  # a copy lives on by itself
+        assert torch.equal(other(batch), expected)
+
+
+@needs_compiler
+def test_a_saved_model_runs_dense_where_its_kernels_are_not(net, forced, monkeypatch, caplog):
+    def fail(*arguments):
+        raise BuildError("no C++ compiler")
+
+    batch = torch.randn(2, 3, 12, 12)
+    fast = accelerated(net, batch)
+    monkeypatch.setattr(model, "FrozenPlan", fail)
+    with torch.no_grad():
+        assert torch.allclose(_saved(fast)(batch), net(batch), rtol=1e-4, atol=1e-4)
+    assert "a sparse layer runs dense: no C++ compiler" in caplog.text
 
 
 def test_a_model_that_fx_cannot_follow_keeps_its_batch_norm(net, monkeypatch, caplog):

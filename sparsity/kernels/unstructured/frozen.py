@@ -4,6 +4,7 @@ images."""
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from typing import Any
 
@@ -17,6 +18,15 @@ from sparsity.kernels.unstructured.plan import PAST_CACHES, Convolution, Tile
 FULL = 0.7  # share of lanes with images in them, below which lanes are pixels
 SLAB = 400_000  # bytes, where they are
 RUNS = ((14, 42), (7, 14), (4, 0))  # units of a tile, from how many units of a map on
+SIZES = 8  # of maps that a plan is laid out for at a time, beside the one with images in the lanes
+
+
+class _Layer:
+    """Of the C++ library, which has it back when nobody uses it any more."""
+
+    def __init__(self, native: ctypes.CDLL, pointer: int) -> None:
+        self.pointer = pointer
+        weakref.finalize(self, native.layer_free, pointer)
 
 
 class FrozenPlan:
@@ -24,23 +34,25 @@ class FrozenPlan:
     0.
 
     Where there are too few images to fill vectors with, as one, and the kernel is larger than 1 x 1, vectors
-    are filled with pixels: laid out for each size of maps at its first use. Raises KernelUnavailableError.
+    are filled with pixels: laid out for each size of maps at its first use, and kept for the SIZES used last.
+    Threads may share a plan. Raises KernelUnavailableError.
     """
 
     def __init__(self, convolution: Convolution, weight: Tensor, tile: Tile, dtype: torch.dtype) -> None:
         self.convolution, self.dtype = convolution, dtype
         self._weight, self._mask = weight.detach().contiguous(), (weight.detach() != 0).contiguous()
         self.outputs, self.inputs = int(weight.shape[0]), int(weight.shape[1]) * convolution.groups
-        self._library = library.load()
-        self._layers: dict[tuple[int, int], int] = {}  # by images and output width; 0: lanes are images
-        self._layer(0, 0, tile)
+        self._library, self._lock = library.load(), threading.Lock()
+        self._filled_with_images = self._layer(0, 0, tile)
+        self._filled_with_pixels: dict[tuple[int, int], _Layer] = {}  # by images and output width, oldest first
 
     def forward(self, maps: Tensor, weight: Tensor) -> Tensor:
         """maps: (inputs, H, W, N). Returns (outputs, H', W', N). weight: not looked at."""
         size = self.convolution.size(maps.shape[1:])
         output = maps.new_empty(self.outputs, size.out_height, size.out_width, size.images)
+        layer = self._layer_for(size)  # held until the product is done: another thread may displace it
         status = self._library.layer_forward(
-            self._layer_for(size),
+            layer.pointer,
             ctypes.byref(size),
             maps.data_ptr(),
             None,
@@ -57,29 +69,33 @@ class FrozenPlan:
 
     weight_gradient = input_gradient
 
-    def _layer_for(self, size: library.Size) -> int:
+    def _layer_for(self, size: library.Size) -> _Layer:
         lanes = library.vector_bytes() // self.dtype.itemsize
         full = size.images / (-(-size.images // lanes) * lanes) if size.images else 1.0
         if full >= FULL or self.convolution.is_flat:
-            return self._layers[0, 0]
-        if (found := self._layers.get((size.images, size.out_width))) is not None:
-            return found
-        units = -(-size.out_height * size.out_width * size.images // lanes)
-        known = ((run, least) for run, least in RUNS if self._library.has_tile(1, run))
-        run = next(run for run, least in known if units >= least)
-        return self._layer(size.images, size.out_width, Tile(1, run, 1, SLAB))
+            return self._filled_with_images
+        key = (size.images, size.out_width)
+        with self._lock:
+            layer = self._filled_with_pixels.pop(key, None)
+            if layer is None:
+                units = -(-size.out_height * size.out_width * size.images // lanes)
+                known = ((run, least) for run, least in RUNS if self._library.has_tile(1, run))
+                run = next(run for run, least in known if units >= least)
+                layer = self._layer(*key, Tile(1, run, 1, SLAB))
+            self._filled_with_pixels[key] = layer
+            if len(self._filled_with_pixels) > SIZES:
+                del self._filled_with_pixels[next(iter(self._filled_with_pixels))]
+        return layer
 
-    def _layer(self, images: int, width: int, tile: Tile) -> int:
+    def _layer(self, images: int, width: int, tile: Tile) -> _Layer:
         if not self._library.has_tile(tile.rows, tile.columns * tile.units):
             raise KernelUnavailableError(f"no code for the tile {tile} with the instructions of this machine")
         geometry = self.convolution.geometry(self.outputs, self.inputs, tuple(self._weight.stride()))
         operands = (ctypes.byref(geometry), self._mask.data_ptr(), ctypes.byref(library.Tile(*tile)))
-        layer: int | None = self._library.layer_new_forward(
+        pointer: int | None = self._library.layer_new_forward(
             *operands, self.dtype == torch.bfloat16, images, width
         )
-        if layer is None:
+        if pointer is None:
             raise KernelUnavailableError("the kernel spans too many pixels")
-        weakref.finalize(self, self._library.layer_free, layer)
-        self._library.layer_freeze(layer, self._weight.data_ptr(), torch.get_num_threads())
-        self._layers[images, width] = layer
-        return layer
+        self._library.layer_freeze(pointer, self._weight.data_ptr(), torch.get_num_threads())
+        return _Layer(self._library, pointer)

@@ -18,7 +18,7 @@ from sparsity.kernels.choose import choose_kernels
 from sparsity.kernels.interface import KernelUnavailableError
 from sparsity.kernels.unstructured import library, operator
 from sparsity.kernels.unstructured.family import GRIDS, Shape, SparseFamily, candidates
-from sparsity.kernels.unstructured.frozen import FrozenPlan
+from sparsity.kernels.unstructured.frozen import SIZES, FrozenPlan
 from sparsity.kernels.unstructured.kernel import SparseKernel
 from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
 
@@ -498,3 +498,40 @@ def test_frozen_products_equal_conv2d_whatever_fills_the_vectors(seed):
     found, expected = plan.forward(case.maps, case.weight), case.expected[0]
     assert error(found, expected) <= (1e-5 if case.dtype == FP32 else 2**-7)
     assert torch.equal(found, plan.forward(case.maps, case.weight))
+
+
+def test_a_frozen_plan_keeps_what_few_sizes_of_maps_need(monkeypatch):
+    made, freed = [], []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(native, name)
+
+        def layer_new_forward(self, *arguments):
+            made.append(arguments[-1])  # the output width; 0: of no size
+            return native.layer_new_forward(*arguments)
+
+        def layer_free(self, pointer):
+            freed.append(pointer)
+            native.layer_free(pointer)
+
+    native = library.load()
+    monkeypatch.setattr(library, "load", Counting)
+    layer = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+    plan = FrozenPlan(Convolution.of(layer), layer.weight, Tile(*TILES[0], 1, 40000), FP32)
+
+    def check(size):
+        images = torch.randn(1, 4, size, size)
+        with torch.no_grad():
+            found = plan.forward(images.permute(1, 2, 3, 0).contiguous(), layer.weight)
+            assert error(found.permute(3, 0, 1, 2), layer(images)) <= 1e-5
+
+    sizes = range(6, 6 + SIZES)
+    for size in (5, *sizes, *sizes, 5, 6):  # 5 displaces 6, which was not used for the longest time
+        check(size)
+    assert made == [0, 5, *sizes, 5, 6]
+    assert len(freed) == 3
+    with ThreadPoolExecutor(4) as pool:  # in turn, of more sizes than are kept
+        list(pool.map(check, [5 + 7 * number % 13 for number in range(200)]))
+    del plan
+    assert len(freed) == len(made)
