@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -159,7 +160,8 @@ class _Trial:
             plans = [
                 Plan(self.convolution, self.mask, strides, Tiles(*[tile] * 3), self.dtype) for tile in tiles
             ]
-        products = [(self._dense_forward, lambda plan: plan.forward(self.maps, self.weight))]
+        dense = self._dense_frozen() if self.inference else self._dense_forward
+        products = [(dense, lambda plan: plan.forward(self.maps, self.weight))]
         if not self.inference:
             products += [
                 (lambda: self._dense_backward(0), self._sparse_input_gradient),
@@ -180,6 +182,30 @@ class _Trial:
             self.dense_maps, self.dense_weight, None, stride, padding, dilation, groups
         )
         return output.permute(1, 2, 3, 0)
+
+    def _dense_frozen(self) -> Callable[[], Tensor]:
+        """The same as a compiled model with frozen weights runs it: they are laid out for oneDNN once. Where
+        this torch, or this machine, has no operators for that, the product as it is."""
+        _, stride, padding, dilation, groups = self.convolution
+        mkldnn: Any = torch.ops.mkldnn
+        maps, weight, plain = self.dense_maps, self.dense_weight, ("none", (), "")  # nothing fused with it
+
+        def product() -> Tensor:
+            return run().view(self.dense_gradient.shape).permute(1, 2, 3, 0)
+
+        try:
+            if self.convolution.is_flat and groups == 1 and maps.shape[2:] == (1, 1):
+                rows = maps.flatten(1)
+                packed = mkldnn._reorder_linear_weight(weight.flatten(1), len(rows))
+                run = partial(mkldnn._linear_pointwise, rows, packed, None, *plain)
+            else:
+                geometry = (padding, stride, dilation, groups)
+                packed = mkldnn._reorder_convolution_weight(weight, *geometry, maps.shape)
+                run = partial(mkldnn._convolution_pointwise, maps, packed, None, *geometry, *plain)
+            product()
+        except (AttributeError, RuntimeError):
+            return self._dense_forward
+        return product
 
     def _dense_backward(self, which: int) -> Tensor:
         """Of the input (0) or of the weight (1)."""

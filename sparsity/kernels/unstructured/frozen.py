@@ -44,7 +44,7 @@ class FrozenPlan:
         self.outputs, self.inputs = int(weight.shape[0]), int(weight.shape[1]) * convolution.groups
         self._library, self._lock = library.load(), threading.Lock()
         self._filled_with_images = self._layer(0, 0, tile)
-        self._filled_with_pixels: dict[tuple[int, int], _Layer] = {}  # by images and output width, oldest first
+        self._filled_with_pixels: dict[tuple[int, int], _Layer] = {}  # by images and width, oldest first
 
     def forward(self, maps: Tensor, weight: Tensor) -> Tensor:
         """maps: (inputs, H, W, N). Returns (outputs, H', W', N). weight: not looked at."""

@@ -5,6 +5,7 @@ import copy
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from sparsity.execution import kernel_named
 from sparsity.flops import Call
 from sparsity.kernels.choose import choose_kernels
 from sparsity.kernels.interface import KernelUnavailableError
-from sparsity.kernels.unstructured import library, operator
+from sparsity.kernels.unstructured import family, library, operator
 from sparsity.kernels.unstructured.family import GRIDS, Shape, SparseFamily, candidates
 from sparsity.kernels.unstructured.frozen import SIZES, FrozenPlan
 from sparsity.kernels.unstructured.kernel import SparseKernel
@@ -444,6 +445,7 @@ def test_what_hinders_a_build_is_said_so(name, value, message, monkeypatch, tmp_
         library._load_once.cache_clear()
 
 
+LINEAR = Shape(33, 8, 16, *(1, 1) * 2, 0, 0, 1, 1, 1, 1, 1, 20)
 SHAPE = Shape(33, 8, 16, 3, 3, 2, 2, 1, 1, 1, 1, 1, 9, 9, 20)
 
 
@@ -476,6 +478,18 @@ def test_a_shape_is_measured_and_its_kernel_named(dtype):
 def test_the_shape_of_a_layer_or_why_it_runs_dense(layer, calls, expected):
     mask_layers(nn.Sequential(layer))
     assert SparseFamily(FP32).shape(layer, calls, 33) == expected
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE._replace(kernel_y=1, kernel_x=1, groups=8), LINEAR])
+def test_the_dense_product_of_a_compiled_model_is_conv2d(dtype, shape, monkeypatch):
+    trial = family._Trial(shape, dtype, inference=True)
+    expected = trial._dense_forward()
+    product = trial._dense_frozen()
+    assert dtype == BF16 or product != trial._dense_forward or not torch.backends.mkldnn.is_available()
+    assert error(product(), expected) <= (1e-5 if dtype == FP32 else 2**-7)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())  # of a torch without these operators
+    assert torch.equal(trial._dense_frozen()(), expected)
 
 
 @pytest.mark.parametrize("size", [(7, 7), (56, 56), (32, 32), (1, 1), (3, 5), (224, 224)])
@@ -533,5 +547,5 @@ def test_a_frozen_plan_keeps_what_few_sizes_of_maps_need(monkeypatch):
     assert len(freed) == 3
     with ThreadPoolExecutor(4) as pool:  # in turn, of more sizes than are kept
         list(pool.map(check, [5 + 7 * number % 13 for number in range(200)]))
-    del plan
+    plan = None
     assert len(freed) == len(made)
