@@ -75,7 +75,7 @@ def measure(name: str, way: str, steps: int) -> dict[str, Any]:
     classifier: Any = Classifier(model, (0.5,) * 3, (0.5,) * 3).to(device)
     classifier.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(classifier.parameters(), 0.01, 0.9, fused=True)
-    batch, side = network.batch(device), 224 if network.of_files else 32
+    batch, side = network.batch(device), network.image_shape[1]
     noise = next(SyntheticLoader(batch, 1, batch, lambda _: side, network.num_classes, device).epoch(0))
     _compile(classifier, way)
     dtype = precision(load_config(network.recipe), device)

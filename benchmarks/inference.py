@@ -1,129 +1,193 @@
-"""Inference of a saved 2:4 model: dense against 2:4 kernels with weights compressed once, chosen by layer.
+"""Inference of a finished sparse model, against the fastest that there is without sparse kernels.
 
-Both are compiled and channels_last, in bf16 on a GPU; they take turns. Every layer's choice is measured and
-compared with dense; the whole model's answers are compared, too. Without such kernels the reference runs.
+On a CPU: sparse kernels against compiled torch, BatchNorm folded and weights frozen, and ONNX Runtime. A
+network's name instead of a run measures it with random weights, of which each layer but the first and the
+last drops the same share at random places. For 2:4 models, and on a GPU: see inference24.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from benchmarks import inference24
+from benchmarks.inference_contenders import ours, rivals
+from benchmarks.shared.models import NETWORKS
 from benchmarks.shared.record import Parser, console, parse, show_spread, show_table, spread, write_record
 from benchmarks.shared.turns import ratios, take_turns
-from sparsity import count_flops
-from sparsity.kernels.measure import compare
-from sparsity.kernels.semi_structured.inference import pack_layers, packable
-from sparsity.kernels.semi_structured.operator import ROWS, compress24, matmul24, missing
+from sparsity.kernels.semi_structured.inference import packable
 from trainer.checkpoints.saved_model import find_model, load_model
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
 from trainer.errors import UserError, as_user_error
-from trainer.export.sparse24_file import packed_share
+
+EXACT = 1e-4  # of the largest logit: what fp32 may differ by
 
 
 def main() -> int:
     parser = Parser("infer", __doc__)
-    parser.add_argument("path", metavar="PATH", help="a run folder, or a checkpoint folder in it")
-    parser.add_number("--batch", None, "images; default: 256 on a GPU, 32 on a CPU")
+    parser.add_argument(
+        "path", metavar="PATH", help=f"a run folder, a checkpoint folder in it, or of {', '.join(NETWORKS)}"
+    )
+    parser.add_argument(
+        "--percent",
+        type=float,
+        nargs="+",
+        metavar="P",
+        help="of a named network's weights dropped; default: 90 95",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="images; default: 1 and 32; for 2:4 models 32, on a GPU 256",
+    )
     parser.add_number("--turns", 9, "of each")
-    parser.add_number("--steps", 5, "batches in a turn")
+    parser.add_number("--steps", None, "batches in a turn; default: 16 images; for 2:4 models and on a GPU 5")
     parser.add_argument("--all", action="store_true", help="2:4 in every layer that can, faster or not")
     options = parse(parser, "inference")
     device = ranks.start()
     try:
-        with as_user_error("infer"):
-            model, info = load_model(find_model(Path(options.path).expanduser()))
-        record = measure(model, info["model"], device, options)
+        record = measured(options, device)
     except UserError as error:
         parser.error(str(error))
-    show(record)
-    write_record(options.out, {"device": str(device), "reference": missing(device) is not None, **record})
+    write_record(options.out, {"device": str(device), **record})
     return 0
+
+
+def measured(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The record, shown. Raises UserError."""
+    named = options.path in NETWORKS
+    if named and device.type != "cpu":
+        raise UserError(f"{options.path}: networks by name are for sparse kernels of CPUs; give a 2:4 run")
+    if options.percent and not named:
+        raise UserError("--percent is for networks by name: a run has dropped its weights")
+    if not named:
+        with as_user_error("infer"):
+            model, info = load_model(find_model(Path(options.path).expanduser()))
+        if device.type != "cpu" or _is_24(model):
+            if len(options.batch or []) > 1:
+                raise UserError("--batch: one number for 2:4 models and on a GPU")
+            record = inference24.measure(model, info["model"], device, options)
+            inference24.show(record)
+            return record
+        models: Any = [(model, info["model"])]
+    else:
+        models = masked(options.path, options.percent or [90, 95])
+    results = []
+    for model, described in models:
+        for batch in options.batch or [1, 32]:
+            results.append(measure(model, described, batch, options))
+            show(results[-1])
+    return {"inference": results}
+
+
+def masked(name: str, percents: list[float]) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """The network with random weights, for each share of them dropped."""
+    network = NETWORKS[name]
+    for percent in percents:
+        torch.manual_seed(0)
+        model = network.model()
+        layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        for layer in layers[1:-1]:
+            layer.weight.data *= torch.rand_like(layer.weight) >= percent / 100
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = 1.0  # statistics of this pass: activations neither fade nor grow
+        with torch.no_grad():
+            model.train()(torch.randn(8, *network.image_shape))
+        described = {"name": name, "num_classes": network.num_classes, "input_shape": network.image_shape}
+        yield model, {**described, "mean": None, "std": None}
 
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, described: dict[str, Any], device: torch.device, options: argparse.Namespace
+    model: nn.Module, described: dict[str, Any], batch: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Layers chosen, images per second of both, their ratio, and how far answers differ."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    batch = options.batch or (256 if device.type == "cuda" else 32)
-    shape = tuple(described["input_shape"])
-    dense: Any = model.eval().to(device=device, dtype=dtype)
-    dense.to(memory_format=torch.channels_last)
-    calls = {
-        layer.name: [call.outputs for call in layer.calls]
-        for layer in count_flops(model.float(), shape).layers
-    }
-    dense.to(dtype)
-    names = [
-        name
-        for name in packable(dense)
-        if calls.get(name) and not any(rows * batch % ROWS for rows in calls[name])
-    ]
-    if not names:
-        raise UserError("no layer of this model is 2:4; train with sparsity.pattern=2:4 sparsity.target=null")
-    layers = dict(dense.named_modules())
-    kernels = {name: _layer(layers[name].weight.flatten(1), max(calls[name]) * batch) for name in names}
-    chosen = [name for name, kernel in kernels.items() if kernel["right"] and (options.all or kernel["wins"])]
-    sparse = copy.deepcopy(dense)
-    pack_layers(sparse, chosen, dtype)
-    images = torch.randn(batch, *shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    expected, found = dense(images).float(), sparse(images).float()
-    share = packed_share(model.float().cpu()) if device.type == "cpu" else None
-    for network in (dense, sparse):
-        network.compile(dynamic=False)
-    with progress("turns") as on_progress:
-        seconds = take_turns(
-            {"dense": lambda: dense(images), "2:4": lambda: sparse(images)},
-            options.turns,
-            options.steps,
-            device,
-            on_progress,
-        )
+    """Milliseconds of a batch of each, ours against the fastest rival, and how far answers differ."""
+    torch._dynamo.reset()  # the next begins afresh
+    layers = [layer for layer in model.eval().modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    kept = sum(int(layer.weight.count_nonzero()) for layer in layers)
+    dropped = 1 - kept / sum(layer.weight.numel() for layer in layers)
+    if dropped == 0:
+        raise UserError("no layer of this model drops weights; train with sparsity.target=0.9")
+    title = f"{described['name']}, {100 * dropped:.1f} % dropped, batch {batch}"
+    images = torch.randn(batch, *described["input_shape"]).to(memory_format=torch.channels_last)
+    fast = ours(model, images)
+    contenders = {**{who: answer for who, (_, answer) in fast.items()}, **rivals(model, described, images)}
+    found = {}
+    with progress(f"{title}: compiling") as on_progress:
+        for done, (who, answer) in enumerate(contenders.items()):
+            found[who] = _difference(answer(), model(images))
+            on_progress(done + 1, len(contenders))
+    for who, (difference, _) in found.items():
+        if "fp32" in who and difference > EXACT:
+            raise SystemExit(f"{who} differs from the dense model by {difference:.1e} of the largest logit")
+    steps = options.steps or max(1, 16 // batch)
+    with progress(f"{title}: turns") as on_progress:
+        seconds = take_turns(contenders, options.turns, steps, torch.device("cpu"), on_progress)
+    times = {who: spread([1000 * value for value in values]) for who, values in seconds.items()}
+    best, rival = (
+        min(group, key=lambda who: times[who]["median"]) for group in (fast, contenders.keys() - fast.keys())
+    )
     return {
+        "network": described["name"],
+        "percent": round(100 * dropped, 1),
         "batch": batch,
-        "kernels": kernels,
-        "chosen": chosen,
-        "images_per_second": {who: spread([batch / s for s in values]) for who, values in seconds.items()},
-        "ours_over_dense": ratios(seconds["dense"], seconds["2:4"]),
-        "largest_difference": ((expected - found).abs().max() / expected.abs().max()).item(),
-        "same_answer": (expected.argmax(1) == found.argmax(1)).float().mean().item(),
-        "packed_bytes_share": share,
+        "layers": len(layers),
+        "layers_on_kernels": {
+            who: sum(hasattr(layer, "kernel") for layer in network.modules())
+            for who, (network, _) in fast.items()
+        },
+        "ms_per_batch": times,
+        "fastest_rival": rival,
+        "fastest_of_ours": best,
+        "ours_over_fastest_rival": {who: ratios(seconds[rival], seconds[who]) for who in fast},
+        "largest_difference": {who: difference for who, (difference, _) in found.items()},
+        "same_answer": {who: same for who, (_, same) in found.items()},
     }
 
 
-def _layer(weight: Tensor, num_rows: int) -> dict[str, Any]:
-    """Microseconds of a layer's product, dense and with the weight compressed before."""
-    rows = torch.randn(num_rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    packed, outputs = compress24(weight), weight.shape[0]
-    timing = compare(lambda: functional.linear(rows, weight), lambda: matmul24(rows, packed, outputs))
-    figures = {"shape": [num_rows, *weight.shape], "dense": timing.dense, "sparse": timing.sparse}
-    return {**figures, "right": timing.right, "wins": timing.wins}
+def _difference(logits: Tensor, expected: Tensor) -> tuple[float, float]:
+    """The greatest, as a share of the largest logit; the share of images with the same answer."""
+    greatest = (logits.float() - expected).abs().max() / expected.abs().max()
+    return greatest.item(), (logits.argmax(1) == expected.argmax(1)).float().mean().item()
 
 
-def show(record: dict[str, Any]) -> None:
+def _is_24(model: nn.Module) -> bool:
+    """Whether its layers drop two of four: sparser ones may by chance, too."""
+    layers = dict(model.named_modules())
+    kept = [(layers[name].weight != 0).float().mean().item() for name in packable(model)]
+    return bool(kept) and min(kept) > 0.4
+
+
+def show(result: dict[str, Any]) -> None:
     rows = []
-    for name, kernel in record["kernels"].items():
-        choice = "2:4" if name in record["chosen"] else "dense"
-        shape = " x ".join(f"{size:,}" for size in kernel["shape"])
-        times = ("-" if kernel[how] is None else f"{kernel[how]:,.1f}" for how in ("dense", "sparse"))
-        rows.append((name, shape, *times, choice))
-    texts = ("layer", "rows x out x in", "choice")
-    show_table((*texts[:2], "dense µs", "2:4 µs", "choice"), rows, texts, title="inference")
-    screen = console()
-    for who, rate in record["images_per_second"].items():
-        screen.print(f"{who}: {show_spread(rate)} images/s")
-    screen.print(f"2:4 over dense: {show_spread(record['ours_over_dense'], 3)}")
-    same, difference = record["same_answer"], record["largest_difference"]
-    screen.print(f"same answer: {100 * same:.1f} %; logits differ by at most {difference:.1e} of the largest")
+    for who, times in result["ms_per_batch"].items():
+        kernels, gain = result["layers_on_kernels"].get(who), result["ours_over_fastest_rival"].get(who)
+        rows.append(
+            (
+                who,
+                "-" if kernels is None else f"{kernels} of {result['layers']}",
+                show_spread(times),
+                f"{1000 * result['batch'] / times['median']:,.1f}",
+                f"{result['largest_difference'][who]:.1e}",
+                f"{100 * result['same_answer'][who]:.0f} %",
+                "-" if gain is None else show_spread(gain, 2),
+            )
+        )
+    columns = ("", "sparse layers", "ms", "images/s", "logits differ", "same answer", "fastest rival / ours")
+    title = f"{result['network']}, {result['percent']} % of weights dropped, batch {result['batch']}"
+    show_table(columns, rows, texts=("",), title=title)
+    best, rival = result["fastest_of_ours"], result["fastest_rival"]
+    gain = show_spread(result["ours_over_fastest_rival"][best], 2)
+    console().print(f"{best} is {gain} times as fast as the fastest rival, {rival}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,11 @@ class Network:
     def num_classes(self) -> int:
         return {"imagenet": 1000, "cifar100": 100, "cifar10": 10}[self.recipe.partition("/")[0]]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        side = 224 if self.of_files else 32
+        return 3, side, side
+
     def model(self) -> nn.Module:
         """Freshly initialised."""
         config = load_config(self.recipe).model
