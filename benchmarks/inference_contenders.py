@@ -1,5 +1,9 @@
 """Ways to run a finished sparse model on a CPU, for `acdc bench infer`: ours, and those that a competent user
-has. Each is a call that answers one batch; the first call compiles."""
+has. Each is a call that answers one batch; the first call compiles.
+
+Compile them with torch._inductor.config.freezing set, which model.compile(options=...) does not reach all
+of: without it torch lays weights out anew at each call.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +59,7 @@ def _autocast(dtype: torch.dtype) -> torch.autocast:
 
 
 def _compiled(model: nn.Module, images: Tensor, autocast: torch.dtype = torch.float32) -> Answer:
-    """Frozen: without it torch lays weights out anew at each call, and is slower."""
-    model.compile(dynamic=False, options={"freezing": True})
+    model.compile(dynamic=False)
 
     def answer() -> Tensor:
         with _autocast(autocast):
