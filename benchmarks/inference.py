@@ -22,6 +22,7 @@ from benchmarks.shared.models import NETWORKS
 from benchmarks.shared.record import Parser, console, parse, show_spread, show_table, spread, write_record
 from benchmarks.shared.turns import ratios, take_turns
 from sparsity.kernels.semi_structured.inference import packable
+from sparsity.kernels.unstructured.kernel import SparseKernel
 from trainer.checkpoints.saved_model import find_model, load_model
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
@@ -144,8 +145,7 @@ def measure(
         "batch": batch,
         "layers": len(layers),
         "layers_on_kernels": {
-            who: sum(hasattr(layer, "kernel") for layer in network.modules())
-            for who, (network, _) in fast.items()
+            who: sum(_is_sparse(layer) for layer in network.modules()) for who, (network, _) in fast.items()
         },
         "ms_per_batch": times,
         "fastest_rival": rival,
@@ -160,6 +160,10 @@ def _difference(logits: Tensor, expected: Tensor) -> tuple[float, float]:
     """The greatest, as a share of the largest logit; the share of images with the same answer."""
     greatest = (logits.float() - expected).abs().max() / expected.abs().max()
     return greatest.item(), (logits.argmax(1) == expected.argmax(1)).float().mean().item()
+
+
+def _is_sparse(layer: nn.Module) -> bool:
+    return isinstance(getattr(layer, "kernel", None), SparseKernel)
 
 
 def _is_24(model: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from benchmarks.shared.models import NETWORKS, short_run
 from sparsity.kernels.unstructured.library import find_compiler
 from tests.trainer.runs import run_here
 from trainer.checkpoints.checkpoint import step_folder
+from trainer.checkpoints.run_dir import DENSE_TWIN
 from trainer.cli.main import main as acdc_command
 from trainer.export.sparse24_file import read_sparse24
 from trainer.loaders import build_loaders
@@ -34,6 +35,7 @@ from trainer.mask_history import load_masks
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -267,18 +269,63 @@ def test_inference_of_a_24_model(monkeypatch, tmp_path, tiny_data, capsys):
     assert any(name.endswith("weight") for name in read_sparse24(out))
 
 
-def test_inference_and_export_of_a_model_that_is_not(monkeypatch, tmp_path, tiny_data, capsys):
+@needs_compiler
+def test_inference_of_an_unstructured_model(monkeypatch, tmp_path, tiny_data, capsys):
+    trained = run_here(tiny_data, tmp_path / "runs", "epochs=2", "sparsity.schedule=dense 1, sparse 1")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    small = [str(trained), "--batch", "1", "3", "--turns", "2", "--steps", "1"]
+    results = run(inference, monkeypatch, tmp_path, *small)["inference"]
+    assert [(result["percent"], result["batch"]) for result in results] == [(90, 1), (90, 3)]
+    for result in results:
+        assert result["fastest_of_ours"] in result["ours_over_fastest_rival"]
+        assert result["largest_difference"]["ours fp32"] < 1e-5
+        assert {"ours fp32", "torch fp32"} <= result["ms_per_batch"].keys()
+        assert "ONNX Runtime fp32" not in result["ms_per_batch"]
+    printed = capsys.readouterr().out
+    assert "ONNX Runtime is left out: pip install onnxruntime" in printed
+    assert "as fast as the fastest rival" in printed
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_inference_of_a_network_by_name(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    small = ["resnet20", "--percent", "90", "--batch", "2", "--turns", "1"]
+    (result,) = run(inference, monkeypatch, tmp_path, *small)["inference"]
+    assert (result["network"], result["batch"], result["layers"]) == ("resnet20", 2, 22)
+    assert result["percent"] == pytest.approx(90, abs=0.5)
+    assert result["largest_difference"]["ONNX Runtime fp32"] < 1e-5
+    assert result["same_answer"]["ours fp32"] == 1
+
+
+def test_inference_of_a_model_that_is_wrong_ends_it(monkeypatch):
+    model, described = next(inference.masked("resnet20", [90]))
+    monkeypatch.setattr(
+        inference, "ours", lambda model, images: {"ours fp32": (model, lambda: model(-images))}
+    )
+    monkeypatch.setattr(inference, "rivals", lambda *arguments: {})
+    with pytest.raises(SystemExit, match="ours fp32 differs from the dense model"):
+        inference.measure(model, described, 1, SimpleNamespace(turns=1, steps=1))
+
+
+def test_inference_and_export_of_models_without_what_they_need(monkeypatch, tmp_path, tiny_data, capsys):
     trained = run_here(
         tiny_data, tmp_path / "runs", "epochs=2", "sparsity.schedule=dense 1, sparse 1", "sparsity.target=0.3"
     )
-    for path in (str(trained), str(tmp_path / "nowhere")):
-        monkeypatch.setattr(sys, "argv", ["bench", path])
+    wrong = {
+        "no layer of this model drops weights": [str(trained / "checkpoints" / DENSE_TWIN)],
+        "nowhere": [str(tmp_path / "nowhere")],
+        "--percent is for networks by name": [str(trained), "--percent", "90"],
+    }
+    for message, arguments in wrong.items():
+        monkeypatch.setattr(sys, "argv", ["bench", *arguments])
         with pytest.raises(SystemExit) as stopped:
             inference.main()
         assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
     assert acdc_command(["export", str(trained), "--format", "sparse24", "--out", str(tmp_path / "a")]) == 2
     error = capsys.readouterr().err
-    assert error.count("no layer") == 2
+    assert "no layer" in error
     assert "Traceback" not in error
 
 
