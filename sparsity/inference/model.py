@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.optimization import fuse
 
 from sparsity.flops import Call
@@ -19,7 +20,7 @@ from sparsity.kernels.choose import choose_kernels
 from sparsity.kernels.interface import Kernel, KernelUnavailableError
 from sparsity.kernels.unstructured.family import SparseFamily
 from sparsity.kernels.unstructured.frozen import FrozenPlan
-from sparsity.kernels.unstructured.kernel import SparseKernel
+from sparsity.kernels.unstructured.kernel import DENSE_INNERMOST, SparseKernel
 from sparsity.kernels.unstructured.library import BuildError
 from sparsity.kernels.unstructured.plan import Convolution
 
@@ -79,6 +80,8 @@ def accelerated(model: nn.Module, example: Tensor) -> nn.Module:
     for choice in choices:
         if choice.kernel is not None:
             _run(layers[choice.layer], choice.kernel)
+    if isinstance(model, GraphModule):
+        _keep_format(model)
     channels_last: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return channels_last
 
@@ -114,6 +117,22 @@ def _run(layer: nn.Conv2d | nn.Linear, kernel: Kernel) -> None:
     become: Any = layer
     become.kernel = kernel
     become.__class__ = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
+
+
+def _keep_format(model: GraphModule) -> None:
+    """Dense convolutions whose maps meet those of sparse layers, in shortcuts, change the memory format
+    themselves: compiled code that reads two formats at once takes many times as long."""
+    origins: dict[Node, set[str]] = {}  # the last layers that a node's maps come from
+    for node in model.graph.nodes:
+        if node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.Conv2d | nn.Linear):
+            origins[node] = {node.target}
+            continue
+        origins[node] = set().union(*(origins[given] for given in node.all_input_nodes))
+        layers = [model.get_submodule(name) for name in origins[node]]
+        if len(node.all_input_nodes) > 1 and any(isinstance(layer, SparseConv2d) for layer in layers):
+            for layer in layers:
+                if type(layer) is nn.Conv2d:
+                    _run(layer, DENSE_INNERMOST)
 
 
 def _plan(layer: Any, kernel: Kernel) -> None:

@@ -9,8 +9,11 @@ from torch import nn
 
 from sparsity.inference import accelerated, load, model, read, save
 from sparsity.inference.file import pack_bits, unpack_bits
-from sparsity.kernels.unstructured.family import SparseFamily
-from sparsity.kernels.unstructured.library import BuildError, find_compiler
+from sparsity.kernels.choose import LayerChoice
+from sparsity.kernels.unstructured.family import GRIDS, SparseFamily
+from sparsity.kernels.unstructured.kernel import DENSE_INNERMOST, from_name
+from sparsity.kernels.unstructured.library import BuildError, find_compiler, vector_bytes
+from sparsity.kernels.unstructured.operator import is_innermost
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
@@ -119,6 +122,23 @@ def test_compiled_logits_are_the_same(net, forced):
     compiled = torch.compile(fast, dynamic=False)
     with torch.no_grad():
         assert torch.allclose(compiled(batch), net(batch), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_a_dense_convolution_keeps_the_format_where_its_maps_meet_sparse_ones(net, monkeypatch):
+    def conv_alone(family, layers, *rest):
+        kernel = from_name("sparse fp32 " + " ".join([f"1x{run}x1/40000"] * 3))
+        return [LayerChoice(name, kernel if name == "conv" else None) for name in layers]
+
+    run = GRIDS[vector_bytes()][0][1]
+    monkeypatch.setattr(model, "choose_kernels", conv_alone)
+    batch = torch.randn(16, 3, 12, 12)
+    fast = accelerated(net, batch)
+    assert fast.stem.kernel is DENSE_INNERMOST  # its maps are added to those of conv
+    assert type(fast.depthwise) is nn.Conv2d
+    with torch.no_grad():
+        assert is_innermost(fast.stem(batch))
+        assert torch.allclose(fast(batch), net(batch), rtol=1e-4, atol=1e-4)
 
 
 def _saved(fast):
