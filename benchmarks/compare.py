@@ -38,6 +38,7 @@ LOW = (
     "dense",
     "graphs",
 )
+LABELS = ("network", "layer", "phase", "data", "precision", "percent", "batch")
 SETTINGS = ("environment", "options", "batch", "bar", "shape", "num_weights", "copy")
 
 
@@ -111,7 +112,7 @@ def _label(entry: Any, number: int) -> str:
     """What tells an entry of a list from the others, if it says so."""
     if not isinstance(entry, dict):
         return str(number)
-    parts = [str(entry[key]) for key in ("network", "layer", "phase", "data") if key in entry]
+    parts = [str(entry[key]) for key in LABELS if key in entry]
     return " ".join(parts) or str(number)
 
 

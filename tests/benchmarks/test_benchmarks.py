@@ -87,7 +87,7 @@ def test_throughput(monkeypatch, tmp_path, capsys):
     assert "cost of data" in printed
     assert "loader alone" in printed
     compared = {name for name, *_ in compare.compare(record, record, 0.05)}
-    assert "throughput/resnet20 dense arrays/cost_of_data" in compared
+    assert "throughput/resnet20 dense arrays 8/cost_of_data" in compared
     assert "networks/resnet20/peak_memory_gb" in compared
 
 
@@ -274,13 +274,18 @@ def test_inference_of_an_unstructured_model(monkeypatch, tmp_path, tiny_data, ca
     trained = run_here(tiny_data, tmp_path / "runs", "epochs=2", "sparsity.schedule=dense 1, sparse 1")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     small = [str(trained), "--batch", "1", "3", "--turns", "2", "--steps", "1"]
-    results = run(inference, monkeypatch, tmp_path, *small)["inference"]
+    record = run(inference, monkeypatch, tmp_path, *small)
+    results = record["inference"]
     assert [(result["percent"], result["batch"]) for result in results] == [(90, 1), (90, 3)]
     for result in results:
         assert result["fastest_of_ours"] in result["ours_over_fastest_rival"]
         assert result["largest_difference"]["ours fp32"] < 1e-5
         assert {"ours fp32", "torch fp32"} <= result["ms_per_batch"].keys()
         assert "ONNX Runtime fp32" not in result["ms_per_batch"]
+    compared = {name for name, *_ in compare.compare(record, record, 0.05)}
+    for batch in (1, 3):
+        name = f"inference/resnet_cifar 90.0 {batch}"
+        assert {f"{name}/ms_per_batch/ours fp32", f"{name}/ours_over_fastest_rival/ours fp32"} <= compared
     printed = capsys.readouterr().out
     assert "ONNX Runtime is left out: pip install onnxruntime" in printed
     assert "as fast as the fastest rival" in printed
