@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
-from torch.fx.experimental.optimization import fuse
+from torch.fx import GraphModule
 
 from sparsity.flops import Call
 from sparsity.inference.file import read
+from sparsity.inference.graph import dense_beside, fold_batch_norm, take_in
 from sparsity.kernels.choose import choose_kernels
 from sparsity.kernels.interface import Kernel, KernelUnavailableError
 from sparsity.kernels.unstructured.family import SparseFamily
-from sparsity.kernels.unstructured.frozen import FrozenPlan
+from sparsity.kernels.unstructured.frozen import FrozenKernel
 from sparsity.kernels.unstructured.kernel import DENSE_INNERMOST, SparseKernel
 from sparsity.kernels.unstructured.library import BuildError
-from sparsity.kernels.unstructured.plan import Convolution
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +31,16 @@ class _Sparse(nn.Module):
 
     kernel: Kernel
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.kernel(self, input)
+    def forward(self, input: Tensor, *behind: Any) -> Tensor:
+        """behind: what FrozenKernel takes, besides."""
+        output: Tensor = self.kernel(self, input, *behind)
+        return output
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a saved layer, whose kernel comes without its plan; where none can be made it runs dense."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         try:
-            _plan(self, self.kernel)
+            self.kernel.prepare(self)
         except KernelUnavailableError as error:
             log.warning("a sparse layer runs dense: %s", error)
 
@@ -81,19 +82,11 @@ def accelerated(model: nn.Module, example: Tensor) -> nn.Module:
         if choice.kernel is not None:
             _run(layers[choice.layer], choice.kernel)
     if isinstance(model, GraphModule):
-        _keep_format(model)
+        for name in dense_beside(model, SparseConv2d):
+            _run(layers[name], DENSE_INNERMOST)
+        take_in(model, lambda layer: isinstance(layer, _Sparse) and isinstance(layer.kernel, FrozenKernel))
     channels_last: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return channels_last
-
-
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A model in evaluation mode without the BatchNorms behind its convolutions, where torch.fx can follow
-    it; elsewhere as it is."""
-    try:
-        return fuse(model)
-    except Exception as error:
-        log.warning("BatchNorm is not folded: torch.fx cannot follow the model (%s)", error)
-        return model
 
 
 @torch.no_grad()
@@ -113,30 +106,9 @@ def _calls(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) -> 
 
 def _run(layer: nn.Conv2d | nn.Linear, kernel: Kernel) -> None:
     """Change the layer's class in place: its parameters and names stay."""
-    _plan(layer, kernel)
+    if isinstance(kernel, SparseKernel):
+        kernel = FrozenKernel(kernel.tiles, kernel.dtype)
+    kernel.prepare(layer)
     become: Any = layer
     become.kernel = kernel
     become.__class__ = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
-
-
-def _keep_format(model: GraphModule) -> None:
-    """Dense convolutions whose maps meet those of sparse layers, in shortcuts, change the memory format
-    themselves: compiled code that reads two formats at once takes many times as long."""
-    origins: dict[Node, set[str]] = {}  # the last layers that a node's maps come from
-    for node in model.graph.nodes:
-        if node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.Conv2d | nn.Linear):
-            origins[node] = {node.target}
-            continue
-        origins[node] = set().union(*(origins[given] for given in node.all_input_nodes))
-        layers = [model.get_submodule(name) for name in origins[node]]
-        if len(node.all_input_nodes) > 1 and any(isinstance(layer, SparseConv2d) for layer in layers):
-            for layer in layers:
-                if type(layer) is nn.Conv2d:
-                    _run(layer, DENSE_INNERMOST)
-
-
-def _plan(layer: Any, kernel: Kernel) -> None:
-    """Give the kernel what it computes the layer from, where it needs that and has it not."""
-    if isinstance(kernel, SparseKernel) and kernel.plan is None:
-        weight = layer.weight.detach()
-        kernel.plan = FrozenPlan(Convolution.of(layer), weight, kernel.tiles.forward, kernel.dtype)

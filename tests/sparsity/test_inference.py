@@ -10,6 +10,7 @@ from torch import nn
 from sparsity.inference import accelerated, load, model, read, save
 from sparsity.inference.file import pack_bits, unpack_bits
 from sparsity.kernels.choose import LayerChoice
+from sparsity.kernels.unstructured import frozen
 from sparsity.kernels.unstructured.family import GRIDS, SparseFamily
 from sparsity.kernels.unstructured.kernel import DENSE_INNERMOST, from_name
 from sparsity.kernels.unstructured.library import BuildError, find_compiler, vector_bytes
@@ -141,6 +142,59 @@ def test_a_dense_convolution_keeps_the_format_where_its_maps_meet_sparse_ones(ne
         assert torch.allclose(fast(batch), net(batch), rtol=1e-4, atol=1e-4)
 
 
+class Shortcut(nn.Module):
+    """What stands behind its convolutions can be computed within, or looks as if it could."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.relu = how, nn.ReLU(inplace=True)
+        self.first, self.second = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.around = nn.Conv2d(8, 16, 1)
+
+    def forward(self, x):
+        if self.how == "residual":  # around is computed after second
+            y = self.second(self.relu(self.first(x)))
+            y += self.around(x)
+            return self.relu(y)
+        y = self.first(x)
+        if self.how == "input changed in place":
+            z = self.second(y)
+            return (z + y.add_(1)).relu()
+        if self.how == "summand changed in place":
+            z = y * 2
+            z += self.second(y)
+            return z.relu() + z
+        if self.how == "another shape":
+            return torch.relu(self.second(y) + y.mean((2, 3), keepdim=True))
+        return self.relu(y) if self.how == "relu" else self.second(y) + 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("images", [1, 16])
+@pytest.mark.parametrize(
+    ("how", "nodes"),
+    [
+        ("residual", ["first", "around", "second"]),
+        ("relu", ["first"]),
+        ("input changed in place", None),
+        ("summand changed in place", None),
+        ("another shape", None),
+        ("a number", None),
+    ],
+)
+def test_what_stands_behind_a_layer_is_computed_within(forced, how, nodes, images):
+    torch.manual_seed(0)
+    net, batch = Shortcut(how).eval(), torch.randn(images, 8, 9, 7)
+    fast = accelerated(net, batch)
+    with torch.no_grad():
+        assert torch.allclose(fast(batch), net(batch), rtol=1e-4, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = accelerated(net, batch)(batch)
+        assert torch.allclose(rounded.float(), net(batch), rtol=0.1, atol=0.1)
+    if nodes is not None:
+        assert [node.target for node in fast.graph.nodes if node.op.startswith("call")] == nodes
+
+
 def _saved(fast):
     file = io.BytesIO()
     torch.save(fast, file)
@@ -171,7 +225,7 @@ def test_a_saved_model_runs_dense_where_its_kernels_are_not(net, forced, monkeyp
 
     batch = torch.randn(2, 3, 12, 12)
     fast = accelerated(net, batch)
-    monkeypatch.setattr(model, "FrozenPlan", fail)
+    monkeypatch.setattr(frozen, "FrozenPlan", fail)
     with torch.no_grad():
         assert torch.allclose(_saved(fast)(batch), net(batch), rtol=1e-4, atol=1e-4)
     assert "a sparse layer runs dense: no C++ compiler" in caplog.text

@@ -19,7 +19,7 @@ from sparsity.flops import Call
 from sparsity.kernels.interface import Kernel
 from sparsity.kernels.measure import Measured, Timing, relative_error
 from sparsity.kernels.unstructured import operator
-from sparsity.kernels.unstructured.frozen import FrozenPlan
+from sparsity.kernels.unstructured.frozen import FrozenKernel, FrozenPlan
 from sparsity.kernels.unstructured.kernel import DENSE_INNERMOST, SparseKernel, from_name
 from sparsity.kernels.unstructured.library import instructions, sources_digest, vector_bytes
 from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
@@ -148,40 +148,51 @@ class _Trial:
         height, width = self.convolution.output_size(shape.height, shape.width)
         self.dense_maps = _fill(noise, (shape.images, shape.inputs, shape.height, shape.width))
         self.dense_gradient = _fill(noise, (shape.images, shape.outputs, height, width))
-        self.maps = operator.to_innermost(self.dense_maps).permute(1, 2, 3, 0)
-        self.gradient = operator.to_innermost(self.dense_gradient).permute(1, 2, 3, 0)
+        self.maps = operator.to_innermost(self.dense_maps)
+        self.gradient = operator.to_innermost(self.dense_gradient)
 
     def run(self) -> Measured:
+        """Products are those of the operators, whose own cost is part of it."""
         tiles = candidates(self.shape, self.dtype)
+        kernels = [self._kernel(tile) for tile in tiles]
+        acdc, weight, shape = torch.ops.acdc, self.weight, self.shape
+        size = self.convolution.output_size(shape.height, shape.width)
+        products: list[tuple[Callable[[], Tensor], Callable[[Any], Tensor]]]
         if self.inference:
-            plans: list[Any] = [FrozenPlan(self.convolution, self.weight, tile, self.dtype) for tile in tiles]
-        else:
-            strides = self.weight.stride()
-            plans = [
-                Plan(self.convolution, self.mask, strides, Tiles(*[tile] * 3), self.dtype) for tile in tiles
+            whole = (shape.outputs, *size)
+            products = [
+                (self._dense_frozen(), lambda of: acdc.infer(self.maps, None, None, False, whole, of.number))
             ]
-        dense = self._dense_frozen() if self.inference else self._dense_forward
-        products = [(dense, lambda plan: plan.forward(self.maps, self.weight))]
-        if not self.inference:
-            products += [
-                (lambda: self._dense_backward(0), self._sparse_input_gradient),
+        else:
+            inputs = (shape.inputs, shape.height, shape.width)
+            products = [
+                (self._dense_forward, lambda of: acdc.gather(self.maps, weight, *size, of.number)),
+                (
+                    lambda: self._dense_backward(0),
+                    lambda of: acdc.gather_input_gradient(self.gradient, weight, *inputs, of.number),
+                ),
                 (
                     lambda: self._dense_backward(1) * self.mask,
-                    lambda plan: plan.weight_gradient(self.maps, self.gradient, self.weight),
+                    lambda of: acdc.gather_weight_gradient(self.maps, self.gradient, weight, of.number),
                 ),
             ]
-        timings, best = zip(*(_fastest(dense, sparse, plans) for dense, sparse in products), strict=True)
+        timings, best = zip(*(_fastest(dense, sparse, kernels) for dense, sparse in products), strict=True)
         chosen = [tiles[index] for index in best] * (3 if self.inference else 1)
         name = SparseKernel(Tiles(*chosen), self.dtype).name
         forward, gradient, weight_gradient = (*timings, None, None)[:3]
         return Measured(forward, gradient, weight_gradient, self._conversion(), name)
 
+    def _kernel(self, tile: Tile) -> SparseKernel:
+        tiles, convolution = Tiles(*[tile] * 3), self.convolution
+        kernel = (FrozenKernel if self.inference else SparseKernel)(tiles, self.dtype)
+        if self.inference:
+            kernel.plan = FrozenPlan(convolution, self.weight, tile, self.dtype)
+        else:
+            kernel.plan = Plan(convolution, self.mask, self.weight.stride(), tiles, self.dtype)
+        return kernel
+
     def _dense_forward(self) -> Tensor:
-        _, stride, padding, dilation, groups = self.convolution
-        output = functional.conv2d(
-            self.dense_maps, self.dense_weight, None, stride, padding, dilation, groups
-        )
-        return output.permute(1, 2, 3, 0)
+        return functional.conv2d(self.dense_maps, self.dense_weight, None, *self.convolution[1:])
 
     def _dense_frozen(self) -> Callable[[], Tensor]:
         """The same as a compiled model with frozen weights runs it: they are laid out for oneDNN once. Where
@@ -191,7 +202,7 @@ class _Trial:
         maps, weight, plain = self.dense_maps, self.dense_weight, ("none", (), "")  # nothing fused with it
 
         def product() -> Tensor:
-            return run().view(self.dense_gradient.shape).permute(1, 2, 3, 0)
+            return run().view(self.dense_gradient.shape)
 
         try:
             if self.convolution.is_flat and groups == 1 and maps.shape[2:] == (1, 1):
@@ -214,10 +225,7 @@ class _Trial:
         wanted = [which == 0, which == 1, False]
         gradients = torch.ops.aten.convolution_backward(*operands, False, (0, 0), groups, wanted)
         gradient: Tensor = gradients[which]
-        return gradient if which == 1 else gradient.permute(1, 2, 3, 0)
-
-    def _sparse_input_gradient(self, plan: Plan) -> Tensor:
-        return plan.input_gradient(self.gradient, self.weight, self.shape.height, self.shape.width)
+        return gradient
 
     def _conversion(self) -> float:
         """Of maps, and in training of their gradient, at both ends of the layer."""
@@ -235,22 +243,22 @@ def _fill(noise: Tensor, size: tuple[int, int, int, int]) -> Tensor:
 
 
 def _fastest(
-    dense: Callable[[], Tensor], sparse: Callable[[Any], Tensor], plans: Sequence[Any]
+    dense: Callable[[], Tensor], sparse: Callable[[Any], Tensor], kernels: Sequence[Any]
 ) -> tuple[Timing, int]:
-    """Times, and which plan is the fastest. The least of few times each: a step has fifty layers, and each
+    """Times, and which kernel is the fastest. The least of few times each: a step has fifty layers, and each
     three products of some tiles. What disturbs a time makes it longer."""
-    expected, found = dense(), sparse(plans[0])
-    some = slice(None, None, -(-expected.numel() // _COMPARED))  # of the outer channels
+    expected, found = dense(), sparse(kernels[0])
+    some = slice(None, None, -(-expected.numel() // _COMPARED))  # of the images or outputs
     error = relative_error(found[some], expected[some])
     dense_us = min(_microseconds(dense) for _ in range(2))
     times: list[float] = []
-    for plan in plans:
-        first = _microseconds(lambda plan=plan: sparse(plan))  # type: ignore[misc]
+    for kernel in kernels:
+        first = _microseconds(lambda kernel=kernel: sparse(kernel))  # type: ignore[misc]
         hopeless = first > 1.3 * min(times, default=first)
-        times.append(first if hopeless else min(first, _microseconds(lambda plan=plan: sparse(plan))))  # type: ignore[misc]
+        times.append(first if hopeless else min(first, _microseconds(lambda kernel=kernel: sparse(kernel))))  # type: ignore[misc]
     best = times.index(min(times))
     if best > 0:
-        error = max(error, relative_error(sparse(plans[best])[some], expected[some]))
+        error = max(error, relative_error(sparse(kernels[best])[some], expected[some]))
     return Timing(dense_us, times[best], error), best
 
 

@@ -9,10 +9,11 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsity.kernels.interface import KernelUnavailableError
-from sparsity.kernels.unstructured import library
+from sparsity.kernels.unstructured import library, operator
+from sparsity.kernels.unstructured.kernel import SparseKernel
 from sparsity.kernels.unstructured.plan import PAST_CACHES, Convolution, Tile
 
 FULL = 0.7  # share of lanes with images in them, below which lanes are pixels
@@ -46,28 +47,26 @@ class FrozenPlan:
         self._filled_with_images = self._layer(0, 0, tile)
         self._filled_with_pixels: dict[tuple[int, int], _Layer] = {}  # by images and width, oldest first
 
-    def forward(self, maps: Tensor, weight: Tensor) -> Tensor:
-        """maps: (inputs, H, W, N). Returns (outputs, H', W', N). weight: not looked at."""
+    def infer(self, maps: Tensor, other: Tensor | None, bias: Tensor | None, relu: bool) -> Tensor:
+        """maps: (inputs, H, W, N). other: (outputs, H', W', N), and so is what is returned; see
+        operator.infer."""
         size = self.convolution.size(maps.shape[1:])
         output = maps.new_empty(self.outputs, size.out_height, size.out_width, size.images)
         layer = self._layer_for(size)  # held until the product is done: another thread may displace it
-        status = self._library.layer_forward(
+        epilogue = library.Epilogue(
+            *(None if each is None else each.data_ptr() for each in (bias, other)), relu
+        )
+        status = self._library.layer_infer(
             layer.pointer,
             ctypes.byref(size),
             maps.data_ptr(),
-            None,
+            ctypes.byref(epilogue) if relu or bias is not None or other is not None else None,
             output.data_ptr(),
             output.nbytes >= PAST_CACHES,
             torch.get_num_threads(),
         )
         assert status == 0
         return output
-
-    def input_gradient(self, *operands: Any) -> Tensor:
-        """Refused, and so is weight_gradient."""
-        raise RuntimeError("a model for inference has no gradients: run it under torch.no_grad()")
-
-    weight_gradient = input_gradient
 
     def _layer_for(self, size: library.Size) -> _Layer:
         lanes = library.vector_bytes() // self.dtype.itemsize
@@ -99,3 +98,31 @@ class FrozenPlan:
             raise KernelUnavailableError("the kernel spans too many pixels")
         self._library.layer_freeze(pointer, self._weight.data_ptr(), torch.get_num_threads())
         return _Layer(self._library, pointer)
+
+
+class FrozenKernel(SparseKernel):
+    """Of one layer of a finished model: what stands behind it is computed within."""
+
+    def __reduce__(self) -> Any:
+        return FrozenKernel, (self.tiles, self.dtype)
+
+    def prepare(self, layer: Any) -> None:
+        self.plan = FrozenPlan(Convolution.of(layer), layer.weight, self.tiles.forward, self.dtype)
+
+    def __call__(self, layer: Any, input: Tensor, other: Tensor | None = None, relu: bool = False) -> Tensor:
+        """relu(layer(input) + other)."""
+        maps = self.maps_of(layer, input)
+        if maps is None:
+            return _behind(layer.dense(input), other, relu)
+        size = (len(layer.weight), *Convolution.of(layer).output_size(*maps.shape[2:]))
+        within = other is None or (other.shape == (len(maps), *size) and other.dtype == maps.dtype)
+        given = other if within else None
+        output = operator.infer(maps, given, layer.bias, relu and within, size, self.number)
+        if isinstance(layer, nn.Linear):
+            output = output.reshape(*input.shape[:-1], len(layer.weight))
+        return output if within else _behind(output, other, relu)
+
+
+def _behind(output: Tensor, other: Tensor | None, relu: bool) -> Tensor:
+    output = output if other is None else output + other
+    return output.relu() if relu else output

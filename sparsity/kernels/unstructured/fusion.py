@@ -18,10 +18,9 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from sparsity.kernels.unstructured import batch_norm, pooling
+from sparsity.kernels.unstructured.graphs import is_addition, is_relu, only_user, summand
 
 _TO_INNERMOST = torch.ops.acdc.to_innermost.default
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_RELUS = (functional.relu, functional.relu_, torch.relu, torch.relu_, "relu", "relu_")
 _POOLS = (functional.max_pool2d, torch.max_pool2d)
 
 
@@ -92,7 +91,7 @@ def _keeps_maps(node: fx.Node) -> bool:
     if node.target == "to" and isinstance(node.args[0], fx.Node):
         before, after = node.args[0].meta.get("example_value"), node.meta.get("example_value")
         return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
-    return node.target in _RELUS
+    return is_relu(node)
 
 
 def _is_norm(node: fx.Node) -> bool:
@@ -131,12 +130,12 @@ def _replace_pool(graph: fx.Graph, pool: fx.Node) -> None:
 def _replace_norm(graph: fx.Graph, norm: fx.Node) -> None:
     maps, mean, variance, weight, bias, _, momentum, epsilon = norm.args
     fused, other = [norm], None
-    if (relu := _only_user(norm, _RELUS)) is not None:
+    if (relu := only_user(norm, is_relu)) is not None:
         fused = [norm, relu]
-    elif (addition := _only_user(norm, _ADDITIONS)) is not None:
-        summand, relu = _summand(addition, norm), _only_user(addition, _RELUS)
-        if relu is not None and summand is not None:
-            fused, other = [norm, addition, relu], summand
+    elif (addition := only_user(norm, is_addition)) is not None:
+        added, relu = summand(addition, norm), only_user(addition, is_relu)
+        if relu is not None and added is not None and _is_like(added, norm):
+            fused, other = [norm, addition, relu], added
     last = fused[-1]
     with graph.inserting_before(last):
         operands = (maps, other, weight, bias, epsilon, last is not norm)
@@ -153,20 +152,8 @@ def _replace_norm(graph: fx.Graph, norm: fx.Node) -> None:
         graph.erase_node(node)
 
 
-def _only_user(node: fx.Node, targets: tuple[Any, ...]) -> fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].target in targets else None
-
-
-def _summand(addition: fx.Node, norm: fx.Node) -> fx.Node | None:
-    """What is added to the norm, if it is as the norm's maps are."""
-    if len(addition.args) != 2 or addition.kwargs:
-        return None
-    first, second = addition.args
-    if first is not norm and addition.target in (operator.iadd, "add_"):
-        return None  # it changes the summand
-    summand = second if first is norm else first
-    if summand is norm or not isinstance(summand, fx.Node) or not _is_innermost(summand):
-        return None
-    one, other = summand.meta["example_value"], norm.meta["example_value"]
-    return summand if one.shape == other.shape and one.dtype == other.dtype else None
+def _is_like(added: fx.Node, norm: fx.Node) -> bool:
+    if not _is_innermost(added):
+        return False
+    one, other = added.meta["example_value"], norm.meta["example_value"]
+    return bool(one.shape == other.shape and one.dtype == other.dtype)

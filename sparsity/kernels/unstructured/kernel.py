@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sparsity.kernels.interface import Kernel, KernelUnavailableError
 from sparsity.kernels.unstructured import operator
-from sparsity.kernels.unstructured.frozen import FrozenPlan
 from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,7 +30,7 @@ class SparseKernel(Kernel):
         self.tiles, self.dtype = tiles, dtype
         precision = next(name for name, known in DTYPES.items() if known == dtype)
         self.name = f"sparse {precision} " + " ".join(map(_as_text, tiles))
-        self.plan: Plan | FrozenPlan | None = None
+        self.plan: Any = None  # a Plan, once there is a mask
         number = next(_numbers)  # stands for the kernel in compiled code
         operator.PLANNED[number] = self
         self.number = torch.tensor(number, device="cpu")
@@ -42,7 +41,7 @@ class SparseKernel(Kernel):
 
     def __deepcopy__(self, memo: Any) -> SparseKernel:
         """Of a copied layer, whose mask may become another."""
-        copied = SparseKernel(self.tiles, self.dtype)
+        copied = type(self)(self.tiles, self.dtype)
         copied.plan = self.plan
         return copied
 
@@ -63,21 +62,20 @@ class SparseKernel(Kernel):
 
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
         """An input that there is no plan for goes to the dense product, which computes or refuses it."""
-        maps = self._maps_of(layer, input)
+        maps = self.maps_of(layer, input)
         if maps is None:
             return layer.dense(input)
-        height, width = Convolution.of(layer).output_size(*maps.shape[2:])
-        if not operator.is_innermost(maps):
-            maps = operator.to_innermost(maps)
-        output = operator.gather(maps, layer.weight, height, width, self.number)
+        size = Convolution.of(layer).output_size(*maps.shape[2:])
+        output = operator.gather(maps, layer.weight, *size, self.number)
         if layer.bias is not None:
             output = output + layer.bias.to(output.dtype)[:, None, None]
-        if isinstance(layer, nn.Linear):
-            output = output.reshape(*input.shape[:-1], layer.out_features)
-        return output
+        return (
+            output.reshape(*input.shape[:-1], len(layer.weight)) if isinstance(layer, nn.Linear) else output
+        )
 
-    def _maps_of(self, layer: Any, input: Tensor) -> Tensor | None:
-        """(images, channels, height, width), as autocast makes them; None where the plan is not for them."""
+    def maps_of(self, layer: Any, input: Tensor) -> Tensor | None:
+        """(images, channels, height, width), as autocast makes them and with images innermost; None where the
+        plan is not for them."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
         known = input.dtype in DTYPES.values() and layer.weight.dtype == torch.float32
         if self.plan is None or dtype != self.dtype or not known or input.device.type != "cpu":
@@ -91,7 +89,10 @@ class SparseKernel(Kernel):
                 return None
             maps = input
         images, _, height, width = maps.shape
-        return maps.to(dtype) if Convolution.of(layer).reaches(images, height, width) else None
+        if not Convolution.of(layer).reaches(images, height, width):
+            return None
+        maps = maps.to(dtype)
+        return maps if operator.is_innermost(maps) else operator.to_innermost(maps)
 
 
 class DenseInnermost(Kernel):

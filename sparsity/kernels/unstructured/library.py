@@ -62,6 +62,12 @@ class Strides(ctypes.Structure):
     _fields_ = tuple((name, _int64) for name in ("image", "channel", "pixel"))
 
 
+class Epilogue(ctypes.Structure):
+    """See native/convolve.h."""
+
+    _fields_ = (("bias", _pointer), ("other", _pointer), ("relu", _int32))
+
+
 class Norm(ctypes.Structure):
     """See native/batch_norm.h."""
 
@@ -189,6 +195,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.layer_freeze.argtypes = (_pointer, _pointer, ctypes.c_int)
     products = (_pointer, _pointer, _pointer, _pointer, _pointer, ctypes.c_int, ctypes.c_int)
     library.layer_forward.argtypes = library.layer_input_gradient.argtypes = products
+    library.layer_infer.argtypes = products
     library.layer_weight_gradient.argtypes = (*products[:5], ctypes.c_int)
     library.batch_norm.restype = None
     library.batch_norm.argtypes = (_pointer, ctypes.c_int, *(_pointer,) * 6, ctypes.c_int)

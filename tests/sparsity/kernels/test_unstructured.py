@@ -19,7 +19,7 @@ from sparsity.kernels.choose import choose_kernels
 from sparsity.kernels.interface import KernelUnavailableError
 from sparsity.kernels.unstructured import family, library, operator
 from sparsity.kernels.unstructured.family import GRIDS, Shape, SparseFamily, candidates
-from sparsity.kernels.unstructured.frozen import SIZES, FrozenPlan
+from sparsity.kernels.unstructured.frozen import SIZES, FrozenKernel, FrozenPlan
 from sparsity.kernels.unstructured.kernel import SparseKernel
 from sparsity.kernels.unstructured.plan import Convolution, Plan, Tile, Tiles
 
@@ -404,7 +404,8 @@ def test_copies_of_a_layer_run_in_threads():
 
 def test_a_frozen_plan_has_no_gradients():
     layer = sparse_layer(nn.Conv2d(8, 12, 3))[0]
-    layer.kernel.plan = FrozenPlan(Convolution.of(layer), layer.weight, Tile(*TILES[0], 1, 40000), FP32)
+    layer.kernel = FrozenKernel(layer.kernel.tiles, FP32)
+    layer.kernel.prepare(layer)
     with pytest.raises(RuntimeError, match="a model for inference has no gradients"):
         layer(torch.randn(2, 8, 6, 6)).sum().backward()
 
@@ -509,9 +510,15 @@ def test_frozen_products_equal_conv2d_whatever_fills_the_vectors(seed):
     images = random.Random(seed).choice([1, 1, 2, 3, 7, 17, 40])
     case = Case(seed, images=images)
     plan = FrozenPlan(case.convolution, case.weight, case.tiles.forward, case.dtype)
-    found, expected = plan.forward(case.maps, case.weight), case.expected[0]
-    assert error(found, expected) <= (1e-5 if case.dtype == FP32 else 2**-7)
-    assert torch.equal(found, plan.forward(case.maps, case.weight))
+    found, expected = plan.infer(case.maps, None, None, False), case.expected[0]
+    exact = 1e-5 if case.dtype == FP32 else 2**-7
+    assert error(found, expected) <= exact
+    assert torch.equal(found, plan.infer(case.maps, None, None, False))
+    bias, other = torch.randn(len(expected)), torch.randn(expected.shape).to(case.dtype)
+    behind = (expected.float() + bias[:, None, None, None] + other.float()).relu()
+    assert error(plan.infer(case.maps, other, bias, True), behind) <= exact
+    assert error(plan.infer(case.maps, None, bias, False), expected + bias[:, None, None, None]) <= exact
+    assert error(plan.infer(case.maps, other, None, False), expected + other.float()) <= exact
 
 
 def test_a_frozen_plan_keeps_what_few_sizes_of_maps_need(monkeypatch):
@@ -537,7 +544,7 @@ def test_a_frozen_plan_keeps_what_few_sizes_of_maps_need(monkeypatch):
     def check(size):
         images = torch.randn(1, 4, size, size)
         with torch.no_grad():
-            found = plan.forward(images.permute(1, 2, 3, 0).contiguous(), layer.weight)
+            found = plan.infer(images.permute(1, 2, 3, 0).contiguous(), None, None, False)
             assert error(found.permute(3, 0, 1, 2), layer(images)) <= 1e-5
 
     sizes = range(6, 6 + SIZES)

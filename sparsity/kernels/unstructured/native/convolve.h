@@ -8,6 +8,7 @@
 // of threads, each share has sums of its own, and these are added in order: so are results, bit for bit.
 #pragma once
 #include <cstdlib>
+#include <limits>
 #include <memory>
 
 #include "plan.h"
@@ -31,6 +32,8 @@ struct Layout {
     std::vector<int32_t> at;     // of each output unit
     std::vector<int32_t> bytes;  // of it that are inside the map
     std::vector<Move> pieces;    // where lanes are pixels: of the tile's units, what belongs to the output
+    std::vector<Move> apart;     // likewise: what stands a stride apart in the map; so many pixels, not bytes
+    int64_t stride, pixel;       // of these: in pixels; the elements of one
     bool inside;                 // all are
 
     static int32_t valid(const Map& map, int64_t column, int64_t unit) {  // bytes of a unit
@@ -66,33 +69,38 @@ struct Layout {
 
     // Where lanes are pixels: of the tile that begins at this element of the long row of outputs.
     void set_pixels(const Gather& plan, const Map& in, const Map& out, int64_t begin) {
-        whole.clear(), part.clear(), zero.clear(), pieces.clear();
-        inside = false;
+        whole.clear(), part.clear(), zero.clear(), pieces.clear(), apart.clear();
+        inside = false, stride = plan.stride_x, pixel = in.images;
         const int64_t images = in.images, end = begin + plan.phase_bytes / E::SIZE;
         for (int64_t to = 0; to < plan.channel_bytes; to += UNIT) zero.push_back(int32_t(to));
         for (int32_t py = 0; py < plan.stride_y; py++)
             for (int32_t px = 0; px < plan.stride_x; px++)
-                for (int64_t r = begin / plan.pitch; r * plan.pitch < end; r++) {
+                for (int64_t r = begin / plan.pitch; r * plan.pitch < end && plan.phase_at[py * plan.stride_x + px] >= 0; r++) {
                     const int64_t row = r * plan.stride_y + py + plan.first_dy;
                     if (row < 0 || row >= in.height) continue;
                     // columns c of this rest with 0 <= c * stride + px + first_dx < width, cut to the tile
-                    const int64_t shift = px + plan.first_dx, stride = plan.stride_x;
+                    const int64_t shift = px + plan.first_dx;
                     int64_t from = shift >= 0 ? 0 : (-shift + stride - 1) / stride * images;
                     int64_t to = std::min(plan.pitch, in.width > shift ? ((in.width - shift - 1) / stride + 1) * images : 0);
                     from = std::max(from, begin - r * plan.pitch), to = std::min(to, end - r * plan.pitch);
-                    const int64_t place = (py * stride + px) * plan.phase_bytes, origin = r * plan.pitch - begin;
-                    auto add = [&](int64_t q, int64_t count) {  // elements of the long row that lie together in the map
+                    const int64_t place = plan.phase_at[py * stride + px] * plan.phase_bytes, origin = r * plan.pitch - begin;
+                    auto move = [&](int64_t q, int64_t count) {  // of the element q of the long row
                         int64_t column = q / images * stride + shift;
-                        part.push_back({int32_t(row * in.row + column * in.column + q % images * E::SIZE),
-                                        int32_t(place + (origin + q) * E::SIZE), int32_t(count * E::SIZE)});
+                        return Move{int32_t(row * in.row + column * in.column + q % images * E::SIZE),
+                                    int32_t(place + (origin + q) * E::SIZE), int32_t(count)};
                     };
-                    if (stride == 1 && from < to) add(from, to - from);
-                    if (stride > 1)
-                        for (int64_t q = from; q < to;) {
-                            int64_t count = std::min(to - q, images - q % images);
-                            add(q, count);
-                            q += count;
-                        }
+                    // what lies together in the map: a pixel, or where the stride is 1 the row
+                    auto add = [&](int64_t end) {
+                        if (from < end) part.push_back(move(from, (end - from) * E::SIZE));
+                        from = std::max(from, end);
+                    };
+                    if (stride == 1) add(to);
+                    if (from % images) add(std::min(to, from + images - from % images));
+                    if (const int64_t pixels = (to - from) / images; pixels > 0) {
+                        apart.push_back(move(from, pixels));
+                        from += pixels * images;
+                    }
+                    add(to);
                 }
         const int64_t last = std::min(begin + int64_t(plan.tile.columns) * E::IMAGES, out.height * plan.pitch);
         for (int64_t y = begin / plan.pitch; y * plan.pitch < last; y++) {
@@ -111,6 +119,15 @@ struct Layout {
             for (const Move& move : whole) store(slab + move.to, load<Words>(source + move.from));
             for (int32_t to : zero) store(slab + to, Words{});
             for (const Move& move : part) memcpy(slab + move.to, source + move.from, move.bytes);
+            for (const Move& move : apart) {
+                const auto* from = reinterpret_cast<const typename E::Stored*>(source + move.from);
+                auto* to = reinterpret_cast<typename E::Stored*>(slab + move.to);
+                if (pixel == 1 && stride == 2)
+                    for (int32_t i = 0; i < move.bytes; i++) to[i] = from[2 * i];
+                else
+                    for (int32_t i = 0; i < move.bytes; i++)
+                        for (int64_t k = 0; k < pixel; k++) to[i * pixel + k] = from[i * stride * pixel + k];
+            }
         }
     }
 };
@@ -164,12 +181,43 @@ struct Ahead {
     }
 };
 
+struct Epilogue {  // a convolution, in inference: y = relu(sums + bias + other), each where it is there
+    const float* bias;
+    const char* other;  // a map like the output
+    int32_t relu;
+};
+
 enum Ending { KEEP, STORE, STREAM, STORE_PART, STORE_PIECES };  // what happens to the sums of a row behind its block
+
+// The sums of one output, with what stands behind.
+template <class E, int ROWS, int RUN>
+void finish(const Epilogue& epilogue, int32_t output, const Map& out, const Layout<E>& layout, Ending ending, Floats* sum) {
+    constexpr int NUM = ROWS * RUN;
+    char others[NUM * UNIT] = {};
+    if (epilogue.other) {
+        const char* other = epilogue.other + output * out.channel;
+        if (ending == STORE_PIECES) {
+            for (const auto& piece : layout.pieces) memcpy(others + piece.from, other + piece.to, piece.bytes);
+        } else {
+            for (int i = 0; i < NUM; i++) memcpy(others + i * UNIT, other + layout.at[i], layout.bytes[i]);
+        }
+    }
+    const Floats bias = Floats{} + (epilogue.bias ? epilogue.bias[output] : 0.f);
+    const Floats least = Floats{} - (epilogue.relu ? 0.f : std::numeric_limits<float>::infinity());
+    for (int i = 0; i < NUM; i++) {
+        Floats added[E::PARTS];
+        E::widen(load<Words>(others + i * UNIT), added);
+        for (int p = 0; p < E::PARTS; p++) {
+            const Floats value = sum[i * E::PARTS + p] + bias + added[p];
+            sum[i * E::PARTS + p] = value < least ? least : value;  // NaN stays NaN
+        }
+    }
+}
 
 // ROWS x RUN units of a tile at once. partial: one place for each output.
 template <class E, int ROWS, int RUN>
 void multiply(const Gather& plan, const Row* row, const Row* end, const char* slab, char* partial, const Map& out,
-              const Layout<E>& layout, bool first, Ending ending, Ahead<E>& ahead) {
+              const Layout<E>& layout, bool first, Ending ending, const Epilogue* epilogue, Ahead<E>& ahead) {
     constexpr int NUM = ROWS * RUN, SUMS = NUM * E::PARTS;
     const int64_t step = plan.step_bytes();
     const int32_t* at = layout.at.data();
@@ -192,6 +240,7 @@ void multiply(const Gather& plan, const Row* row, const Row* end, const char* sl
             UNROLL for (int i = 0; i < SUMS; i++) store(mine + i * UNIT, sum[i]);
             continue;
         }
+        if (epilogue) finish<E, ROWS, RUN>(*epilogue, row->output, out, layout, ending, sum);
         char* to = out.data + row->output * out.channel;
         if (ending == STREAM) {
             UNROLL for (int i = 0; i < NUM; i++) stream(to + at[i], E::round(sum + i * E::PARTS));
@@ -287,7 +336,7 @@ inline std::pair<const Row*, const Row*> rows_of_part(const Gather& plan, const 
 }
 
 template <class E, int ROWS, int RUN>
-void outputs_of(const Gather& plan, const Map& in, const Map& out, bool past_caches, int threads) {
+void outputs_of(const Gather& plan, const Map& in, const Map& out, bool past_caches, const Epilogue* epilogue, int threads) {
     const Tiles tiles(plan, out, E::IMAGES);
     // Few tiles: several threads work on one, each packs it and computes a part of the outputs
     const int64_t parts = std::clamp<int64_t>(3 * threads / std::max<int64_t>(tiles.count(), 1), 1, (plan.outputs + 15) / 16);
@@ -314,7 +363,8 @@ void outputs_of(const Gather& plan, const Map& in, const Map& out, bool past_cac
             for (size_t b = 0; b <= last; b++) {
                 auto [row, end] = rows_of_part(plan, plan.blocks[b], part, parts);
                 layout.pack(plan, plan.blocks[b], in, slab);
-                multiply<E, ROWS, RUN>(plan, row, end, slab, partial, out, layout, b == 0, b == last ? ending : KEEP, ahead);
+                multiply<E, ROWS, RUN>(plan, row, end, slab, partial, out, layout, b == 0, b == last ? ending : KEEP, epilogue,
+                                       ahead);
             }
         }
         end_of_stream();

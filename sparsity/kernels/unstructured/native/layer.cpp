@@ -91,9 +91,10 @@ void gather_values(Gather& plan, const float* weight, bool bfloat16, int threads
     }
 }
 
-bool run_outputs(bool bfloat16, const Gather& plan, const Map& in, const Map& out, bool past_caches, int threads) {
+bool run_outputs(bool bfloat16, const Gather& plan, const Map& in, const Map& out, bool past_caches, int threads,
+                 const Epilogue* epilogue = nullptr) {
     return dispatch(bfloat16, plan.tile, [&](auto format, auto grid) {
-        outputs_of<decltype(format), grid.ROWS, grid.RUN>(plan, in, out, past_caches && can_stream(out), threads);
+        outputs_of<decltype(format), grid.ROWS, grid.RUN>(plan, in, out, past_caches && can_stream(out), epilogue, threads);
     });
 }
 
@@ -195,17 +196,22 @@ Layer* layer_new_forward(const Geometry* geometry, const bool* mask, const Tile*
 
 void layer_free(Layer* layer) { delete layer; }
 
-// The weights of forward products that are given none.
+// The weights of layer_infer.
 void layer_freeze(Layer* layer, const float* weight, int threads) {
     gather_values(layer->forward, weight, layer->bfloat16, threads);
+}
+
+// The forward product with weights that stay. epilogue: null for none. Returns what products do, see below.
+int layer_infer(Layer* layer, const Size* size, const void* x, const Epilogue* epilogue, void* y, int past_caches, int threads) {
+    return !run_outputs(layer->bfloat16, layer->forward, map_of(*layer, x, size->images, size->in_height, size->in_width),
+                        map_of(*layer, y, size->images, size->out_height, size->out_width), past_caches, threads, epilogue);
 }
 
 // The three products. x, y: the maps, whole in memory as (channels, height, width, images). They return 0, or 1
 // where there is no code for the tile.
 int layer_forward(Layer* layer, const Size* size, const void* x, const float* weight, void* y, int past_caches, int threads) {
-    if (weight) gather_values(layer->forward, weight, layer->bfloat16, threads);
-    return !run_outputs(layer->bfloat16, layer->forward, map_of(*layer, x, size->images, size->in_height, size->in_width),
-                        map_of(*layer, y, size->images, size->out_height, size->out_width), past_caches, threads);
+    gather_values(layer->forward, weight, layer->bfloat16, threads);
+    return layer_infer(layer, size, x, nullptr, y, past_caches, threads);
 }
 
 int layer_input_gradient(Layer* layer, const Size* size, const void* dy, const float* weight, void* dx, int past_caches,

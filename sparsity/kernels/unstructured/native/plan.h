@@ -63,6 +63,7 @@ struct Gather {
     std::vector<int32_t> column_at;  // column, from the tile's first -> its place in a row of the slab
     int64_t row_bytes = 0, channel_bytes = 0;  // of the slab
     int64_t pitch = 0, phase_bytes = 0;  // where lanes are pixels: elements of a row; bytes of a rest, of a channel
+    std::vector<int32_t> phase_at;       // rest -> its place among those that taps look at; -1: none does
     std::vector<Block> blocks;
     std::vector<Row> rows;
     std::vector<Kept> kept;
@@ -104,12 +105,16 @@ inline Gather plan_gather(const std::vector<Entry>& entries, const std::vector<T
         plan.pitch = (pixels.out_width + across) * pixels.images;
         const int64_t span = down * plan.pitch + across * pixels.images;  // the longest shift
         plan.phase_bytes = (tile.columns + (span * pixels.size + UNIT - 1) / UNIT) * UNIT;
-        plan.channel_bytes = plan.phase_bytes * stride_y * stride_x;
+        plan.phase_at.assign(stride_y * stride_x, -1);
+        int32_t phases = 0;
         for (size_t t = 0; t < taps.size(); t++) {
             const int32_t dy = taps[t].dy - first.dy, dx = taps[t].dx - first.dx;
             const int64_t shift = dy / stride_y * plan.pitch + dx / stride_x * pixels.images;
-            offset_of[t] = (dy % stride_y * stride_x + dx % stride_x) * plan.phase_bytes + shift * pixels.size;
+            int32_t& phase = plan.phase_at[dy % stride_y * stride_x + dx % stride_x];
+            if (phase < 0) phase = phases++;
+            offset_of[t] = phase * plan.phase_bytes + shift * pixels.size;
         }
+        plan.channel_bytes = plan.phase_bytes * phases;
     }
     int32_t most = std::clamp<int64_t>(tile.slab_bytes / plan.channel_bytes, 1, inputs);
     int32_t num_blocks = (inputs + most - 1) / most, channels = (inputs + num_blocks - 1) / num_blocks;

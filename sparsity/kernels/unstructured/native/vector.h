@@ -55,6 +55,7 @@ inline void end_of_stream() {  // before another thread reads what was streamed
 }
 
 struct Float32 {
+    using Stored = uint32_t;
     static constexpr int PARTS = 1, SIZE = 4, IMAGES = UNIT / SIZE;
 
     static float weight(float value) { return value; }  // as it multiplies
@@ -74,6 +75,7 @@ struct Float32 {
 };
 
 struct BFloat16 {
+    using Stored = uint16_t;
     static constexpr int PARTS = 2, SIZE = 2, IMAGES = UNIT / SIZE;
 
 #ifdef __AVX512BF16__
