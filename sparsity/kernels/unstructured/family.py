@@ -274,7 +274,7 @@ _NOISE, _COMPARED = 2**18, 2**21  # numbers
 # Output rows, and units in a row, of tiles that there is code for (native/layer.cpp), by bytes of a vector;
 # the usually fastest first
 GRIDS = {
-    64: ((1, 7), (2, 4), (1, 8), (2, 7), (1, 14), (1, 4)),
+    64: ((1, 7), (2, 4), (1, 8), (2, 7), (1, 14), (1, 4), (1, 2)),
     32: ((1, 7), (2, 3), (1, 6), (1, 4), (1, 2)),
     16: ((1, 7), (2, 3), (1, 6), (1, 4), (1, 2)),
 }
@@ -288,9 +288,12 @@ def candidates(shape: Shape, dtype: torch.dtype) -> list[Tile]:
     units = -(-shape.images * dtype.itemsize // vector_bytes())
     height, width = shape.convolution.output_size(shape.height, shape.width)
     if shape.convolution.is_flat:
-        longest = sorted(grids, key=lambda grid: (grid[0], -grid[1]))[:2]
-        tiles = [Tile(*grid, 1, SECOND_CACHE) for grid in longest]
-        return [*tiles, Tile(*longest[0], 1, FIRST_CACHE)]
+        whole = -(-shape.images * height * width * dtype.itemsize // vector_bytes())
+        runs = sorted((run for rows, run in grids if rows == 1), reverse=True)
+        padded = {run: -(-whole // run) * run for run in runs}  # units that are computed
+        longest = [run for run in runs if padded[run] <= 1.2 * min(padded.values())][:2]
+        tiles = [Tile(1, run, 1, SECOND_CACHE) for run in longest]
+        return [*tiles, Tile(1, longest[0], 1, FIRST_CACHE)]
     fitting: dict[Tile, float] = {}
     for rows, run in grids:
         for count in (1, 2, 4):

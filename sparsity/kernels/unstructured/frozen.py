@@ -18,7 +18,7 @@ from sparsity.kernels.unstructured.plan import PAST_CACHES, Convolution, Tile
 
 FULL = 0.7  # share of lanes with images in them, below which lanes are pixels
 SLAB = 400_000  # bytes, where they are
-RUNS = ((14, 42), (7, 14), (4, 0))  # units of a tile, from how many units of a map on
+RUNS = ((14, 42), (7, 5), (4, 3), (2, 0))  # units of a tile, from how many units of a map on
 SIZES = 8  # of maps that a plan is laid out for at a time, beside the one with images in the lanes
 
 

@@ -38,7 +38,7 @@ struct Grid {
     static constexpr int ROWS = R, RUN = U;
 };
 #if UNIT == 64
-using Grids = std::tuple<Grid<1, 4>, Grid<1, 7>, Grid<1, 8>, Grid<1, 14>, Grid<2, 4>, Grid<2, 7>>;
+using Grids = std::tuple<Grid<1, 2>, Grid<1, 4>, Grid<1, 7>, Grid<1, 8>, Grid<1, 14>, Grid<2, 4>, Grid<2, 7>>;
 #else
 using Grids = std::tuple<Grid<1, 2>, Grid<1, 4>, Grid<1, 6>, Grid<1, 7>, Grid<2, 3>>;
 #endif

@@ -115,7 +115,17 @@ struct BFloat16 {
     }
 
     static void widen(Words unit, Floats* parts) { parts[0] = even(unit), parts[1] = odd(unit); }
+#ifdef __AVX512BF16__
+    static Words round(const Floats* parts) {
+        auto lower = [](Floats value) {
+            const auto half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(value));
+            return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(half)));
+        };
+        return lower(parts[0]) | lower(parts[1]) << 16;
+    }
+#else
     static Words round(const Floats* parts) { return upper(parts[0]) >> 16 | (upper(parts[1]) & 0xffff0000u); }
+#endif
 
   private:
     static uint32_t bits_of(float value) {
