@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsity.kernels.unstructured.library import find_compiler
 from tests.trainer.distributed.rank_results import observe, optimizer_of
 from tests.trainer.distributed.small_net import WHOLE, evaluated_by_hand, small
 from tests.trainer.runs import execute, final_state, launcher
@@ -26,6 +27,7 @@ RUNS = {  # without BatchNorm and dropout, which depend on who computes what; an
     "accumulated": ["engine.accumulation_steps=2"],
     "whole": [f"model.arguments={WHOLE}"],
     "adamw1": ["engine.zero_stage=1", "sparsity.schedule=sparse 1, dense 1"],
+    "kernels1": ["engine.zero_stage=1", f"sparsity.accelerate={'require' if find_compiler() else 'off'}"],
 }
 
 
@@ -73,13 +75,14 @@ def records(folder: Path, kind: str) -> list[dict]:
     return [record for record in lines if record["kind"] == kind]
 
 
-@pytest.mark.parametrize("name", ["plain0", "plain1", "accumulated", "plain0-resumed"])
+@pytest.mark.parametrize("name", ["plain0", "plain1", "accumulated", "plain0-resumed", "kernels1"])
 def test_two_ranks_train_what_one_trains(one, two, name):
     """Weights, momentum, masks, and every loss and score, to float32's rounding; two equal ranks."""
     (folder, sights), (other, _) = two[name], one[name.removesuffix("-resumed")]
     for key, value in sights[0]["weights"].items():
         assert torch.equal(value, sights[1]["weights"][key]), key
     ours, theirs = final_state(folder, 6), final_state(other, 6)
+    assert len(ours["acdc"]["kernels"]) == (3 if name == "kernels1" and find_compiler() else 0)
     for key, value in ours["model"].items():
         assert torch.allclose(value.float(), theirs["model"][key].float(), rtol=1e-4, atol=1e-6), key
     for key, value in ours["optimizer"].items():
