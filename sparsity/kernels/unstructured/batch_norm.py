@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsity.kernels.unstructured import library
-from sparsity.kernels.unstructured.operator import is_innermost, to_innermost
+from sparsity.kernels.unstructured.operator import as_innermost, is_innermost
 from sparsity.kernels.unstructured.plan import PAST_CACHES
 
 NOTHING, RELU, ADD_RELU = range(3)  # behind BatchNorm
@@ -47,6 +47,8 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor]:
     """(relu(batch_norm(maps) + other), statistics). other: None for nothing to add, else relu is True.
     statistics: (3, channels), mean, 1 / standard deviation, unbiased variance."""
+    maps, other = as_innermost(maps), None if other is None else as_innermost(other)
+    assert takes(maps)
     behind = ADD_RELU if other is not None else RELU if relu else NOTHING
     output, statistics = torch.empty_like(maps), weight.new_empty(3, len(weight))
     library.load().batch_norm(
@@ -83,8 +85,7 @@ def batch_norm_gradient(
     """Of maps, of other, and (2, channels) of weight and bias. output: of batch_norm with `other`, else None,
     and then the gradient of other is empty."""
     behind = ADD_RELU if output is not None else RELU if relu else NOTHING
-    if not is_innermost(gradient):
-        gradient = to_innermost(gradient)
+    gradient, maps = as_innermost(gradient), as_innermost(maps)
     of_maps, of_weights = torch.empty_like(maps), weight.new_empty(2, len(weight))
     of_other = maps.new_empty(0) if output is None else torch.empty_like(maps)
     library.load().batch_norm_gradient(

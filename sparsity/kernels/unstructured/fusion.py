@@ -36,27 +36,27 @@ def fuse(graph: fx.GraphModule) -> int:
     nodes = graph.graph.nodes
     for node in [node for node in nodes if node.target is _TO_INNERMOST]:
         _move_up(graph.graph, node)
-    norms = [node for node in nodes if _is_norm(node) and _is_innermost(node.args[0])]
-    pools = [node for node in nodes if _window(node) and _is_innermost(node.args[0])]
-    for node in norms:
-        _replace_norm(graph.graph, node)
-    for node in pools:
-        _replace_pool(graph.graph, node)
-    if norms or pools:
+    found = [node for node in nodes if _has_kernel(node) and _is_innermost(node.args[0])]
+    for node in found:
+        replace = _replace_norm if _is_norm(node) else _replace_pool
+        replace(graph.graph, node)
+    if found:
         graph.graph.lint()
         graph.recompile()
-    return len(norms) + len(pools)
+    return len(found)
 
 
 def _move_up(graph: fx.Graph, change: fx.Node) -> None:
     """Change the format where the maps come from, not behind their BatchNorm, ReLU and pooling."""
     behind: list[fx.Node] = []
     source: Any = change.args[0]
-    while isinstance(source, fx.Node) and (_is_norm(source) or _window(source) or _keeps_maps(source)):
+    while isinstance(source, fx.Node) and (_has_kernel(source) or _keeps_maps(source)):
         behind.append(source)
         source = source.args[0]
     if not _is_innermost(source):
-        if not any(_is_norm(node) or _window(node) for node in behind) or not all(map(_would_fit, behind)):
+        while behind and _keeps_maps(behind[-1]):  # a ReLU in place would change the moved maps alone
+            source = behind.pop()
+        if not behind:
             return
         with graph.inserting_before(behind[-1]):
             moved = graph.call_function(_TO_INNERMOST, (source,))
@@ -68,9 +68,12 @@ def _move_up(graph: fx.Graph, change: fx.Node) -> None:
     graph.erase_node(change)
 
 
-def _would_fit(node: fx.Node) -> bool:
-    """Whether there is a kernel, or need be none, once its maps have the format."""
-    maps, window = node.args[0].meta.get("example_value"), _window(node)  # type: ignore[union-attr]
+def _has_kernel(node: fx.Node) -> bool:
+    """Whether there is a kernel, once its maps have the format."""
+    window = _window(node)
+    if not (window or _is_norm(node)):
+        return False
+    maps = node.args[0].meta.get("example_value")  # type: ignore[union-attr]
     if not isinstance(maps, Tensor) or maps.dim() != 4:
         return False
     return pooling.takes(maps, window[0]) if window else batch_norm.takes(_innermost(maps))
@@ -88,6 +91,8 @@ def _is_innermost(node: Any) -> bool:
 
 def _keeps_maps(node: fx.Node) -> bool:
     """Whether it is a ReLU, or a conversion to the dtype that its maps have."""
+    if not node.args or node.kwargs.keys() - {"inplace"}:
+        return False
     if node.target == "to" and isinstance(node.args[0], fx.Node):
         before, after = node.args[0].meta.get("example_value"), node.meta.get("example_value")
         return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
@@ -95,17 +100,23 @@ def _keeps_maps(node: fx.Node) -> bool:
 
 
 def _is_norm(node: fx.Node) -> bool:
-    """Whether it is a BatchNorm in training, with weights and a momentum."""
+    """Whether it is a BatchNorm in training, with plain weights and a momentum."""
     if node.target is not functional.batch_norm or node.kwargs or len(node.args) != 8:
         return False
     _, mean, _, weight, bias, training, momentum, _ = node.args
     momentum_is_known = mean is None or isinstance(momentum, float)
-    return training is True and momentum_is_known and None not in (weight, bias)
+    return training is True and momentum_is_known and all(map(_is_plain, (weight, bias)))
+
+
+def _is_plain(node: Any) -> bool:
+    """Whether it is numbers one after another, in float32."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return isinstance(value, Tensor) and value.dtype == torch.float32 and value.is_contiguous()
 
 
 def _window(node: fx.Node) -> tuple[tuple[int, int], ...] | None:
     """(kernel, stride, padding) of a max pooling that there is a kernel for."""
-    if node.target not in _POOLS:
+    if node.target not in _POOLS or not node.args:
         return None
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -113,7 +124,7 @@ def _window(node: fx.Node) -> tuple[tuple[int, int], ...] | None:
         return None
     kernel: Any = given["kernel_size"]
     sizes: tuple[Any, ...] = (kernel, given.get("stride") or kernel, given.get("padding", 0))
-    return tuple((size, size) if isinstance(size, int) else tuple(size) for size in sizes)
+    return tuple((size, size) if isinstance(size, int) else tuple(size) * (2 // len(size)) for size in sizes)
 
 
 def _replace_pool(graph: fx.Graph, pool: fx.Node) -> None:
@@ -129,15 +140,16 @@ def _replace_pool(graph: fx.Graph, pool: fx.Node) -> None:
 
 def _replace_norm(graph: fx.Graph, norm: fx.Node) -> None:
     maps, mean, variance, weight, bias, _, momentum, epsilon = norm.args
-    fused, other = [norm], None
+    fused, other, place = [norm], None, norm
+    shared = isinstance(mean, fx.Node) and len(mean.users) > 1  # others may need it before the addition
     if (relu := only_user(norm, is_relu)) is not None:
         fused = [norm, relu]
-    elif (addition := only_user(norm, is_addition)) is not None:
+    elif not shared and (addition := only_user(norm, is_addition)) is not None:
         added, relu = summand(addition, norm), only_user(addition, is_relu)
         if relu is not None and added is not None and _is_like(added, norm):
-            fused, other = [norm, addition, relu], added
+            fused, other, place = [norm, addition, relu], added, addition
     last = fused[-1]
-    with graph.inserting_before(last):
+    with graph.inserting_before(place):
         operands = (maps, other, weight, bias, epsilon, last is not norm)
         both = graph.call_function(torch.ops.acdc.batch_norm.default, operands)
         output, statistics = (graph.call_function(operator.getitem, (both, index)) for index in (0, 1))

@@ -91,8 +91,7 @@ class SparseKernel(Kernel):
         images, _, height, width = maps.shape
         if not Convolution.of(layer).reaches(images, height, width):
             return None
-        maps = maps.to(dtype)
-        return maps if operator.is_innermost(maps) else operator.to_innermost(maps)
+        return operator.as_innermost(maps.to(dtype))
 
 
 class DenseInnermost(Kernel):

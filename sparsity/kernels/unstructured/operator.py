@@ -36,25 +36,33 @@ def is_innermost(maps: Tensor) -> bool:
     return maps.permute(1, 2, 3, 0).is_contiguous()
 
 
+def as_innermost(maps: Tensor) -> Tensor:
+    """The same if they lie so, else a copy."""
+    return maps if is_innermost(maps) else to_innermost(maps)
+
+
 def _maps(maps: Tensor) -> Tensor:
     """(C, H, W, N), contiguous, of (N, C, H, W)."""
-    return (maps if is_innermost(maps) else to_innermost(maps)).permute(1, 2, 3, 0)
+    return as_innermost(maps).permute(1, 2, 3, 0)
 
 
-def _empty(like: Tensor, images: int, channels: int, height: int, width: int) -> Tensor:
-    return like.new_empty(channels, height, width, images).permute(3, 0, 1, 2)
+def empty(like: Tensor, images: int, channels: int, height: int, width: int) -> Tensor:
+    """With images innermost. No view: what an operator returns may be changed in place."""
+    strides = (1, height * width * images, width * images, images)
+    return like.new_empty_strided((images, channels, height, width), strides)
 
 
 @torch.library.custom_op("acdc::gather", mutates_args=())
 def gather(maps: Tensor, weight: Tensor, height: int, width: int, number: Tensor) -> Tensor:
     """The convolution of maps (N, C, H, W) with a masked weight; height, width: of the output. number: see
     PLANNED."""
-    return _plan(number).forward(_maps(maps), weight.detach()).permute(3, 0, 1, 2)
+    output = _plan(number).forward(_maps(maps), weight.detach()).permute(3, 0, 1, 2)
+    return output.new_empty(0).set_(output.untyped_storage(), 0, output.shape, output.stride())  # no view
 
 
 @gather.register_fake
 def _(maps: Tensor, weight: Tensor, height: int, width: int, number: Tensor) -> Tensor:
-    return _empty(maps, maps.shape[0], weight.shape[0], height, width)
+    return empty(maps, maps.shape[0], weight.shape[0], height, width)
 
 
 @torch.library.custom_op("acdc::gather_input_gradient", mutates_args=())
@@ -66,7 +74,7 @@ def input_gradient(
 
 @input_gradient.register_fake
 def _(gradient: Tensor, weight: Tensor, channels: int, height: int, width: int, number: Tensor) -> Tensor:
-    return _empty(gradient, gradient.shape[0], channels, height, width)
+    return empty(gradient, gradient.shape[0], channels, height, width)
 
 
 @torch.library.custom_op("acdc::gather_weight_gradient", mutates_args=())
@@ -128,7 +136,7 @@ def to_innermost(maps: Tensor) -> Tensor:
     """(N, C, H, W) of any format, with its images innermost."""
     if is_innermost(maps):
         return maps.clone()
-    output = _empty(maps, *maps.shape)
+    output = empty(maps, *maps.shape)
     if not (maps.is_contiguous() or maps.is_contiguous(memory_format=torch.channels_last)):
         maps = maps.contiguous(memory_format=torch.channels_last)
     _transpose(maps, output, True)
@@ -137,7 +145,7 @@ def to_innermost(maps: Tensor) -> Tensor:
 
 @to_innermost.register_fake
 def _(maps: Tensor) -> Tensor:
-    return _empty(maps, *maps.shape)
+    return empty(maps, *maps.shape)
 
 
 @torch.library.custom_op("acdc::from_innermost", mutates_args=())

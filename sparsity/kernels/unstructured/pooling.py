@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsity.kernels.unstructured import library
-from sparsity.kernels.unstructured.operator import is_innermost, to_innermost
+from sparsity.kernels.unstructured.operator import as_innermost, empty
 
 _INDICES = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
@@ -35,7 +35,7 @@ def _pool(
 def _output(maps: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     sizes = zip(maps.shape[2:], kernel, stride, padding, strict=True)
     height, width = ((size + 2 * pad - window) // step + 1 for size, window, step, pad in sizes)
-    return maps.new_empty(maps.shape[1], height, width, maps.shape[0]).permute(3, 0, 1, 2)
+    return empty(maps, *maps.shape[:2], height, width)
 
 
 @torch.library.custom_op("acdc::max_pool", mutates_args=())
@@ -44,6 +44,8 @@ def max_pool(
 ) -> tuple[Tensor, Tensor]:
     """As torch's max_pool2d, of dilation 1 with whole windows alone; and which pixels were greatest, for the
     gradient."""
+    maps = as_innermost(maps)
+    assert takes(maps, kernel)
     output = _output(maps, kernel, stride, padding)
     which = torch.empty_like(output, dtype=_INDICES[maps.dtype])
     library.load().max_pool(
@@ -76,10 +78,8 @@ def max_pool_gradient(
     padding: Sequence[int],
 ) -> Tensor:
     """Of maps of that height and width."""
-    if not is_innermost(gradient):
-        gradient = to_innermost(gradient)
-    images, channels = gradient.shape[:2]
-    of_maps = gradient.new_empty(channels, height, width, images).permute(3, 0, 1, 2)
+    gradient = as_innermost(gradient)
+    of_maps = empty(gradient, *gradient.shape[:2], height, width)
     library.load().max_pool_gradient(
         ctypes.byref(_pool(of_maps.shape, gradient.shape, kernel, stride, padding)),
         gradient.dtype == torch.bfloat16,
@@ -101,8 +101,7 @@ def _(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> Tensor:
-    images, channels = gradient.shape[:2]
-    return gradient.new_empty(channels, height, width, images).permute(3, 0, 1, 2)
+    return empty(gradient, *gradient.shape[:2], height, width)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

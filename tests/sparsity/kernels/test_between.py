@@ -218,36 +218,85 @@ def test_other_graphs_stay_as_they_are(fused):
     assert not fused
 
 
-class Reused(nn.Module):
-    """What looks like relu(norm + summand), and whose parts are used elsewhere, too."""
+class Odd(nn.Module):
+    """What kernels could be put between, if it were not for one thing."""
 
     def __init__(self, how):
         super().__init__()
         self.how = how
-        self.conv, self.bn = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+        self.conv, self.bn = nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)
         self.next = nn.Conv2d(16, 16, 1)
+        self.wide = nn.Parameter(torch.randn(32))
+        if how == "weights in bfloat16":
+            self.bn.bfloat16()
 
     def forward(self, x):
         first = self.conv(x)
+        if self.how == "maps changed by a ReLU in place":
+            maps = x * 2 - 1
+            return self.next(functional.max_pool2d(functional.relu_(maps), 1)) + maps
+        if self.how == "results changed in place":
+            first += x
+            return self.next(torch.relu_(functional.max_pool2d(torch.relu_(first), 2)))
+        if self.how == "another memory format":
+            return self.next(self.bn(torch.relu(x * 2).to(memory_format=torch.channels_last)))
+        if self.how == "one BatchNorm twice":
+            norm, relu = self.bn(first), torch.relu(self.bn(2 * self.next(first) + 3))
+            return self.next(torch.relu(norm + relu))
+        if self.how == "weights with gaps":
+            weight, bias = self.wide[::2], self.wide[1::2]
+            return self.next(functional.batch_norm(first, None, None, weight, bias, True, 0.1, 1e-5))
+        if self.how == "names of operands":
+            norm = self.bn(functional.relu(input=first))
+            return self.next(functional.max_pool2d(input=norm, kernel_size=2))
+        if self.how == "a window of one number":
+            return self.next(functional.max_pool2d(first, (2,)))
         norm = self.bn(first)
-        if self.how == "the norm itself":
+        if self.how == "the norm itself, used again":
             return self.next(torch.relu(norm)) + norm
-        if self.how == "the sum":
+        if self.how == "the sum, used again":
             total = norm + first
             return self.next(torch.relu(total)) + total
-        if self.how == "twice":
+        if self.how == "the norm added to itself":
             return self.next(torch.relu(norm + norm))
-        first = first * 2
-        first += norm  # "the summand, changed in place"
-        return self.next(torch.relu(first)) + first
+        if self.how == "a summand changed in place":
+            first = first * 2
+            first += norm
+            return self.next(torch.relu(first)) + first
+        assert self.how in ("few images", "weights in bfloat16")
+        return self.next(functional.max_pool2d(torch.relu(norm), 2))
 
 
-@pytest.mark.parametrize("how", ["the norm itself", "the sum", "twice", "the summand, changed in place"])
-def test_what_is_used_elsewhere_is_not_lost(fused, how):
+@pytest.mark.parametrize(
+    ("how", "kernels"),
+    [
+        ("the norm itself, used again", ["batch_norm"]),
+        ("the sum, used again", ["batch_norm"]),
+        ("the norm added to itself", ["batch_norm"]),
+        ("a summand changed in place", ["batch_norm"]),
+        ("one BatchNorm twice", ["batch_norm", "batch_norm"]),
+        ("few images", ["batch_norm"]),
+        ("maps changed by a ReLU in place", ["max_pool"]),
+        ("results changed in place", ["max_pool"]),
+        ("another memory format", ["batch_norm"]),
+        ("names of operands", ["batch_norm"]),
+        ("a window of one number", ["max_pool"]),
+        ("weights with gaps", []),
+        ("weights in bfloat16", ["max_pool"]),
+    ],
+)
+def test_what_is_not_as_kernels_need_it_stays_right(fused, how, kernels):
     def make():
         torch.manual_seed(0)
         rest = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), *[nn.Identity() for _ in range(3)], nn.Linear(16, 5)]
-        return nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), Reused(how), *rest)
+        return nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), Odd(how), *rest)
 
-    assert train(make(), eager) == pytest.approx(train(make(), "eager", "off"), rel=1e-4)
-    assert "acdc::batch_norm" in fused
+    net, other = make(), make()
+    options = {"images": 4 if how == "few images" else 32, "autocast": how == "weights in bfloat16"}
+    assert train(net, eager, **options) == pytest.approx(
+        train(other, "eager", "off", **options), rel=3e-2 if options["autocast"] else 1e-4
+    )
+    for found, expected in zip(net.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=3e-2, atol=1e-4)
+    found = [name.removeprefix("acdc::") for name in fused]
+    assert [name for name in found if name in ("batch_norm", "max_pool")] == kernels
