@@ -115,7 +115,8 @@ def _infer(
 
 
 def _fake_infer(maps: Tensor, _: Any, bias: Any, relu: bool, size: Sequence[int], number: Tensor) -> Tensor:
-    return _empty(maps, maps.shape[0], *size)
+    channels, height, width = size
+    return empty(maps, maps.shape[0], channels, height, width)
 
 
 def _refuse(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

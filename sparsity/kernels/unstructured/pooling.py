@@ -35,7 +35,7 @@ def _pool(
 def _output(maps: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     sizes = zip(maps.shape[2:], kernel, stride, padding, strict=True)
     height, width = ((size + 2 * pad - window) // step + 1 for size, window, step, pad in sizes)
-    return empty(maps, *maps.shape[:2], height, width)
+    return empty(maps, maps.shape[0], maps.shape[1], height, width)
 
 
 @torch.library.custom_op("acdc::max_pool", mutates_args=())
@@ -79,7 +79,7 @@ def max_pool_gradient(
 ) -> Tensor:
     """Of maps of that height and width."""
     gradient = as_innermost(gradient)
-    of_maps = empty(gradient, *gradient.shape[:2], height, width)
+    of_maps = empty(gradient, gradient.shape[0], gradient.shape[1], height, width)
     library.load().max_pool_gradient(
         ctypes.byref(_pool(of_maps.shape, gradient.shape, kernel, stride, padding)),
         gradient.dtype == torch.bfloat16,
@@ -101,7 +101,7 @@ def _(
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> Tensor:
-    return empty(gradient, *gradient.shape[:2], height, width)
+    return empty(gradient, gradient.shape[0], gradient.shape[1], height, width)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
