@@ -296,7 +296,8 @@ def test_figures_are_those_of_the_records():
     for result in record("sparse_step")["sparse_step"]:
         percent = f"{result['percent']:g}"
         gains = (show_spread(result[f"{who}_to_compressed"], 2) for who in ("dense", "stock"))
-        row = f"| {result['network']} | {result['precision']} | {percent} | {' | '.join(gains)} |"
+        whole = f"{result['whole_run']['of_dense']['median']:.2f}"
+        row = f"| {result['network']} | {result['precision']} | {percent} | {' | '.join(gains)} | {whole} |"
         assert row in page
         if result["network"] == "resnet50":
             told = show_spread(result["dense_to_compressed"], 2).replace(" (", " times (")
