@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparsity import ACDC, PhaseSchedule, UniformMagnitude
-from sparsity.kernels.unstructured import library
+from sparsity.kernels.unstructured import fusion, library
 from tests.slow import slow
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
 from trainer import kernels
@@ -65,6 +65,22 @@ def test_a_run_is_resumed_bit_for_bit_and_equals_the_dense_one(tiny_data, tmp_pa
         for each in (run, dense)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3 if "fp32" in options[0] else 5e-2)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_resumed_bit_for_bit(tiny_data, tmp_path, monkeypatch):
+    fused, fuse = [], fusion.fuse
+    monkeypatch.setattr(fusion, "fuse", lambda graph: fused.append(fuse(graph)))
+    options = (*SHORT, "engine.compile=true")
+    torch._dynamo.reset()
+    run = run_here(tiny_data, tmp_path / "runs", *options)
+    state = final_state(run, LAST)
+    for step in (4, 12):  # in the first sparse phase, and in a dense one
+        torch._dynamo.reset()
+        within = checkpoint.step_folder(run / "checkpoints", step)
+        assert main(tiny(tiny_data, tmp_path / "runs", *options, f"resume={within}")) == 0
+        assert_equal_states(state, final_state(run, LAST))
+    assert sum(count > 0 for count in fused) == 3  # a run's sparse graph
 
 
 @pytest.mark.slow
