@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.inference import accelerated
-from sparsity.inference.model import fold_batch_norm
+from sparsity.inference.graph import fold_batch_norm
 from trainer.checkpoints.environment import cpu_multiplies_bf16
 from trainer.export.formats import export_onnx
 
