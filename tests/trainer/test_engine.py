@@ -1,6 +1,8 @@
 """The engine as build_engine makes it: what a step waits for, and optimizers behind ZeRO's masters."""
 
 import logging
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from sparsity import ACDC, GlobalMagnitude, PhaseSchedule, num_leaked
 from sparsity.masters import masters_of
 from trainer.config.load import load_config
+from trainer.distributed import ranks
 from trainer.distributed.ranks import start
 from trainer.engine import build_engine, deepspeed_config
 from trainer.models.classifier import Classifier
@@ -150,3 +153,16 @@ def test_an_engine_of_another_model_is_refused(stage, caplog):
     with caplog.at_level(logging.WARNING):
         acdc.attach(engine)
     assert not caplog.records
+
+
+def test_compiled_graphs_are_kept_by_the_instructions_that_they_need(monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "data_home", lambda: tmp_path)
+    found = []
+    for capability in ("AVX512", "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # and so it is as before, after the test
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        ranks._keep_compiled_graphs()
+        found.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    assert found == [tmp_path / "compiled" / "AVX512", tmp_path / "compiled" / "AVX2"]
+    assert all(folder.is_dir() for folder in found)
