@@ -293,7 +293,8 @@ def test_figures_are_those_of_the_records():
         assert show_spread(measured["ratio"], 3) in page
         if network == "resnet50":
             assert show_spread(measured["ratio"], 3).replace(" (", " times (") in readme
-    for result in record("sparse_step")["sparse_step"] + record("sparse_step_small")["sparse_step"]:
+    names = ("sparse_step", "sparse_step_small", "sparse_step_wrn")
+    for result in (result for name in names for result in record(name)["sparse_step"]):
         percent = f"{result['percent']:g}"
         gains = (show_spread(result[f"{who}_to_compressed"], 2) for who in ("dense", "stock"))
         whole = f"{result['whole_run']['of_dense']['median']:.2f}"
