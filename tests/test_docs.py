@@ -293,14 +293,15 @@ def test_figures_are_those_of_the_records():
         assert show_spread(measured["ratio"], 3) in page
         if network == "resnet50":
             assert show_spread(measured["ratio"], 3).replace(" (", " times (") in readme
-    names = ("sparse_step", "sparse_step_small", "sparse_step_wrn")
-    for result in (result for name in names for result in record(name)["sparse_step"]):
+    names = ("sparse_step", "sparse_step_small", "sparse_step_wrn", "sparse_step_avx2")
+    for name, result in ((name, result) for name in names for result in record(name)["sparse_step"]):
         percent = f"{result['percent']:g}"
         gains = (show_spread(result[f"{who}_to_compressed"], 2) for who in ("dense", "stock"))
         whole = f"{result['whole_run']['of_dense']['median']:.2f}"
-        row = f"| {result['network']} | {result['precision']} | {percent} | {' | '.join(gains)} | {whole} |"
+        network = result["network"] + ", AVX2" * name.endswith("avx2")
+        row = f"| {network} | {result['precision']} | {percent} | {' | '.join(gains)} | {whole} |"
         assert row in page
-        if result["network"] == "resnet50":
+        if network == "resnet50":
             told = show_spread(result["dense_to_compressed"], 2).replace(" (", " times (")
             assert f"sparse phase, ResNet50, {percent} %, {result['precision']} | {told} |" in readme
     for line in blocks(README):
