@@ -294,7 +294,7 @@ def test_figures_are_those_of_the_records():
         if network == "resnet50":
             assert show_spread(measured["ratio"], 3).replace(" (", " times (") in readme
     names = ("sparse_step", "sparse_step_small", "sparse_step_wrn", "sparse_step_avx2")
-    for name, result in ((name, result) for name in names for result in record(name)["sparse_step"]):
+    for name, result in [(each, result) for each in names for result in record(each)["sparse_step"]]:
         percent = f"{result['percent']:g}"
         gains = (show_spread(result[f"{who}_to_compressed"], 2) for who in ("dense", "stock"))
         whole = f"{result['whole_run']['of_dense']['median']:.2f}"
