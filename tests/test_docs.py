@@ -304,6 +304,12 @@ def test_figures_are_those_of_the_records():
         if network == "resnet50":
             told = show_spread(result["dense_to_compressed"], 2).replace(" (", " times (")
             assert f"sparse phase, ResNet50, {percent} %, {result['precision']} | {told} |" in readme
+    for result in record("inference")["inference"]:
+        ms, ratio = result["ms_per_batch"], result["ours_over_fastest_rival"][result["fastest_of_ours"]]
+        shown = ("ours fp32", "ours bf16", "torch fp32", result["fastest_rival"])
+        times = " | ".join(f"{ms[who]['median']:,.1f}" for who in shown)
+        row = f"| {result['percent']:g} | {result['batch']} | {times} | {show_spread(ratio, 2)} |"
+        assert row in page
     for line in blocks(README):
         if found := re.match(r"(dense twin|sparse model) +([\d.]+) +([\d.]+)", line):
             result = record("quickstart")["result"][
