@@ -304,6 +304,10 @@ def test_figures_are_those_of_the_records():
         if network == "resnet50":
             told = show_spread(result["dense_to_compressed"], 2).replace(" (", " times (")
             assert f"sparse phase, ResNet50, {percent} %, {result['precision']} | {told} |" in readme
+    for precision, result in record("sparse_kernels")["sparse_kernels"]["resnet50"].items():
+        kept = next(each["kept"] for each in result["shapes"] if each["layer"] == "all").values()
+        gains = (f"{each['dense_to_sparse']:.2f} ({each['executed_gflops']:.0f})" for each in kept)
+        assert f"| {precision} | {' | '.join(gains)} | {result['fma_fp32_gflops']:.0f} |" in page
     for result in record("inference")["inference"]:
         ms, ratio = result["ms_per_batch"], result["ours_over_fastest_rival"][result["fastest_of_ours"]]
         shown = ("ours fp32", "ours bf16", "torch fp32", result["fastest_rival"])
