@@ -12,7 +12,7 @@ import copy
 import difflib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -32,14 +32,12 @@ class _RunsKernel(nn.Module):
 
     mask: Tensor
     kernel: Kernel | None
+    dense: Callable[[Tensor], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and self.kernel is not None:
             return self.kernel(self, input)
         return self.dense(input)
-
-    def dense(self, input: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)

@@ -66,9 +66,7 @@ def batch_norm(
 
 
 @batch_norm.register_fake
-def _(
-    maps: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, relu: bool
-) -> tuple[Tensor, Tensor]:
+def _(maps: Tensor, other: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(maps), weight.new_empty(3, len(weight))
 
 
@@ -86,8 +84,7 @@ def batch_norm_gradient(
     and then the gradient of other is empty."""
     behind = ADD_RELU if output is not None else RELU if relu else NOTHING
     gradient, maps = as_innermost(gradient), as_innermost(maps)
-    of_maps, of_weights = torch.empty_like(maps), weight.new_empty(2, len(weight))
-    of_other = maps.new_empty(0) if output is None else torch.empty_like(maps)
+    of_maps, of_other, of_weights = _gradients(maps, output, weight)
     library.load().batch_norm_gradient(
         ctypes.byref(_norm(maps, 0.0, behind)),
         maps.dtype == torch.bfloat16,
@@ -107,15 +104,12 @@ def batch_norm_gradient(
 
 
 @batch_norm_gradient.register_fake
-def _(
-    gradient: Tensor,
-    maps: Tensor,
-    output: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    statistics: Tensor,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, maps: Tensor, output: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _gradients(maps, output, weight)
+
+
+def _gradients(maps: Tensor, output: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Still to be filled in."""
     of_other = maps.new_empty(0) if output is None else torch.empty_like(maps)
     return torch.empty_like(maps), of_other, weight.new_empty(2, len(weight))
 

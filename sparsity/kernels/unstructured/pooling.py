@@ -92,15 +92,7 @@ def max_pool_gradient(
 
 
 @max_pool_gradient.register_fake
-def _(
-    gradient: Tensor,
-    which: Tensor,
-    height: int,
-    width: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-) -> Tensor:
+def _(gradient: Tensor, which: Tensor, height: int, width: int, *_: Any) -> Tensor:
     return empty(gradient, gradient.shape[0], gradient.shape[1], height, width)
 
 
