@@ -48,7 +48,7 @@ def main() -> int:
         "--percent", type=int, nargs="+", default=[5, 10, 20, 30, 50, 75], metavar="P", help="of weights kept"
     )
     default = ["fp32", "bf16"] if cpu_multiplies_bf16() else ["fp32"]
-    parser.add_argument("--precision", nargs="+", default=default, choices=tuple(PRECISIONS))
+    parser.add_argument("--precision", nargs="+", default=default, choices=("fp32", "bf16"))
     parser.add_number("--batch", None, "images in a step; default: by network")
     options = parse(parser, "sparse_kernels")
     if not all(0 < percent <= 100 for percent in options.percent):

@@ -14,7 +14,13 @@ from trainer.checkpoints.run_dir import DENSE_TWIN, RunDir
 from trainer.checkpoints.state import Position, branch_off, check_branch, restore
 from trainer.config.schema import Config
 from trainer.distributed import ranks
-from trainer.engine import build_engine, check_same_precision, deepspeed_config, precision_name
+from trainer.engine import (
+    build_engine,
+    check_precision,
+    check_same_precision,
+    deepspeed_config,
+    precision_name,
+)
 from trainer.errors import Finished, UserError, as_user_error
 from trainer.kernels import find_family
 from trainer.loop import Trainer
@@ -32,6 +38,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
 
     Raises UserError for what the user has to change and EnvironmentFailure for what has to be installed.
     """
+    check_precision(config.engine, device)
     resumed = ranks.on_main(lambda: run_dir.find_resumed(config, path))
     task = build_task(config, device, weights=config.model.weights if resumed is None else None)
     if config.sparsity.accelerate == "require":

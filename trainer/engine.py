@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sysconfig
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch import nn
 from sparsity import inductor
 from trainer.checkpoints.environment import cpu_multiplies_bf16
 from trainer.config.data import ImageNetData
-from trainer.config.schema import Config, EvalConfig
+from trainer.config.schema import Config, EngineConfig, EvalConfig
 from trainer.distributed import ranks
-from trainer.errors import UserError
+from trainer.errors import EnvironmentFailure, UserError
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
@@ -61,6 +62,9 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
         _merge(generated, theirs, str(path), "")
     # DeepSpeed 0.19.8 clips gradients to norm 1 unless told otherwise; the paper does not clip
     generated.setdefault("gradient_clipping", 0.0)
+    # ZeRO-1/2 would add gradients of Conv2d and Linear up in bf16, and in fp32 those of masked layers, whose
+    # class it does not know. All in fp32, as stage 0 does
+    generated["torch_autocast"].setdefault("lower_precision_safe_modules", [])
     return generated
 
 
@@ -78,15 +82,39 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], source: str, prefix: st
 
 
 def precision(config: Config | EvalConfig, device: torch.device) -> torch.dtype:
-    """What matrix products are computed in."""
-    if config.engine.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bf16() else torch.float32
-    return PRECISIONS[config.engine.precision]
+    """The type of matrix products. With float32, precision_name says whether a GPU may round to TF32."""
+    return PRECISIONS[precision_name(config, device)]
 
 
 def precision_name(config: Config | EvalConfig, device: torch.device) -> str:
-    """The same as recipes write it."""
-    return next(name for name, dtype in PRECISIONS.items() if dtype == precision(config, device))
+    """What matrix products are computed in, as recipes write it."""
+    if config.engine.precision != "auto":
+        return config.engine.precision
+    return "bf16" if device.type == "cuda" or cpu_multiplies_bf16() else "fp32"
+
+
+def check_precision(config: EngineConfig, device: torch.device) -> None:
+    """Raise EnvironmentFailure for a precision that the device does not have."""
+    if config.precision == "tf32" and not (device.type == "cuda" and torch.cuda.is_tf32_supported()):
+        raise EnvironmentFailure(
+            "engine.precision=tf32 needs an NVIDIA GPU of the Ampere generation (A100, RTX 30) or a newer "
+            "one; here choose auto, bf16 or fp32"
+        )
+
+
+def set_up_gpu(config: EngineConfig, device: torch.device) -> None:
+    """How cuDNN chooses its algorithms, and whether float32 products may be rounded to TF32, in this process.
+
+    By torch's older switches: where only the newer ones (fp32_precision) allow TF32, torch 2.11 raises an
+    error while it compiles.
+    """
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    torch.backends.cudnn.deterministic = not config.cudnn_benchmark
+    # Both are set: torch allows TF32 in convolutions, not in matrix products, unless told otherwise
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)  # Inductor advises TF32
 
 
 def check_same_precision(config: Config, device: torch.device) -> None:
@@ -127,6 +155,7 @@ def build_engine(
 ) -> Any:
     """The engine, ready to train. settings: as deepspeed_config makes them."""
     deepspeed = ranks.import_deepspeed()
+    set_up_gpu(config.engine, device)
     module.to(device)
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=copy.deepcopy(settings))

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from trainer import engine
 from trainer.build import build_trainer
 from trainer.checkpoints import environment
 from trainer.checkpoints.environment import cpu_multiplies_bf16
+from trainer.cli import launch
 from trainer.cli.main import main as acdc_command
 from trainer.config.load import load_config
 from trainer.distributed import ranks
@@ -57,7 +59,7 @@ def test_auto_is_bf16_where_the_hardware_multiplies_it(instructions, used, expec
     assert environment.environment()["cpu_bf16"] is (expected == "bf16")
     assert acdc_command(["doctor"]) == 0
     assert f"engine.precision=auto  {expected}\n" in capsys.readouterr().out
-    for name in ("fp32", "bf16"):
+    for name in ("fp32", "tf32", "bf16"):
         assert engine.precision_name(load_config("quickstart", [f"engine.precision={name}"]), CPU) == name
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert engine.precision_name(config, CPU) == "fp32"
@@ -144,6 +146,84 @@ def test_a_resumed_run_equals_the_uninterrupted_in_bf16_too(tiny_data, tmp_path)
     assert main(["quickstart", *options("stopped"), "resume=auto"]) == 0
     whole, resumed = (final_state(newest_run(tmp_path / name), 6) for name in ("whole", "stopped"))
     assert_equal_states(whole, resumed)
+
+
+@pytest.fixture
+def torch_flags():
+    """As they were, afterwards."""
+    before = switches()
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before[2:]
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before[:2]
+
+
+def switches():
+    """cuDNN measures; deterministic; TF32 in convolutions; in matrix products."""
+    cudnn = torch.backends.cudnn
+    return cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.usefixtures("torch_flags")
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
+@pytest.mark.parametrize("benchmark", [True, False])
+def test_products_on_a_gpu_are_rounded_to_tf32_only_when_asked(precision, tf32, benchmark):
+    options = [f"engine.precision={precision}", f"engine.cudnn_benchmark={str(benchmark).lower()}"]
+    config = load_config("quickstart", options)
+    engine.set_up_gpu(config.engine, GPU)
+    assert switches() == (benchmark, not benchmark, tf32, tf32)
+    newer = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    assert [name == "tf32" for name in newer] == [tf32] * 2
+    assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")  # Inductor asks
+    assert engine.precision_name(config, GPU) == precision
+
+
+@pytest.mark.usefixtures("torch_flags")
+def test_the_engine_and_acdc_eval_set_a_gpu_up(tiny_data, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(engine, "set_up_gpu", lambda *given: seen.append((given[0].precision, given[1].type)))
+    assert main(["quickstart", *small(tiny_data, tmp_path)]) == 0
+    assert seen == [("fp32", "cpu")]
+    assert acdc_command(["eval", str(newest_run(tmp_path) / "checkpoints" / "sparse")]) == 0
+    assert seen == [("fp32", "cpu")] * 2
+    before = switches()
+    monkeypatch.undo()
+    engine.set_up_gpu(load_config("quickstart", ["engine.precision=tf32"]).engine, CPU)
+    assert switches() == before
+
+
+def test_tf32_without_a_gpu_ends_before_any_process_starts(monkeypatch, tiny_data, tmp_path, capsys):
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("a process was started"))
+    options = small(tiny_data, tmp_path, "{}", "engine.precision=tf32")
+    for command in (acdc_command, main):
+        arguments = ["quickstart", *options]
+        assert command(["train", *arguments] if command is acdc_command else arguments) == 3
+        assert "engine.precision=tf32 needs an NVIDIA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "quickstart").exists()
+
+
+LOWER = ["torch.nn.Conv2d", "torch.nn.Linear", "sparsity.layers.MaskedConv2d"]
+
+
+@pytest.mark.parametrize(("stage", "named"), [(1, None), (2, None), (1, LOWER)])
+def test_ranks_add_gradients_of_masked_and_other_layers_up_in_one_type(stage, named, tiny_data, tmp_path):
+    """By class, DeepSpeed would take bf16 for Conv2d and Linear alone."""
+    from deepspeed.runtime.torch_autocast import get_comm_dtype
+
+    options = ["engine.precision=bf16", f"engine.zero_stage={stage}", "sparsity.include=[conv2]"]
+    if named is not None:
+        file = tmp_path / "deepspeed.json"
+        file.write_text(json.dumps({"torch_autocast": {"lower_precision_safe_modules": named}}))
+        options += [f"engine.deepspeed={file}"]
+    trainer = build_trainer(load_config("quickstart", small(tiny_data, tmp_path, WHOLE, *options)), start())
+    types = defaultdict(set)
+    for layer in trainer.acdc.model.modules():
+        for parameter in layer.parameters(recurse=False):
+            types[type(layer).__name__].add(get_comm_dtype(parameter))
+    expected = {torch.float32 if named is None else torch.bfloat16}
+    assert types.pop("BatchNorm2d") == {torch.float32}
+    assert types == dict.fromkeys(("Conv2d", "MaskedConv2d", "Linear"), expected)
+    assert set(trainer.engine.optimizer.ipg_buckets) == expected | {torch.float32}
+    trainer.close()
 
 
 def test_machines_that_differ_have_to_be_told(tiny_data, tmp_path, monkeypatch, capsys):

@@ -18,10 +18,15 @@ def train(options: argparse.Namespace) -> int:
     """Check the recipe, then hand over to the deepspeed launcher on a free port."""
     from trainer.config.load import load_config
 
-    load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
+
+    import torch
 
     from trainer.cli.launch import launch
+    from trainer.engine import check_precision
 
+    if not torch.cuda.is_available():  # a GPU is asked by the run itself: here it would keep memory there
+        check_precision(config.engine, torch.device("cpu"))
     return launch(["trainer.train", options.config, *options.overrides], options.devices)
 
 
@@ -37,7 +42,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from trainer.config.load import parse
     from trainer.config.recipes import override
     from trainer.config.schema import EvalConfig
-    from trainer.engine import precision, precision_name
+    from trainer.engine import check_precision, precision, precision_name, set_up_gpu
     from trainer.evaluate import evaluate as measure
     from trainer.loaders import build_test_loader
     from trainer.models.classifier import Classifier
@@ -55,6 +60,8 @@ def evaluate(options: argparse.Namespace) -> int:
         content = {key: info["config"][key] for key in ("data", "engine") if key in info["config"]}
         override(content, options.overrides)
         config = parse(EvalConfig, content, str(folder))
+        check_precision(config.engine, device)
+        set_up_gpu(config.engine, device)
         loader = build_test_loader(config.data, device)
         classifier = Classifier(model, info["model"]["mean"], info["model"]["std"]).to(device)
         dtype = precision(config, device)

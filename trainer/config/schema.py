@@ -177,8 +177,13 @@ class SparsityConfig(Section):
 
 class EngineConfig(Section):
     zero_stage: int = Field(default=0, ge=0, le=3, description="DeepSpeed ZeRO stage: 0, 1 or 2")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = Field(
         default="auto", description="auto: bf16 autocast on a GPU or a CPU that multiplies bf16 in hardware"
+    )
+    cudnn_benchmark: bool = Field(
+        default=True,
+        description="on a GPU, measure which convolution algorithm is fastest, once for each shape; false: "
+        "cuDNN's own choice among deterministic ones",
     )
     compile: bool | Literal["auto"] = Field(
         default="auto", description="torch.compile; auto: where it can work"
