@@ -15,6 +15,7 @@ import torch
 
 from data.crops import CropStream
 from data.dali.arrays import DaliArrayLoader
+from data.dali.decode import DeviceJpeg
 from data.dali.files import DaliFileLoader
 from data.dali.records import DaliRecordLoader, count_records
 from data.datasets import imagenet
@@ -178,14 +179,15 @@ class _Images:
         share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1))
         return self.data.num_threads or max(1, share if self.device.type == "cuda" else share // 4)
 
-    @property
-    def _dali(self) -> tuple[Any, ...]:
-        """(device, num_threads, decode_on, on_bad) of a DaliImageLoader."""
+    def _dali(self, evaluation: tuple[int, int] | None = None) -> tuple[Any, ...]:
+        """(device, num_threads, decode_on, on_bad, evaluation, jpeg) of a DaliImageLoader."""
         on_gpu = self.device.type == "cuda"
         if self.data.device == "gpu" and not on_gpu:
             raise ValueError("data.device=gpu decodes on a GPU, and this run has none; use auto or cpu")
         decode_on = "gpu" if on_gpu and self.data.device != "cpu" else "cpu"
-        return self.device, self._threads, decode_on, self.bad_files
+        data = self.data
+        jpeg = DeviceJpeg(data.decoder_engine_load, data.decoder_width_hint, data.decoder_height_hint)
+        return self.device, self._threads, decode_on, self.bad_files, evaluation, jpeg
 
 
 class Noise(_Images):
@@ -223,7 +225,7 @@ class Folders(_Images):
     ) -> Loader:
         if self.data.backend == "torch":
             return TorchFileLoader(files, stream, self.device, self._threads, self.bad_files, evaluation)
-        return DaliFileLoader(files, stream, *self._dali, evaluation)
+        return DaliFileLoader(files, stream, *self._dali(evaluation))
 
 
 class Packed(_Images):
@@ -232,13 +234,13 @@ class Packed(_Images):
     def loaders(self, share: Mapping[str, Any]) -> Loaders:
         records, num_classes = self._records("train")
         stream = self._crops(count_records(records), share)
-        train = DaliRecordLoader(records, num_classes, self.data.first_label, stream, *self._dali)
+        train = DaliRecordLoader(records, num_classes, self.data.first_label, stream, *self._dali())
         return self._loaders(f"{self._root}, {self.data.format}", num_classes, train, self.test_loader())
 
     def test_loader(self) -> Loader:
         records, num_classes = self._records("test")
         stream, labels = self._in_order(count_records(records)), (num_classes, self.data.first_label)
-        return DaliRecordLoader(records, *labels, stream, *self._dali, self._evaluation)
+        return DaliRecordLoader(records, *labels, stream, *self._dali(self._evaluation))
 
     def _records(self, split: Split) -> tuple[RecordFiles, int]:
         """The files, and how many classes they hold."""

@@ -37,7 +37,9 @@ class DaliArrayLoader(DaliLoader):
         if self.device.type == "cuda":
             images, labels = images.gpu(), labels.gpu()
         size = self.arrays.shape[1:]
-        images = dali.fn.slice(images, shift, size, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+        # start and shape named: a positional constant would be a tensor on the device
+        pad = {"out_of_bounds_policy": "pad", "fill_values": 0}
+        images = dali.fn.slice(images, start=shift, shape=size, axes=(0, 1), **pad)
         return dali.fn.flip(images, horizontal=flip), labels
 
     def _batch(self, outputs: Sequence[Any]) -> Batch:

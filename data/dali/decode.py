@@ -8,6 +8,7 @@ numpy."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,32 +20,62 @@ from data.crops import ATTEMPTS, RATIOS
 from data.dali.pipeline import dense
 
 
+@dataclass(frozen=True)
+class DeviceJpeg:
+    """How a device decodes JPEGs. engine_load: share of a batch, from 0 to 1, for its decoder engines, where
+    it has some; CUDA kernels decode the rest. width_hint, height_hint: in pixels, of the largest image that
+    the engines' memory is allocated for at the start; 0: it grows as images come."""
+
+    engine_load: float = 0.65
+    width_hint: int = 0
+    height_hint: int = 0
+
+    def options(self) -> dict[str, Any]:
+        return {
+            # chroma as libjpeg-turbo interpolates it, on the CPU and in Pillow; DALI's default repeats pixels
+            "jpeg_fancy_upsampling": True,
+            "hw_decoder_load": self.engine_load,
+            "preallocate_width_hint": self.width_hint,
+            "preallocate_height_hint": self.height_hint,
+        }
+
+
 class Decoder:
     """The part of a pipeline behind the encoded bytes, and what is left to do once it has run.
 
-    decode_on: "cpu", or "gpu" for the device's JPEG decoder.
+    decode_on: "cpu", or "gpu" for the device's JPEG decoder, which `jpeg` sets up.
     """
 
-    def __init__(self, device: torch.device, decode_on: str) -> None:
+    def __init__(self, device: torch.device, decode_on: str, jpeg: DeviceJpeg) -> None:
         self.on_gpu = device.type == "cuda"
         self.backend = "mixed" if decode_on == "gpu" else "cpu"
+        self.jpeg = jpeg
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What changes pixels, beside a run on a CPU. Engines and CUDA kernels need not round alike, and the
+        load says which image goes where."""
+        if not self.on_gpu:
+            return {}
+        if self.backend == "cpu":
+            return {"pixels": "decoded on the CPU, resized on the GPU"}
+        return {"pixels": f"decoded and resized on the GPU, decoder_engine_load {self.jpeg.engine_load}"}
+
+    def _options(self, dali: Any) -> dict[str, Any]:
+        options = {
+            "device": self.backend,
+            "output_type": dali.types.RGB,
+            "adjust_orientation": False,  # the training sets' labels and figures come from images as stored
+        }
+        return {**options, **self.jpeg.options()} if self.backend == "mixed" else options
 
     def training(
         self, dali: Any, encoded: Any, draw: tuple[Any, Any, Any], flip: Any, size: Any
     ) -> tuple[Any, ...]:
         """Output nodes for random crops. draw: area, ratio and place of data.crops, as nodes; size: (side,
         side) of the square that becomes of the window."""
-        fn, types = dali.fn, dali.types
+        fn = dali.fn
         start, shape = _window(dali, encoded, *draw)
-        images = fn.decoders.image_slice(
-            encoded,
-            start,
-            shape,
-            axes=(0, 1),
-            device=self.backend,
-            output_type=types.RGB,
-            adjust_orientation=False,  # the training sets' labels and figures come from images as stored
-        )
+        images = fn.decoders.image_slice(encoded, start, shape, axes=(0, 1), **self._options(dali))
         if not self.on_gpu:
             return fn.flip(images, horizontal=flip), size
         return (fn.flip(_resize(dali, self._moved(images), size), horizontal=flip),)
@@ -58,13 +89,12 @@ class Decoder:
         # half of an odd margin rounds to the even neighbour, as Python's round does in torchvision
         margin = new - size
         start = margin // 2 + (margin % 2) * (margin // 2 % 2)
-        images = fn.decoders.image(
-            encoded, device=self.backend, output_type=types.RGB, adjust_orientation=False
-        )
+        images = fn.decoders.image(encoded, **self._options(dali))
         if not self.on_gpu:
             return images, new, start
         images = _resize(dali, self._moved(images), fn.cast(new, dtype=types.FLOAT))
-        return (fn.slice(images, start, (size, size), axes=(0, 1)),)
+        # named, so that both stay on the CPU: a positional constant would be a tensor on the device
+        return (fn.slice(images, start=start, shape=(size, size), axes=(0, 1)),)
 
     def _moved(self, images: Any) -> Any:
         return images if self.backend == "mixed" else images.gpu()

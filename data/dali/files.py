@@ -22,7 +22,8 @@ class DaliFileLoader(DaliImageLoader):
         self._root = os.fsencode(files.root) + b"/"
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"backend": "dali", "data": self.files.digest, **self.stream.fingerprint()}
+        ours = {"backend": "dali", "data": self.files.digest, **self.decoder.fingerprint()}
+        return {**ours, **self.stream.fingerprint()}
 
     def _images(self, position: Position, draw: Any) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
         files = self._files_at(position, draw.indices)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.dali.decode import Decoder
+from data.dali.decode import Decoder, DeviceJpeg
 from data.dali.pipeline import PREFETCH, DaliLoader, dense, reason
 from data.loader import Batch
 from data.stream import Stream
@@ -28,7 +28,7 @@ class DaliImageLoader(DaliLoader):
     """Batches as `stream` draws them, on `device`. See data.loader.Loader. A source of images defines
     _images, _encoded and _names.
 
-    decode_on: "cpu", or "gpu" for the device's JPEG decoder. on_bad: called with the name of an image that
+    decode_on: "cpu", or "gpu" for the device's JPEG decoder, set up by `jpeg`. on_bad: called with the name of an image that
     cannot be decoded and the reason; what it raises ends the run. evaluation: (resize, size): the shorter
     side resized, and a crop from the centre, as torchvision evaluates; None for the random resized crops and
     flips of a data.crops.CropStream.
@@ -42,10 +42,11 @@ class DaliImageLoader(DaliLoader):
         decode_on: str,
         on_bad: Callable[[str, str], None],
         evaluation: tuple[int, int] | None = None,
+        jpeg: DeviceJpeg | None = None,
     ) -> None:
         super().__init__(stream, device, num_threads, in_thread=device.type == "cpu")
         self.INPUTS = _IMAGES if evaluation else (*_IMAGES, *_CROPS)
-        self.decoder = Decoder(device, decode_on)
+        self.decoder = Decoder(device, decode_on, jpeg or DeviceJpeg())
         self.on_bad = on_bad
         self.evaluation = evaluation
         self._skips: dict[tuple[int, int, int], int] = {}  # (epoch, batch, place in it) -> images that failed

@@ -56,6 +56,8 @@ class DaliLoader(AheadLoader):
         self._pipeline.build()
 
     def _next(self) -> Batch:
+        # what is enqueued on this stream from now on waits for the batch, and the host does not; once no
+        # tensor refers to the batch, DALI writes its memory again behind what was enqueued here
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         return self._batch(self._pipeline.run(stream))
 
@@ -82,10 +84,15 @@ class DaliLoader(AheadLoader):
         return {
             "batch_size": self.stream.batch_size,
             "num_threads": self.num_threads,
-            "device_id": (self.device.index or 0) if self.device.type == "cuda" else None,
+            "device_id": self._device_id(),
             "prefetch_queue_depth": prefetch,
             "exec_dynamic": True,  # outputs stay valid as long as a tensor refers to them: no copy needed
         }
+
+    def _device_id(self) -> int | None:
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
 
     @abstractmethod
     def _feed(

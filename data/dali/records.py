@@ -54,6 +54,7 @@ class DaliRecordLoader(DaliImageLoader):
 
     def fingerprint(self) -> dict[str, Any]:
         ours = {"backend": "dali", "format": self.records.format, "data": self.records.digest}
+        ours |= self.decoder.fingerprint()
         return {**ours, **self.stream.fingerprint(), "shards": self.stream.world_size}
 
     def state(self) -> dict[str, Any]:

@@ -66,6 +66,15 @@ class ImageNetData(Section):
     num_threads: int | None = Field(
         default=None, ge=1, description="threads or processes of the data pipeline per device"
     )
+    decoder_engine_load: float = Field(
+        default=0.65, ge=0, le=1, description="share of JPEGs for the GPU's decoder engines, if it has some"
+    )
+    decoder_width_hint: int = Field(
+        default=0, ge=0, le=65535, description="widest image to allocate engines' memory for at the start"
+    )
+    decoder_height_hint: int = Field(
+        default=0, ge=0, le=65535, description="and the tallest, in pixels; 0: memory grows as images come"
+    )
     on_error: Literal["stop", "skip"] = Field(
         default="stop", description="a file that cannot be decoded ends the run, or another stands in for it"
     )
@@ -84,6 +93,15 @@ class ImageNetData(Section):
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(epoch, side) pairs, see data.crops.CropStream."""
         return tuple((epoch, side) for epoch, side in self.image_sizes) or ((0, self.image_size),)
+
+    @model_validator(mode="after")
+    def _hints_come_in_pairs(self) -> ImageNetData:
+        if (self.decoder_width_hint == 0) != (self.decoder_height_hint == 0):
+            raise ValueError(
+                f"decoder_width_hint {self.decoder_width_hint} and decoder_height_hint "
+                f"{self.decoder_height_hint} go together: give both, or neither"
+            )
+        return self
 
     @model_validator(mode="after")
     def _packed_files_need_dali(self) -> ImageNetData:
