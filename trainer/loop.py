@@ -52,7 +52,7 @@ class Trainer:
         self.checkpoint_steps = duration_steps(config.save.every, self.steps_per_epoch)
         self.graphs_before = num_graphs()
         self.graphs_at_first: int | None = None  # compiled by the end of this process's first epoch
-        self._clock = Clock()
+        self._clock = Clock(self.device)
         self._rates: dict[str, float] = {}
         self._sparsity: tuple[int, Sparsity] | None = None
         self._tuned = False
