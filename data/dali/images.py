@@ -28,10 +28,10 @@ class DaliImageLoader(DaliLoader):
     """Batches as `stream` draws them, on `device`. See data.loader.Loader. A source of images defines
     _images, _encoded and _names.
 
-    decode_on: "cpu", or "gpu" for the device's JPEG decoder, set up by `jpeg`. on_bad: called with the name of an image that
-    cannot be decoded and the reason; what it raises ends the run. evaluation: (resize, size): the shorter
-    side resized, and a crop from the centre, as torchvision evaluates; None for the random resized crops and
-    flips of a data.crops.CropStream.
+    decode_on: "cpu", or "gpu" for the device's JPEG decoder, which `jpeg` sets up. on_bad: called with the
+    name of an image that cannot be decoded and the reason; what it raises ends the run. evaluation: (resize,
+    size): the shorter side resized, and a crop from the centre, as torchvision evaluates; None for the random
+    resized crops and flips of a data.crops.CropStream.
     """
 
     def __init__(
