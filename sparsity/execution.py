@@ -13,6 +13,7 @@ from sparsity.flops import count_flops
 from sparsity.kernels.choose import NoKernelError, choose_kernels
 from sparsity.kernels.interface import Kernel, KernelFamily, KernelUnavailableError
 from sparsity.kernels.semi_structured import kernel as semi_structured
+from sparsity.kernels.semi_structured.family import Family24
 from sparsity.kernels.semi_structured.operator import missing
 from sparsity.kernels.unstructured import kernel as unstructured
 from sparsity.kernels.unstructured.family import SparseFamily
@@ -26,8 +27,7 @@ log = logging.getLogger(__name__)
 
 def kernel_named(name: str) -> Kernel | None:
     """The kernel of that name, or None where this version has none."""
-    of_24 = (semi_structured.FORWARD, semi_structured.TRANSPOSED)
-    return next((kernel for kernel in of_24 if kernel.name == name), None) or unstructured.from_name(name)
+    return semi_structured.from_name(name) or unstructured.from_name(name)
 
 
 def family_for(pattern: Pattern, device: torch.device, dtype: torch.dtype) -> KernelFamily | str:
@@ -49,7 +49,7 @@ def family_for(pattern: Pattern, device: torch.device, dtype: torch.dtype) -> Ke
     if not is_24(pattern):
         return "a CPU, or a 2:4 pattern"
     needed = missing(device, dtype)
-    return needed or semi_structured.Family24(device, dtype, isinstance(pattern, Transposable24))
+    return needed or Family24(device, dtype, isinstance(pattern, Transposable24))
 
 
 def foreign_between(model: nn.Module, layers: Mapping[str, nn.Module]) -> str | None:

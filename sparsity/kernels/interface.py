@@ -30,7 +30,7 @@ class Kernel(ABC):
 
     name: str
     sparse_products: ClassVar[int] = 1
-    fallback: ClassVar[Kernel | None] = None
+    fallback: Kernel | None = None
 
     @property
     def title(self) -> str:

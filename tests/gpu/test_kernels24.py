@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from sparsity import NM, Run24, Transposable24
 from sparsity.kernels.measure import TOLERANCE
-from sparsity.kernels.semi_structured.kernel import Family24, Shape
+from sparsity.kernels.semi_structured.family import Family24, Shape
 from sparsity.kernels.semi_structured.operator import DTYPES, compress24, matmul24, missing, mm24
 
 CUDA = torch.device("cuda")

@@ -10,7 +10,7 @@ from data.atomic import write_text
 from sparsity import Run24, Transposable24
 from sparsity.kernels.choose import LayerChoice, Measurements, gain
 from sparsity.kernels.measure import Measured, Timing
-from sparsity.kernels.semi_structured.kernel import Family24, Shape
+from sparsity.kernels.semi_structured.family import Family24, Shape
 from sparsity.kernels.semi_structured.operator import DTYPES
 from tests.slow import slow
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny

@@ -1,133 +1,112 @@
-"""2:4 kernels for masked layers: what they ask of a mask, how they are measured and chosen.
-
-What is timed is what a training step runs: compressing the weight and multiplying, forwards; and where masks
-are transposable the input gradient likewise. The weight gradient is dense either way.
-"""
+"""2:4 kernels for masked layers: what they ask of a mask, and how they compute."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from sparsity.flops import Call
 from sparsity.kernels.interface import Kernel
-from sparsity.kernels.measure import Measured, compare
-from sparsity.kernels.semi_structured.operator import conv24, linear24, mm24, reason_unsupported
+from sparsity.kernels.semi_structured.operator import conv24, mm24
 from sparsity.kernels.semi_structured.packing import fits_24
-from sparsity.layers import UnmaskedConv2d
-from sparsity.patterns import NM
-from sparsity.transposable import Transposable24
+from sparsity.kernels.semi_structured.search import DEFAULT, Algorithm, place
+
+
+class Tuning(NamedTuple):
+    """Algorithms that were found for a layer's products. place, dtype: where, see semi_structured.search.
+    rows: of the products; for another number the default runs, because nothing else was compared with
+    dense."""
+
+    place: str
+    dtype: str
+    rows: int
+    forward: Algorithm
+    gradient: Algorithm = DEFAULT
+
+    def __str__(self) -> str:
+        return f"{self.place} {self.dtype} {self.rows}: {self.forward} {self.gradient}"
 
 
 class Kernel24(Kernel):
-    """The forward product sparse, for 2:4 masks; the input gradient is dense."""
+    """The forward product sparse, for 2:4 masks; the input gradient is dense. tuning: None for the library's
+    default algorithm. One object for each name: equal layers share compiled code."""
 
-    name = "2:4 forward"
+    title = "2:4 forward"
     transposed = False
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        self.tuning = tuning
+        self.name = self.title if tuning is None else f"{self.title} {tuning}"
+        # another library or GPU may have no algorithm of that number, or a wrong one
+        here = tuning if tuning is not None and tuning.place == place() else None
+        self._rows = here.rows if here else None
+        self._forward = list(here.forward) if here else None
+        self._gradient = list(here.gradient) if here else None
 
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
         weight = layer.weight * layer.mask
         if isinstance(layer, nn.Conv2d):
-            return conv24(input, weight, layer.bias, layer.stride, self.transposed)
-        return linear24(input, weight, layer.bias, self.transposed)
+            height, width = input.shape[2:]
+            rows = input.shape[0] * (-(-height // layer.stride[0])) * (-(-width // layer.stride[1]))
+            algorithms = self._algorithms(rows)
+            output = conv24(input, weight, layer.stride, self.transposed, *algorithms)
+            return output if layer.bias is None else output + layer.bias.to(output.dtype)[:, None, None]
+        flat = input.flatten(0, -2)
+        output = mm24(flat, weight, self.transposed, *self._algorithms(flat.shape[0]))
+        output = output.view(*input.shape[:-1], -1)
+        return output if layer.bias is None else output + layer.bias.to(output.dtype)
+
+    def _algorithms(self, rows: int) -> tuple[list[int] | None, list[int] | None]:
+        return (self._forward, self._gradient) if rows == self._rows else (None, None)
 
     def fits(self, mask: Tensor) -> Tensor:
         return fits_24(mask.flatten(1))
 
-    def __reduce__(self) -> str:
-        return "FORWARD"  # copies, on other ranks too, are this one object
+    def __reduce__(self) -> Any:
+        return from_name, (self.name,)  # copies, on other ranks too, are this one object
 
 
 class Transposed24(Kernel24):
     """The input gradient sparse as well, for 2:4 masks whose transpose is 2:4, too."""
 
-    name = "2:4 forward and input gradient"
+    title = "2:4 forward and input gradient"
     transposed = True
     sparse_products = 2
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        super().__init__(tuning)
+        self.fallback = kernel24(False, tuning and tuning._replace(gradient=DEFAULT))
 
     def fits(self, mask: Tensor) -> Tensor:
         return super().fits(mask) & fits_24(mask.flatten(1).t())
 
-    def __reduce__(self) -> str:
-        return "TRANSPOSED"
+
+@cache
+def kernel24(transposed: bool, tuning: Tuning | None, /) -> Kernel24:
+    """The one object."""
+    return Transposed24(tuning) if transposed else Kernel24(tuning)
 
 
-FORWARD, TRANSPOSED = Kernel24(), Transposed24()
-Transposed24.fallback = FORWARD
+FORWARD, TRANSPOSED = kernel24(False, None), kernel24(True, None)
+_TUNING = re.compile(r"(\S+) (\S+) (\d+): (\d+)/(-?\d+)/(-?\d+) (\d+)/(-?\d+)/(-?\d+)")
+
+
+def from_name(name: str) -> Kernel24 | None:
+    """The kernel of that name; None for a name of another kind."""
+    for transposed in (True, False):
+        title = (TRANSPOSED if transposed else FORWARD).title
+        if name == title:
+            return kernel24(transposed, None)
+        if name.startswith(f"{title} ") and (found := _TUNING.fullmatch(name.removeprefix(f"{title} "))):
+            where, dtype, rows, *numbers = found.groups()
+            forward, gradient = (Algorithm(*map(int, numbers[i : i + 3])) for i in (0, 3))
+            return kernel24(transposed, Tuning(where, dtype, int(rows), forward, gradient))
+    return None
 
 
 class Run24:
     """How a layer computes: for ACDC.accelerate({name: Run24.FORWARD})."""
 
     NOT, FORWARD, TRANSPOSED = None, FORWARD, TRANSPOSED
-
-
-class Shape(NamedTuple):
-    """Of a layer's product. rows: images times output positions of a step on one device. inputs, outputs:
-    channels."""
-
-    rows: int
-    inputs: int
-    outputs: int
-
-    def __str__(self) -> str:
-        return " x ".join(f"{size:,}" for size in self)
-
-
-@dataclass(frozen=True)
-class Family24:
-    """See sparsity.kernels.interface. transposable: whether all masks are."""
-
-    device: torch.device
-    dtype: torch.dtype
-    transposable: bool
-
-    @property
-    def key(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "reference"
-        library = torch.backends.cusparselt.version()
-        kind = "transposable" if self.transposable else "row-wise"
-        return f"{name}, torch {torch.__version__}, cuSPARSELt {library}, {self.dtype}, {kind}"
-
-    between = None
-
-    def has(self, kernel: Kernel) -> bool:
-        return isinstance(kernel, Kernel24)
-
-    def shape(self, layer: Any, calls: Sequence[Call], images: int) -> Shape | str:
-        if isinstance(layer, UnmaskedConv2d):
-            return "not masked"
-        rows = sorted(call.outputs * images for call in calls)
-        reasons = filter(None, (reason_unsupported(layer, count) for count in rows))
-        outputs, inputs = layer.weight.shape[:2]
-        return next(reasons, None) or Shape(rows[-1], int(inputs), int(outputs))
-
-    def measure(self, shape: Shape) -> Measured:
-        random = torch.Generator(self.device).manual_seed(0)
-
-        def noise(*size: int) -> Tensor:
-            return torch.randn(size, device=self.device, generator=random)
-
-        rows = noise(shape.rows, shape.inputs).to(self.dtype)
-        grad = noise(shape.rows, shape.outputs).to(self.dtype)
-        weight = noise(shape.outputs, shape.inputs)
-        pattern = Transposable24() if self.transposable else NM(2, 4)
-        weight = (weight * pattern({"weight": weight})["weight"]).to(self.dtype)
-        forward = compare(lambda: functional.linear(rows, weight), lambda: mm24(rows, weight, False))
-        if not self.transposable:
-            return Measured(forward)
-        return Measured(forward, compare(lambda: grad @ weight, lambda: mm24(grad, weight.t(), False)))
-
-    @staticmethod
-    def choose(measured: Measured, required: bool = False) -> Kernel24 | None:
-        forward, gradient = measured.forward, measured.gradient
-        if not (forward.right if required else forward.wins):
-            return None
-        if gradient is not None and (gradient.right if required else gradient.wins):
-            return TRANSPOSED
-        return FORWARD

@@ -9,8 +9,8 @@ from sparsity.flops import Call
 from sparsity.kernels import measure
 from sparsity.kernels.choose import LayerChoice, best_region, candidates
 from sparsity.kernels.measure import Measured, Timing
-from sparsity.kernels.semi_structured import kernel
-from sparsity.kernels.semi_structured.kernel import Family24, Shape
+from sparsity.kernels.semi_structured import family
+from sparsity.kernels.semi_structured.family import Family24, Shape
 from sparsity.kernels.unstructured.kernel import DENSE_INNERMOST
 
 SHAPE = Shape(32, 48, 64)
@@ -23,7 +23,7 @@ def tune(monkeypatch):
 
     def measured(seconds, transposable=False):
         given = iter(seconds)
-        monkeypatch.setattr(measure, "median_seconds", lambda call: next(given))
+        monkeypatch.setattr(measure, "median_seconds", lambda call, device: next(given))
         return Family24(CPU, torch.bfloat16, transposable).measure(SHAPE)
 
     return measured
@@ -51,8 +51,8 @@ def test_the_faster_kernel_is_chosen(tune, seconds, transposable, expected):
 
 
 def test_a_wrong_kernel_is_never_chosen(monkeypatch, tune):
-    right = kernel.mm24
-    monkeypatch.setattr(kernel, "mm24", lambda rows, weight, back: right(rows, weight, back) * 1.05)
+    right = family.mm24
+    monkeypatch.setattr(family, "mm24", lambda *arguments: right(*arguments) * 1.05)
     tuned = tune((2e-5, 1e-5))
     assert tuned.forward.error == pytest.approx(0.05, abs=0.01)
     assert Family24.choose(tuned) is Family24.choose(tuned, required=True) is Run24.NOT
@@ -62,7 +62,7 @@ def test_a_kernel_that_fails_is_never_chosen(monkeypatch, tune):
     def fail(*arguments):
         raise RuntimeError("no kernel for this shape\nat some line")
 
-    monkeypatch.setattr(kernel, "mm24", fail)
+    monkeypatch.setattr(family, "mm24", fail)
     tuned = tune((2e-5, 1e-5))
     assert tuned.forward == Timing(20.0, None, None, "no kernel for this shape")
     assert Family24.choose(tuned) is Family24.choose(tuned, required=True) is Run24.NOT
@@ -89,7 +89,7 @@ def test_candidates_fit_at_every_size():
     sizes = {"0": [64, 36], "1": [64, 36], "2": [64, 9], "3": [1, 1]}
     calls = {name: [Call(size, 1, size) for size in given] for name, given in sizes.items()}
     shapes, reasons = candidates(Family24(CPU, torch.bfloat16, False), layers, calls, images=2)
-    assert shapes == {"0": Shape(128, 16, 32)}
+    assert shapes == {"0": Shape(128, 16, 32, 1, 64)}
     assert reasons == {
         "1": "3x3 kernel",
         "2": "18 rows are not a multiple of 8",

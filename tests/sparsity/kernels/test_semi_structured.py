@@ -20,7 +20,7 @@ from sparsity import (
     Transposable24,
     mask_layers,
 )
-from sparsity.kernels.semi_structured.operator import conv24, linear24, missing, mm24, reason_unsupported
+from sparsity.kernels.semi_structured.operator import conv24, missing, mm24, reason_unsupported
 from sparsity.kernels.semi_structured.packing import is_24, pack24, unpack24
 
 numbers = st.integers(-3, 3)  # with many zeros
@@ -57,6 +57,20 @@ def test_the_operator(pattern, transposed):
     rows, weight = operands(24, 32, 48, pattern)
     torch.library.opcheck(mm24, (rows, weight, transposed))
     assert torch.allclose(mm24(rows, weight, transposed), functional.linear(rows, weight))
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize(("pattern", "transposed"), [(NM(2, 4), False), (Transposable24(), True)])
+def test_the_convolution(pattern, transposed, stride):
+    _, weight = operands(1, 32, 48, pattern)
+    weight = weight.detach()[:, :, None, None].contiguous().requires_grad_()
+    images = torch.randn(2, 48, 7, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    images.requires_grad_()
+    arguments = (images, weight, stride, transposed, [1, 1, -1], [2, 1, -1])
+    torch.library.opcheck(conv24, arguments)
+    expected = gradients(functional.conv2d(images, weight, None, stride), images, weight)
+    for a, b in zip(gradients(conv24(*arguments), images, weight), expected, strict=True):
+        assert torch.allclose(a, b)
 
 
 def test_a_transposed_run_reads_the_transpose_as_24():
@@ -104,9 +118,9 @@ def test_a_layer_computes_what_it_computed_dense(run24, stride, bias):
 def test_autocast_casts_the_operands():
     rows, weight = operands(16, 32, 32, NM(2, 4), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear24(rows, weight, torch.zeros(32), False).dtype == torch.bfloat16
+        assert mm24(rows, weight, False).dtype == torch.bfloat16
         images = rows.detach().view(4, 2, 2, 32).permute(0, 3, 1, 2)
-        assert conv24(images, weight.view(32, 32, 1, 1), None, (1, 1), False).dtype == torch.bfloat16
+        assert conv24(images, weight.view(32, 32, 1, 1), (1, 1), False).dtype == torch.bfloat16
 
 
 def test_what_does_not_fit_is_said():
