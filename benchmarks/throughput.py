@@ -25,6 +25,7 @@ import torch
 from benchmarks.data_pipeline import make_tree, measure_loader
 from benchmarks.shared.machine import forget_peak, peak_flops, peak_gb
 from benchmarks.shared.models import IN_EPOCH, NETWORKS, Network, short_run
+from benchmarks.shared.phases import NOISE, Turn, cost_of_data, sources_of, take_phases
 from benchmarks.shared.record import (
     Parser,
     console,
@@ -37,7 +38,6 @@ from benchmarks.shared.record import (
     write_record,
 )
 from benchmarks.shared.turns import TURN
-from benchmarks.throughput_turns import NOISE, Turn, cost_of_data, sources_of, take_phases
 from data.dali.pipeline import PREFETCH, import_dali
 from sparsity import Kernel
 from trainer.build import build_trainer

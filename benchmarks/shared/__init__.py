@@ -1,1 +1,1 @@
-"""What benchmarks share: the networks that they run, turns, records with provenance. No benchmark."""
+"""What benchmarks share: networks, turns, the two phases, clocks, records with provenance. No benchmark."""

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.atomic import write_text
 from trainer.checkpoints.environment import CHANGES, RECORDS, ROOT, environment, revision
 
 RESULTS = ROOT / RECORDS
@@ -100,14 +101,17 @@ def place_of(path: Path, revision: str | None) -> Path:
     return path.with_suffix(".dirty.json") if published and reason_unpublished(revision) else path
 
 
-def write_record(path: Path, content: dict[str, Any]) -> None:
-    """A JSON record, with what machine, versions, revision and command it comes from."""
+def write_record(path: Path, content: dict[str, Any], *, quietly: bool = False) -> None:
+    """A JSON record, with what machine, versions, revision and command it comes from: whole or not at all.
+    quietly: nothing on the screen, for one that is written again."""
     found = environment()
     if found["revision"] != REVISION and REVISION is not None:
         found["revision"] = REVISION.removesuffix(CHANGES) + CHANGES  # changed while it ran
     path, fault = place_of(path, found["revision"]), reason_unpublished(found["revision"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": found, **content}, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({"environment": found, **content}, indent=1) + "\n")
+    if quietly:
+        return
     print(f"record: {path}")
     if fault is not None:
         console().print(f"NOT A RECORD TO PUBLISH: {fault}", style="bold red", soft_wrap=True)

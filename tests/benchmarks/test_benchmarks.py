@@ -19,9 +19,8 @@ from benchmarks import (
     sparse_kernels,
     sparse_step,
     throughput,
-    throughput_turns,
 )
-from benchmarks.shared import machine, turns
+from benchmarks.shared import machine, phases, turns
 from benchmarks.shared.models import NETWORKS, short_run
 from sparsity.kernels.unstructured.library import find_compiler
 from tests.trainer.runs import run_here
@@ -96,7 +95,7 @@ def test_noise_is_shaped_as_the_data_beside_it(tmp_path, network):
     config = short_run(NETWORKS[network], tmp_path, "sparse 2", 4, 2)
     loaders = build_loaders(config, torch.device("cpu"))
     trainer = SimpleNamespace(config=config, loaders=loaders, device=torch.device("cpu"))
-    sources = throughput_turns.sources_of(trainer, real=True)
+    sources = phases.sources_of(trainer, real=True)
     assert list(sources) == ["noise", "files" if network == "mobilenetv1" else "arrays"]
     noise, real = (next(batches) for batches in sources.values())
     for found, expected in zip(noise, real, strict=True):
@@ -105,16 +104,16 @@ def test_noise_is_shaped_as_the_data_beside_it(tmp_path, network):
             expected.stride(),
             expected.dtype,
         )
-    assert list(throughput_turns.sources_of(trainer, real=False)) == ["noise"]
+    assert list(phases.sources_of(trainer, real=False)) == ["noise"]
 
 
 def test_what_data_cost_is_turn_by_turn():
     def turn(*steps, refill=0.0):
-        return throughput_turns.Turn(list(steps), 0.0, refill)
+        return phases.Turn(list(steps), 0.0, refill)
 
     noise = [turn(1.0, 1.0), turn(2.0, 2.0)]
     real = [turn(1.0, 1.0, refill=0.5), turn(2.0, 2.4)]
-    cost = throughput_turns.cost_of_data(real, noise)
+    cost = phases.cost_of_data(real, noise)
     assert cost == pytest.approx({"median": 0.175, "min": 0.1, "max": 0.25})
 
 

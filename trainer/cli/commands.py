@@ -191,6 +191,7 @@ BENCHMARKS = {
     "sparse_kernels": "benchmarks.sparse_kernels",
     "sparse_step": "benchmarks.sparse_step",
     "throughput": "benchmarks.throughput",
+    "variants": "benchmarks.variants",
 }
 
 
