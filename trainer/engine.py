@@ -24,7 +24,12 @@ from trainer.errors import EnvironmentFailure, UserError
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
@@ -33,6 +38,7 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
     Raises UserError for a file that is not one, and for a value in it that contradicts the recipe.
     """
     micro_batch = config.data.batch_size // (ranks.world_size() * config.engine.accumulation_steps)
+    dtype = precision(config, device)
     generated: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -40,7 +46,7 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
         "zero_optimization": {"stage": config.engine.zero_stage},
         "zero_allow_untested_optimizer": True,
         # Weights stay fp32 masters, BatchNorm stays fp32. The bf16 and fp16 modes would cast both.
-        "torch_autocast": {"enabled": precision(config, device) == torch.bfloat16, "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": dtype != torch.float32, "dtype": _name(dtype)},
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "steps_per_print": 2**62,
@@ -93,13 +99,22 @@ def precision_name(config: Config | EvalConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" or cpu_multiplies_bf16() else "fp32"
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def check_precision(config: EngineConfig, device: torch.device) -> None:
-    """Raise EnvironmentFailure for a precision that the device does not have."""
+    """Raise EnvironmentFailure for a precision that the device does not have. Warn of one that is slow."""
+    if config.precision == "fp16" and device.type != "cuda":
+        raise EnvironmentFailure("engine.precision=fp16 needs a GPU; on a CPU choose auto, bf16 or fp32")
     if config.precision == "tf32" and not (device.type == "cuda" and torch.cuda.is_tf32_supported()):
         raise EnvironmentFailure(
             "engine.precision=tf32 needs an NVIDIA GPU of the Ampere generation (A100, RTX 30) or a newer "
             "one; here choose auto, bf16 or fp32"
         )
+    in_bf16 = device.type == "cuda" and config.precision in ("auto", "bf16")
+    if in_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        log.warning("this GPU has no bf16 of its own and emulates it: engine.precision=fp16 is faster here")
 
 
 def set_up_gpu(config: EngineConfig, device: torch.device) -> None:
@@ -175,6 +190,9 @@ def build_engine(
     if ranks.world_size() == 1 and config.engine.zero_stage == 0:
         # DeepSpeed 0.19.8 sums over one rank, too: it copies all gradients, out of channels_last and back
         engine.enable_backward_allreduce = False
+    engine.loss_scaling = None
+    if engine.torch_autocast_z0_gradscaler is not None:
+        engine.loss_scaling = LossScaling(engine.torch_autocast_z0_gradscaler, optimizer, device)
     if should_compile(config, device):
         if device.type == "cuda":
             # torch 2.13 loses channels_last in some backward graphs (pytorch#189239)
@@ -185,6 +203,40 @@ def build_engine(
         engine.compile(inductor if device.type == "cpu" else "inductor", {"dynamic": False})
     engine.train()
     return engine
+
+
+class LossScaling:
+    """What fp16 needs: the loss is multiplied by a scale, so that small gradients do not vanish; a step whose
+    gradients overflow is skipped and the scale halved; after 2,000 steps without, it is doubled.
+
+    Whether a step overflows is decided on the device, by torch's fused SGD: nothing waits for it. All ranks
+    decide alike, from the same summed gradients. scaler: DeepSpeed's, which scales the loss and unscales
+    gradients. optimizer: SGD with fused=True.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler, optimizer: Any, device: torch.device) -> None:
+        self._scaler = scaler
+        self._skipped = torch.zeros((), dtype=torch.float64, device=device)
+        optimizer.register_step_post_hook(self._count)
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                # torch leaves the momentum of a first step that is skipped uninitialised. From 0, a first
+                # step ends with the same bits as from none
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def _count(self, optimizer: Any, *_: Any) -> None:
+        self._skipped += optimizer.found_inf  # there while the scaler steps
+
+    def read(self) -> dict[str, float | int]:
+        """The scale, and steps skipped so far. Reads the device."""
+        return {"loss_scale": self._scaler.get_scale(), "skipped_steps": int(self._skipped.item())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._scaler.state_dict(), "skipped": self._skipped.item()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._scaler.load_state_dict(state)
+        self._skipped.fill_(state["skipped"])
 
 
 def should_compile(config: Config, device: torch.device) -> bool:

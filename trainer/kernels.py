@@ -31,7 +31,10 @@ def find_family(config: Config, device: torch.device) -> KernelFamily | str:
     the recipe requires them."""
     if config.sparsity.accelerate == "off":
         return "not asked for"
-    family = family_for(config.sparsity.build_pattern(), device, precision(config, device))
+    dtype = precision(config, device)
+    family = family_for(config.sparsity.build_pattern(), device, dtype)
+    if dtype == torch.float16 and not isinstance(family, str):
+        family = "bf16: engine.precision=bf16"  # to which they cast under autocast
     if isinstance(family, str) and config.sparsity.accelerate == "require":
         raise EnvironmentFailure(
             f"sparsity.accelerate=require: kernels for {config.sparsity.pattern} masks need {family}; with "

@@ -168,7 +168,7 @@ class Trainer:
             phase, sparsity = self.acdc.phase.kind, self.sparsity().overall
             self.monitor.screen.status(epoch, phase, sparsity, so_far.loss, rates["images_per_second"])
             record = {"epoch": epoch, "step": self.acdc.step, "phase": phase, "lr": self.lr(epoch)}
-            self.monitor.step({**record, "loss": so_far.loss, **rates})
+            self.monitor.step({**record, "loss": so_far.loss, **rates, **self.loss_scaling()})
 
     def record_epoch(
         self, epoch: int, trained: Metrics, tested: Metrics, watched: dict[str, Metrics]
@@ -201,6 +201,7 @@ class Trainer:
                 "sparsity_of_all_parameters": sparsity.of_all_parameters,
                 "mask_difference": self.acdc.mask_difference if compressed else None,
                 **self._rates,
+                **self.loss_scaling(),
                 "training_flops": self.position.training_flops,
                 "graphs": num_graphs() - self.graphs_before,
                 "seconds": self.position.seconds,
@@ -254,6 +255,10 @@ class Trainer:
             "epoch": self.position.epoch,
             "phase": self.acdc.phase.kind,
         }
+
+    def loss_scaling(self) -> dict[str, float | int]:
+        """loss_scale and skipped_steps of a run in fp16. Reads the device."""
+        return {} if self.engine.loss_scaling is None else self.engine.loss_scaling.read()
 
     def sparsity(self) -> Sparsity:
         """Counted once an epoch: masks change only as an epoch begins."""

@@ -59,7 +59,7 @@ def test_auto_is_bf16_where_the_hardware_multiplies_it(instructions, used, expec
     assert environment.environment()["cpu_bf16"] is (expected == "bf16")
     assert acdc_command(["doctor"]) == 0
     assert f"engine.precision=auto  {expected}\n" in capsys.readouterr().out
-    for name in ("fp32", "tf32", "bf16"):
+    for name in ("fp32", "tf32", "bf16", "fp16"):
         assert engine.precision_name(load_config("quickstart", [f"engine.precision={name}"]), CPU) == name
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert engine.precision_name(config, CPU) == "fp32"
@@ -191,13 +191,18 @@ def test_the_engine_and_acdc_eval_set_a_gpu_up(tiny_data, tmp_path, monkeypatch,
     assert switches() == before
 
 
-def test_tf32_without_a_gpu_ends_before_any_process_starts(monkeypatch, tiny_data, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("precision", "message"), [("tf32", "tf32 needs an NVIDIA GPU"), ("fp16", "fp16 needs a GPU; on a CPU")]
+)
+def test_what_a_cpu_lacks_ends_before_any_process_starts(
+    precision, message, monkeypatch, tiny_data, tmp_path, capsys
+):
     monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("a process was started"))
-    options = small(tiny_data, tmp_path, "{}", "engine.precision=tf32")
+    options = small(tiny_data, tmp_path, "{}", f"engine.precision={precision}")
     for command in (acdc_command, main):
         arguments = ["quickstart", *options]
         assert command(["train", *arguments] if command is acdc_command else arguments) == 3
-        assert "engine.precision=tf32 needs an NVIDIA GPU" in capsys.readouterr().err
+        assert f"engine.precision={message}" in capsys.readouterr().err
     assert not (tmp_path / "quickstart").exists()
 
 
@@ -215,6 +220,7 @@ def test_ranks_add_gradients_of_masked_and_other_layers_up_in_one_type(stage, na
         file.write_text(json.dumps({"torch_autocast": {"lower_precision_safe_modules": named}}))
         options += [f"engine.deepspeed={file}"]
     trainer = build_trainer(load_config("quickstart", small(tiny_data, tmp_path, WHOLE, *options)), start())
+    trainer.close()
     types = defaultdict(set)
     for layer in trainer.acdc.model.modules():
         for parameter in layer.parameters(recurse=False):
@@ -223,7 +229,6 @@ def test_ranks_add_gradients_of_masked_and_other_layers_up_in_one_type(stage, na
     assert types.pop("BatchNorm2d") == {torch.float32}
     assert types == dict.fromkeys(("Conv2d", "MaskedConv2d", "Linear"), expected)
     assert set(trainer.engine.optimizer.ipg_buckets) == expected | {torch.float32}
-    trainer.close()
 
 
 def test_machines_that_differ_have_to_be_told(tiny_data, tmp_path, monkeypatch, capsys):

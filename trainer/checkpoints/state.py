@@ -52,6 +52,7 @@ def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict
         "totals": position.totals,
         "data": loader.state(),
     }
+    scaling = {} if engine.loss_scaling is None else {"loss_scaling": engine.loss_scaling.state_dict()}
     return {
         "model": _to_cpu(model.state_dict()),
         "optimizer": {
@@ -61,6 +62,7 @@ def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict
         "position": {key: value for key, value in asdict(position).items() if key != "totals"},
         "data": loader.fingerprint(),
         "ranks": ranks.all_gather(mine),
+        **scaling,
     }
 
 
@@ -76,6 +78,7 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader, s
     model.load_state_dict(state["model"])
     acdc.load_state_dict(state["acdc"])
     _load_masters(engine, model, state["model"], state["optimizer"])
+    _load_scaling(engine, state)
     position = Position(**state["position"])
     if len(state["ranks"]) == ranks.world_size():
         mine = state["ranks"][ranks.rank()]
@@ -119,6 +122,7 @@ def branch_off(state: Mapping[str, Any], engine: Any, acdc: ACDC) -> Position:
     acdc.start_at(state["position"]["epoch"], _masks_in_force(state))
     model.load_state_dict(weights, strict=False)
     _load_masters(engine, model, weights, state["optimizer"])
+    _load_scaling(engine, state)
     kept = ("epoch", "training_flops", "dense_training_flops")
     return Position(**{key: value for key, value in state["position"].items() if key in kept})
 
@@ -129,6 +133,12 @@ def _load_masters(
     masters = masters_of(engine)
     for name, parameter in model.named_parameters():
         masters.load_(parameter, weights[name].to(parameter.device), states[name])
+
+
+def _load_scaling(engine: Any, state: Mapping[str, Any]) -> None:
+    """Of a run in fp16. One that was in another precision so far begins with torch's first scale."""
+    if engine.loss_scaling is not None and "loss_scaling" in state:
+        engine.loss_scaling.load_state_dict(state["loss_scaling"])
 
 
 def _masks_in_force(state: Mapping[str, Any]) -> dict[str, Tensor]:

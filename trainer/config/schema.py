@@ -177,7 +177,7 @@ class SparsityConfig(Section):
 
 class EngineConfig(Section):
     zero_stage: int = Field(default=0, ge=0, le=3, description="DeepSpeed ZeRO stage: 0, 1 or 2")
-    precision: Literal["auto", "bf16", "tf32", "fp32"] = Field(
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = Field(
         default="auto", description="auto: bf16 autocast on a GPU or a CPU that multiplies bf16 in hardware"
     )
     cudnn_benchmark: bool = Field(
@@ -197,6 +197,15 @@ class EngineConfig(Section):
         if stage == 3:
             raise ValueError("ZeRO stage 3 is not supported with masks yet; use 0, 1 or 2")
         return stage
+
+    @model_validator(mode="after")
+    def _fp16_at_stage_0(self) -> EngineConfig:
+        if self.precision == "fp16" and self.zero_stage:
+            raise ValueError(
+                f"precision fp16 needs zero_stage 0, not {self.zero_stage}: at 1 and 2 each rank would look "
+                "for overflow in its own share of the gradients, and ranks would skip different steps"
+            )
+        return self
 
 
 class SaveConfig(Section):

@@ -30,6 +30,8 @@ TAGS = {
     "mask_difference": "sparsity/mask_difference",
     "images_per_second": "throughput/images_per_second",
     "data_wait": "throughput/data_wait",
+    "loss_scale": "fp16/loss_scale",
+    "skipped_steps": "fp16/skipped_steps",
 }
 
 
@@ -46,7 +48,8 @@ class Monitor:
         self._file = run_dir.metrics.open("a", encoding="utf-8")
 
     def step(self, record: dict[str, Any]) -> None:
-        """A record read within an epoch: kind, epoch, step, phase, lr, loss, images_per_second, data_wait."""
+        """A record read within an epoch: kind, epoch, step, phase, lr, loss, images_per_second, data_wait;
+        in fp16 also loss_scale, skipped_steps."""
         self._record({"kind": "step", **record})
 
     def epoch(self, record: dict[str, Any], layer_sparsity: dict[str, float]) -> None:

@@ -64,7 +64,8 @@ class Screen:
         self.status(record["epoch"], record["phase"], *figures)
         test = f"loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} top-5 {record['val_top5']:.2f}"
         wait = f"data wait {100 * record['data_wait']:.1f} %"
-        self._line(f"{self._status}  {wait}  test: {test}  {self.time_left()}")
+        skipped = f"  {record['skipped_steps']} steps skipped so far" if record.get("skipped_steps") else ""
+        self._line(f"{self._status}  {wait}  test: {test}{skipped}  {self.time_left()}")
 
     def time_left(self) -> str:
         if self._started is None or self.done == self._started[1]:

@@ -27,6 +27,7 @@ RUNS = {  # without BatchNorm and dropout, which depend on who computes what; an
     "accumulated": ["engine.accumulation_steps=2"],
     "whole": [f"model.arguments={WHOLE}"],
     "adamw1": ["engine.zero_stage=1", "sparsity.schedule=sparse 1, dense 1"],
+    "fp16": ["engine.precision=fp16"],
     "kernels1": ["engine.zero_stage=1", f"sparsity.accelerate={'require' if find_compiler() else 'off'}"],
 }
 
@@ -101,6 +102,15 @@ def test_two_ranks_refill_the_second_moments_of_dropped_weights_as_one_does(one,
     for name, state in ours.items():
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.allclose(state[key], theirs[name][key], rtol=1e-3, atol=1e-8), (name, key)
+
+
+def test_two_ranks_skip_the_same_steps_in_fp16(one, two):
+    """A gradient that overflows on one rank does in the sum, which both have."""
+    (folder, sights), (other, _) = two["fp16"], one["fp16"]
+    for key, value in sights[0]["weights"].items():
+        assert torch.equal(value, sights[1]["weights"][key]), key
+    skipped = [final_state(run, 6)["loss_scaling"]["skipped"] for run in (folder, other)]
+    assert all(0 < count < 6 for count in skipped)
 
 
 def test_the_weights_move(one):
