@@ -4,13 +4,17 @@ import json
 import tarfile
 
 import pytest
+import torch
 
+from data.dali.decode import DeviceJpeg
 from data.images.files import EXCLUSIONS, load_image_files
 from tests.data.photographs import make_tree
 from tests.slow import slow
 from tests.trainer.runs import assert_equal_states, tiny_images
 from trainer.checkpoints import checkpoint
 from trainer.cli.main import main as acdc_command
+from trainer.config.data import ImageNetData
+from trainer.loaders import find_source
 from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -21,6 +25,26 @@ SHORT = ["epochs=2", "sparsity.schedule=dense 1, sparse 1"]  # 18 steps
 @pytest.fixture
 def tree(tmp_path):
     return make_tree(tmp_path / "tree", 3, 24, 5, around=40)  # 72 training images: 9 steps of 8
+
+
+@pytest.mark.parametrize(
+    ("place", "device", "decode_on"),
+    [("auto", "cuda", "mixed"), ("cpu", "cuda", "cpu"), ("auto", "cpu", "cpu")],
+)
+def test_what_a_recipe_says_of_the_decoder_arrives(tree, place, device, decode_on):
+    settings = {"decoder_engine_load": 0.9, "decoder_width_hint": 640, "decoder_height_hint": 480}
+    data = ImageNetData(name="imagenet", root=str(tree), batch_size=8, device=place, **settings)
+    share = {"global_batch": 8, "seed": 0, "rank": 0, "world_size": 1}
+    loaders = find_source(data, torch.device(device)).loaders(share)
+    for loader in (loaders.train, loaders.test):
+        assert loader.decoder.backend == decode_on
+        assert loader.decoder.jpeg == DeviceJpeg(engine_load=0.9, width_hint=640, height_hint=480)
+
+
+def test_a_gpus_decoder_needs_a_gpu(tree):
+    data = ImageNetData(name="imagenet", root=str(tree), batch_size=8, device="gpu")
+    with pytest.raises(ValueError, match="this run has none; use auto or cpu"):
+        find_source(data, torch.device("cpu")).test_loader()
 
 
 def newest(tmp_path):

@@ -111,6 +111,22 @@ def test_mistakes_are_named_with_what_is_allowed(override, expected):
     assert expected in failure(override)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.decoder_engine_load=1.5"], "data.decoder_engine_load: should be less than or equal to 1"),
+        (["data.decoder_engine_load=-0.1"], "data.decoder_engine_load: should be greater than or equal to 0"),
+        (["data.decoder_width_hint=-1"], "data.decoder_width_hint: should be greater than or equal to 0"),
+        (
+            ["data.decoder_width_hint=6000"],
+            "data: decoder_width_hint 6000 and decoder_height_hint 0 go together: give both, or neither",
+        ),
+    ],
+)
+def test_mistakes_about_the_decoder_are_named(overrides, expected):
+    assert expected in failure(*overrides, recipe="imagenet/resnet50_90")
+
+
 def test_all_mistakes_are_told_at_once():
     message = failure("optimizer.lrr=0.1", "epochs=x", "data.batch_sise=3")
     assert message.count("\n") == 3
