@@ -58,7 +58,7 @@ class Clock:
 
 def _on_the_stream() -> torch.cuda.Event:
     """The point that the current stream reaches once it has done what is enqueued so far."""
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 
