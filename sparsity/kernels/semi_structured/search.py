@@ -21,9 +21,7 @@ SECONDS = 1e-3  # of measuring, each algorithm
 
 class Algorithm(NamedTuple):
     """As torch._cslt_sparse_mm takes it (torch 2.11 to 2.13). split_k: parts that the sum over the inputs is
-    cut into; -1: as the library likes, on Hopper. split_k_mode: 1 one kernel, 2 two kernels, else the
-    library's
-    own."""
+    cut into. split_k_mode: how, a number of the library's, where it is cut; -1: as the library does."""
 
     number: int = 0
     split_k: int = 1
