@@ -21,6 +21,7 @@ from trainer.config.data import ImageNetData
 from trainer.config.schema import Config, EngineConfig, EvalConfig
 from trainer.distributed import ranks
 from trainer.errors import EnvironmentFailure, UserError
+from trainer.models import stem
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +200,8 @@ def build_engine(
             torch._inductor.config.force_layout_optimization = True
         if isinstance(config.data, ImageNetData):  # for each side of the images one, and one with 2:4 kernels
             torch._dynamo.config.recompile_limit = 8 + 2 * len(config.data.sizes)
-        # On a CPU, what stands between sparse kernels gets kernels, too; else this is Inductor
-        engine.compile(inductor if device.type == "cpu" else "inductor", {"dynamic": False})
+        # On a CPU, what stands between sparse kernels gets kernels, too; on a GPU, what sees the images first
+        engine.compile(inductor if device.type == "cpu" else stem.inductor, {"dynamic": False})
     engine.train()
     return engine
 

@@ -18,10 +18,15 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from sparsity.kernels.unstructured import batch_norm, pooling
-from sparsity.kernels.unstructured.graphs import is_addition, is_relu, only_user, summand
+from sparsity.kernels.unstructured.graphs import (
+    is_addition,
+    is_relu,
+    max_pool_window,
+    only_user,
+    summand,
+)
 
 _TO_INNERMOST = torch.ops.acdc.to_innermost.default
-_POOLS = (functional.max_pool2d, torch.max_pool2d)
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
@@ -70,7 +75,7 @@ def _move_up(graph: fx.Graph, change: fx.Node) -> None:
 
 def _has_kernel(node: fx.Node) -> bool:
     """Whether there is a kernel, once its maps have the format."""
-    window = _window(node)
+    window = max_pool_window(node)
     if not (window or _is_norm(node)):
         return False
     maps = node.args[0].meta.get("example_value")  # type: ignore[union-attr]
@@ -114,21 +119,8 @@ def _is_plain(node: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float32 and value.is_contiguous()
 
 
-def _window(node: fx.Node) -> tuple[tuple[int, int], ...] | None:
-    """(kernel, stride, padding) of a max pooling that there is a kernel for."""
-    if node.target not in _POOLS or not node.args:
-        return None
-    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if given.get("dilation", 1) not in (1, (1, 1)) or given.get("ceil_mode") or given.get("return_indices"):
-        return None
-    kernel: Any = given["kernel_size"]
-    sizes: tuple[Any, ...] = (kernel, given.get("stride") or kernel, given.get("padding", 0))
-    return tuple((size, size) if isinstance(size, int) else tuple(size) * (2 // len(size)) for size in sizes)
-
-
 def _replace_pool(graph: fx.Graph, pool: fx.Node) -> None:
-    window = _window(pool)
+    window = max_pool_window(pool)
     assert window is not None
     with graph.inserting_before(pool):
         both = graph.call_function(torch.ops.acdc.max_pool.default, (pool.args[0], *window))
