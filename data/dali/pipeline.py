@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ class DaliLoader(AheadLoader):
         self.device = device
         self.num_threads = num_threads
         self._pipeline: Any = None
+        self._lent = Lent()
         import_dali()
 
     def _start(self, epoch: int, start: int) -> None:
@@ -56,10 +58,12 @@ class DaliLoader(AheadLoader):
         self._pipeline.build()
 
     def _next(self) -> Batch:
-        # what is enqueued on this stream from now on waits for the batch, and the host does not; once no
-        # tensor refers to the batch, DALI writes its memory again behind what was enqueued here
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        return self._batch(self._pipeline.run(stream))
+        if self.device.type == "cpu":
+            return self._batch(self._pipeline.run())
+        self._lent.take_back()
+        # what is enqueued on this stream from now on waits for the batch; the host does not
+        batch = self._batch(self._pipeline.run(torch.cuda.current_stream(self.device)))
+        return self._lent.lend(batch)
 
     def serialize(self) -> bytes:
         """The same pipeline, for `deserialize`."""
@@ -107,6 +111,32 @@ class DaliLoader(AheadLoader):
     @abstractmethod
     def _batch(self, outputs: Sequence[Any]) -> Batch:
         """What the outputs are as a batch."""
+
+
+class Lent:
+    """Batches in DALI's memory on a GPU, kept until the device has done what was enqueued with them.
+
+    DALI takes memory back once no tensor refers to it, in the order of its own stream, not of the reader's. A
+    host that runs ahead of the device lets go of batches not yet read.
+    """
+
+    def __init__(self) -> None:
+        self._last: Batch | None = None
+        self._in_use: deque[tuple[torch.cuda.Event, Batch]] = deque()
+
+    def lend(self, batch: Batch) -> Batch:
+        self._last = batch
+        return batch
+
+    def take_back(self) -> None:
+        """Once all work on the last batch is enqueued on the current stream: let go of what is done with."""
+        if self._last is not None:
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+            self._in_use.append((done, self._last))
+            self._last = None
+        while self._in_use and self._in_use[0][0].query():  # type: ignore[no-untyped-call]
+            self._in_use.popleft()
 
 
 def dense(output: Any) -> Tensor:

@@ -1,6 +1,7 @@
-"""What DALI is asked to do on a GPU, seen in the pipeline's graph, which no GPU is needed for."""
+"""What DALI is asked to do on a GPU, as its graph shows, and who keeps its memory: without a GPU."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch
 from data.dali.arrays import DaliArrayLoader
 from data.dali.decode import DeviceJpeg
 from data.dali.files import DaliFileLoader
+from data.dali.pipeline import Lent
 from data.datasets import fashion_mnist
 from data.images.files import load_image_files
+from data.loader import Batch
 from data.stream import EvalStream, TrainStream
 from tests.data.photographs import make_tree
 from tests.data.test_file_loaders import refuse, stream
@@ -108,3 +111,36 @@ def test_the_fingerprint_names_what_changes_pixels_and_no_more(files):
     assert fingerprint(engine_load=0.5) != fingerprint(engine_load=1.0)
     assert fingerprint(width_hint=640, height_hint=480) == fingerprint()
     assert fingerprint("cpu", engine_load=0.5) == decoded_on_cpu
+
+
+def test_batches_are_kept_until_the_device_has_read_them(monkeypatch):
+    events = []
+
+    class Event:
+        def __init__(self):
+            self.recorded = self.done = False
+            events.append(self)
+
+        def record(self):
+            self.recorded = True
+
+        def query(self):
+            assert self.recorded
+            return self.done
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    lent, alive = Lent(), []
+    for _ in range(4):
+        lent.take_back()
+        batch = lent.lend(Batch(torch.zeros(1), torch.zeros(1)))
+        alive.append(weakref.ref(batch.images))
+        del batch  # the host goes on at once, far ahead of the device
+    assert [ref() is not None for ref in alive] == [True] * 4
+    assert len(events) == 3  # what is enqueued with the last batch is not complete yet
+    events[0].done = events[1].done = True
+    lent.take_back()
+    assert [ref() is not None for ref in alive] == [False, False, True, True]
+    assert len(events) == 4
+    events[2].done = events[3].done = True
+    lent.take_back()
+    assert not any(ref() is not None for ref in alive)
