@@ -116,16 +116,25 @@ class DaliImageLoader(DaliLoader):
             position = self.after(position)
         return found
 
+    def serialize_for_trial(self) -> bytes:
+        decoder, self.decoder = self.decoder, self.decoder.on_cpu()
+        try:
+            return self.serialize()
+        finally:
+            self.decoder = decoder
+
     def _failing(self, trial: _Trial, inputs: tuple[Any, ...]) -> dict[int, str]:
         """The rows of a batch's inputs that cannot be decoded, and why."""
         return trial.failing(inputs, list(range(self.stream.batch_size)))
 
 
 class _Trial:
-    """Tries images out, in a pipeline of its own until that has met a bad one: then it is of no more use."""
+    """Tries images out, in a pipeline of its own until that has met a bad one: then it is of no more use. It
+    decodes on the CPU, as a device's decoder does with what it refuses itself: what that refuses of a whole
+    batch, it may take of half of one, where others of its engines get it."""
 
     def __init__(self, loader: DaliImageLoader) -> None:
-        self._loader, self._serialized = loader, loader.serialize()
+        self._loader, self._serialized = loader, loader.serialize_for_trial()
         self._pipeline: Any = None
 
     def failing(self, inputs: tuple[Any, ...], rows: list[int]) -> dict[int, str]:

