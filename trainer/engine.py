@@ -69,6 +69,10 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
         _merge(generated, theirs, str(path), "")
     # DeepSpeed 0.19.8 clips gradients to norm 1 unless told otherwise; the paper does not clip
     generated.setdefault("gradient_clipping", 0.0)
+    # Only clipping needs the norm. With it ZeRO-1/2 would wait for the device in every step, and would skip
+    # steps of infinite gradients in silence, where stage 0 ends the run
+    if config.engine.zero_stage and generated["gradient_clipping"] == 0:
+        generated["zero_optimization"].setdefault("compute_grad_norm", False)
     # ZeRO-1/2 would add gradients of Conv2d and Linear up in bf16, and in fp32 those of masked layers, whose
     # class it does not know. All in fp32, as stage 0 does
     generated["torch_autocast"].setdefault("lower_precision_safe_modules", [])
