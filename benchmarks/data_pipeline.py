@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ def make_tree(root: Path, num_images: int, batch: int = 1) -> Path:
     width, height = SIZE
     for label in range(NUM_CLASSES):
         (root / "train" / f"n{label:08}").mkdir(parents=True, exist_ok=True)
-    for i in range(num_images):
-        planes = arrays.images[random.integers(0, len(arrays), 3), :, :, 0]
+
+    def save(i: int, planes: np.ndarray, noise: np.ndarray) -> None:
         picture = Image.fromarray(planes.transpose(1, 2, 0)).resize(SIZE, Image.Resampling.BICUBIC)
-        texture = random.normal(0, 24, (height // 2, width // 2, 1)).repeat(2, 0).repeat(2, 1)
+        texture = noise.repeat(2, 0).repeat(2, 1)
         pixels = np.asarray(picture, np.float64).copy()
         pixels[: texture.shape[0], : texture.shape[1]] += texture
         for split in ("train", "val")[: 1 + (i < 64)]:
@@ -90,6 +91,16 @@ def make_tree(root: Path, num_images: int, batch: int = 1) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             image.save(folder / f"{i:06}.JPEG", quality=QUALITY)
+
+    with ThreadPoolExecutor() as pool:  # NumPy and Pillow let other threads run
+        for begin in range(0, num_images, 256):  # so many are drawn, and wait in memory, at a time
+            saved = []
+            for i in range(begin, min(begin + 256, num_images)):
+                planes = arrays.images[random.integers(0, len(arrays), 3), :, :, 0]
+                noise = random.normal(0, 24, (height // 2, width // 2, 1))
+                saved.append(pool.submit(save, i, planes, noise))
+            for each in saved:
+                each.result()
     return root
 
 

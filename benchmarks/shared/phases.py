@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.shared.machine import forget_peak, wait_for
+from benchmarks.shared.machine import Stopwatch, forget_peak
 from benchmarks.shared.turns import endless, order, ratios, until_quiet
 from data.loader import Batch, Loader
 from data.synthetic import SyntheticLoader
@@ -22,7 +22,8 @@ NOISE = "noise"
 
 
 class Turn(NamedTuple):
-    """steps: seconds of each. waited: of these, for data. refill: then, until the read-ahead was full."""
+    """steps: seconds of each, as the device meets them. waited: of these, for data; on a GPU from the end of
+    the work before until the batch is there. refill: then, until the read-ahead was full."""
 
     steps: list[float]
     waited: float
@@ -80,17 +81,19 @@ def _switch(trainer: Trainer, phase: str) -> None:
 
 
 def _turn(trainer: Trainer, batches: Iterator[Batch], count: int) -> Turn:
-    """Steps one by one, the device waited for behind each."""
-    steps, waited = [], 0.0
+    """Steps as a run takes them: the host goes ahead, and the device is waited for once, at the end."""
+    watch = Stopwatch(trainer.device)
+    watch.mark()
     for _ in range(count):
-        begin = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - begin
+        watch.mark()
         trainer.train_batch(iter([batch]))
-        wait_for(trainer.device)
-        steps.append(time.perf_counter() - begin)
+        watch.mark()
+    laps = watch.laps()
     stepped = time.perf_counter()
-    return Turn(steps, waited, until_quiet() - stepped)
+    waits, works = laps[::2], laps[1::2]
+    steps = [wait + work for wait, work in zip(waits, works, strict=True)]
+    return Turn(steps, sum(waits), until_quiet() - stepped)
 
 
 def cost_of_data(real: Sequence[Turn], noise: Sequence[Turn]) -> dict[str, float]:
