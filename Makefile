@@ -5,7 +5,8 @@
 # make lint     ruff and mypy
 # make sanitize the C++ kernels' tests under address and undefined-behaviour sanitizers
 # make docs     the documentation as a site, in site/
-# make gpu-check  what needs a GPU: tests and all benchmarks, within 9 minutes, with what is installed
+# make gpu-check  what needs a GPU: tests and all benchmarks, within 9 minutes, with what is installed;
+#               less of it with ARGUMENTS="--only tests variants --seconds 200"
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -54,7 +55,7 @@ claims: setup
 	$(BIN)/python -m benchmarks.quickstart
 
 gpu-check:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGUMENTS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

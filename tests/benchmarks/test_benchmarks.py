@@ -10,7 +10,6 @@ import torch
 from benchmarks import (
     compare,
     compilation,
-    gpu_check,
     inference,
     kernels24,
     overhead,
@@ -331,18 +330,3 @@ def test_inference_and_export_of_models_without_what_they_need(monkeypatch, tmp_
     error = capsys.readouterr().err
     assert "no layer" in error
     assert "Traceback" not in error
-
-
-def test_gpu_check_without_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu-check"])
-    assert gpu_check.main() == 0
-    assert "left out, torch sees no GPU" in capsys.readouterr().out
-
-
-def test_gpu_check_leaves_out_what_is_not_there(tmp_path):
-    missing = gpu_check.Part("x", ("torch", "nowhere.at.all"), 1, 1, "benchmarks.x")
-    assert gpu_check.run(missing, 100, tmp_path) == (0, "left out: nowhere.at.all not installed")
-    late = gpu_check.Part("x", (), 30, 60, "benchmarks.x")
-    assert gpu_check.run(late, 20, tmp_path)[1].startswith("left out: 20 s are left")
-    broken = gpu_check.Part("x", (), 1, 60, "benchmarks.nowhere")
-    assert gpu_check.run(broken, 60, tmp_path)[1] == "failed: exit code 1"

@@ -1,0 +1,1 @@
+"""What benchmarks.gpu_check runs besides the benchmarks and tests/gpu."""

@@ -1,0 +1,119 @@
+"""What make gpu-check runs, leaves out and keeps, and its real run, in small, on a CPU."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from benchmarks import gpu_check
+from benchmarks.gpu import real_run
+from benchmarks.gpu_check import Part
+
+
+def part(name, code, **others):
+    """Of Python code; a record goes to `out`."""
+    begin = "import json, pathlib, sys, time; out = pathlib.Path(sys.argv[-1])"
+    module = f"{begin}\n{code}"
+    return Part(name, (), 1, others.pop("most", 60), module, "it", **others)
+
+
+@pytest.fixture
+def _parts(monkeypatch, tmp_path):
+    """Let parts be code, in modules made of it."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+    def split(command):
+        name = f"part{abs(hash(command))}"
+        (folder / f"{name}.py").write_text(command)
+        return [name]
+
+    monkeypatch.setattr(gpu_check.shlex, "split", split)
+
+
+def test_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu-check"])
+    assert gpu_check.main() == 0
+    assert "left out, torch sees no GPU" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_named_with_what_it_costs(tmp_path):
+    def outcome(part, left):
+        return gpu_check.run(part, left, tmp_path, io.StringIO())
+
+    missing = Part("x", ("torch", "nowhere.at.all"), 1, 1, "benchmarks.x", "training from files")
+    assert outcome(missing, 100) == (
+        0,
+        "left out: nowhere.at.all not installed: no figure of training from files",
+    )
+    late = Part("x", (), 30, 60, "benchmarks.x", "x")
+    assert outcome(late, 20)[1] == "left out: 20 s are left of the time for all: no figure of x"
+    broken = Part("x", (), 1, 60, "benchmarks.nowhere", "x")
+    assert outcome(broken, 60)[1] == "failed: exit code 1"
+
+
+@pytest.mark.usefixtures("_parts")
+def test_a_part_that_takes_too_long_loses_nothing(tmp_path, capfd):
+    slow = part("slow", "out.write_text('{}'); print('so far', flush=True); time.sleep(60)", most=3)
+    log = io.StringIO()
+    seconds, outcome = gpu_check.run(slow, 100, tmp_path, log)
+    assert 3 <= seconds < 20
+    assert outcome == "failed: it took too long; what it had measured is kept"
+    assert (tmp_path / "slow.json").exists()
+    assert "so far" in log.getvalue()
+    assert "so far" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("_parts")
+def test_a_failing_part_stops_no_other_and_small_records_are_merged(monkeypatch, tmp_path):
+    parts = (
+        part("first", "raise SystemExit(3)"),
+        part("large", "out.write_text('[1]')"),
+        part("small", "out.write_text('[2]')", small=True),
+        part("other", "out.write_text('[3]')"),
+    )
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    out = tmp_path / "out"
+    outcomes = gpu_check.check(out, ["first", "large", "small"], 100)
+    assert [found["outcome"] for found in outcomes.values()] == ["failed: exit code 3", "passed", "passed"]
+    assert {path.name for path in out.iterdir()} == {"gpu_check.json", "log.txt", "large.json"}
+    record = json.loads((out / "gpu_check.json").read_text())
+    assert record["records"] == {"small": [2]}
+    assert list(record["parts"]) == ["first", "large", "small"]
+    assert record["environment"]["packages"]
+
+
+def test_the_folder_stays_within_eight_files():
+    large = [part for part in gpu_check.PARTS if not part.small and part.name != "tests"]
+    assert len(large) + len(["gpu_check.json", "log.txt", "of a small part that runs"]) <= 8
+
+
+@pytest.mark.slow
+def test_real_run(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    small = ["model.name=mobilenetv1", "model.arguments={width: 0.25}", "data.image_size=64"]
+    small += ["engine.compile=false", "sparsity.accelerate=off"]
+    out = tmp_path / "record.json"
+    sizes = ["--images", "64", "--batch", "16", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["real_run", *sizes, *small])
+    assert real_run.main() == 0
+    record = json.loads(out.read_text())
+    assert all(record["verdicts"].values())
+    assert len(record["verdicts"]) == 6
+    assert record["resumed_at"].startswith("at epoch 1, step ")
+    assert [epoch["step"] for epoch in record["epochs"]] == [4, 8, 12]
+    assert record["killed"]["exit_code"] == -9
+    assert "phases      dense 1, sparse 1, dense 1" in record["killed"]["said"]
+
+
+def test_a_run_that_does_not_start_fails_the_check(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(real_run, "make_tree", lambda root, images, batch: root)
+    out = tmp_path / "record.json"
+    monkeypatch.setattr(sys, "argv", ["real_run", "--out", str(out), "such=key"])
+    assert real_run.main() == 1
+    record = json.loads(out.read_text())
+    assert record["killed"]["exit_code"] == 2
+    assert any("such: unknown key" in line for line in record["killed"]["said"])
