@@ -30,8 +30,8 @@ BUDGET = 510  # seconds for all
 
 @dataclass(frozen=True)
 class Part:
-    """needs: packages. least: seconds that it is worth beginning with; most: when it is stopped. evidence: what
-    has no figure without it. small: its record goes into gpu_check.json. budget: takes --seconds."""
+    """needs: packages. least: seconds that it is worth beginning with; most: when it is stopped. evidence:
+    what has no figure without it. small: its record goes into gpu_check.json. budget: takes --seconds."""
 
     name: str
     needs: tuple[str, ...]
@@ -54,7 +54,7 @@ PARTS = (
         TRAINER,
         40,
         150,
-        "benchmarks.throughput resnet50 --turns 3 --warmup 3",
+        "benchmarks.throughput resnet50 --turns 3 --warmup 3 --profile",
         "images/s, and where a step's time goes",
     ),
     Part("kernels24", ("rich",), 20, 90, "benchmarks.kernels24", "2:4 kernels"),
