@@ -203,7 +203,7 @@ def show(measured: list[dict[str, Any]], networks: dict[str, dict[str, Any]]) ->
         flops = (
             f"{row['dense_equivalent_flops'] / 1e12:.3f}",
             f"{100 * row['utilisation']:.0f} %",
-            f"{100 * row['of_memory_roofline']:.0f} %",
+            f"{100 * row.get('of_memory_roofline', math.nan):.0f} %",
         )
         named = (row[name] for name in texts)
         rows.append((*named, show_spread(row["images_per_second"]), *steps, wait, cost, *flops))
