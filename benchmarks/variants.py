@@ -58,6 +58,7 @@ VARIANTS = {
     "as_is": Variant(),
     "cudnn_heuristics": Variant(overrides=("engine.cudnn_benchmark=false",)),
     "compressed": Variant(schedule="sparse 2"),
+    "fast_stem": Variant(overrides=("engine.fast_stem=true",)),
     "eager": Variant(overrides=("engine.compile=false",)),
     "conv_1x1_as_mm": Variant(inductor={"conv_1x1_as_mm": True}),
     "cudagraphs": Variant(inductor={"triton.cudagraphs": True}),

@@ -314,6 +314,17 @@ def test_figures_are_those_of_the_records():
         times = " | ".join(f"{ms[who]['median']:,.1f}" for who in shown)
         row = f"| {result['percent']:g} | {result['batch']} | {times} | {show_spread(ratio, 2)} |"
         assert row in page
+    variants = record("gpu/variants")["variants"]
+    for found in variants.values():
+        figures = f"{found['images_per_second']:,.0f} | {1000 * found['step_p50']:.1f}"
+        assert f" | {found['batch']} | {figures} | {found['peak_memory_gb']:.1f} |" in page
+    assert f"{variants['as_is']['images_per_second']:,.0f} images/s, in dense and sparse phases" in readme
+    profiled = record("gpu/step_profile")
+    for kind in ("convolution", "element-wise", "BatchNorm", "copies", "optimizer"):
+        assert f" | {profiled['milliseconds'][kind]:.1f} |" in page
+    assert (
+        f"{profiled['copy_bandwidth_tb_s']:.2f} TB/s of a copy, {profiled['peak_bf16_tflop_s']:.0f}" in page
+    )
     for line in blocks(README):
         if found := re.match(r"(dense twin|sparse model) +([\d.]+) +([\d.]+)", line):
             result = record("quickstart")["result"][

@@ -204,8 +204,9 @@ def build_engine(
             torch._inductor.config.force_layout_optimization = True
         if isinstance(config.data, ImageNetData):  # for each side of the images one, and one with 2:4 kernels
             torch._dynamo.config.recompile_limit = 8 + 2 * len(config.data.sizes)
-        # On a CPU, what stands between sparse kernels gets kernels, too; on a GPU, what sees the images first
-        engine.compile(inductor if device.type == "cpu" else stem.inductor, {"dynamic": False})
+        # On a CPU, what stands between sparse kernels gets kernels, too; else that is Inductor
+        fast_stem = config.engine.fast_stem and device.type == "cuda"
+        engine.compile(stem.inductor if fast_stem else inductor, {"dynamic": False})
     engine.train()
     return engine
 

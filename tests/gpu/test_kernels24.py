@@ -83,11 +83,15 @@ def test_weights_compressed_once():
     assert_close(matmul24(rows, compress24(weight), 256), functional.linear(rows, weight))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_searched_in_fp16():
+    rows, weight = (each.detach() for each in operands(1568, 512, 2048, torch.float16, NM(2, 4)))
+    assert algorithms(rows, compress24(weight)) == [DEFAULT]
+
+
 @pytest.mark.parametrize("shape", [(12544, 512, 128), (1568, 512, 2048)])
-def test_every_algorithm_that_the_library_names_is_tried(dtype, shape):
+def test_every_algorithm_that_the_library_names_is_tried(shape):
     """What is accepted is right, once more; numbers that there are not are refused, and not by a crash."""
-    rows, weight = (each.detach() for each in operands(*shape, dtype, NM(2, 4)))
+    rows, weight = (each.detach() for each in operands(*shape, torch.bfloat16, NM(2, 4)))
     compressed, expected = compress24(weight), functional.linear(rows, weight)
     named = algorithms(rows, compressed)
     assert named[0] == DEFAULT
@@ -102,7 +106,7 @@ def test_every_algorithm_that_the_library_names_is_tried(dtype, shape):
         if found is not None:
             assert relative_error(product(algorithm), expected.float()) <= TOLERANCE, algorithm
     wrong = [str(algorithm) for algorithm, found in seconds.items() if found is None]
-    print(f"{shape} {dtype}: {len(seconds)} tried, refused {wrong}, best {best}")
+    print(f"{shape}: {len(seconds)} tried, refused {wrong}, best {best}")
 
 
 def test_a_wrong_algorithm_is_refused():

@@ -185,6 +185,11 @@ class EngineConfig(Section):
         description="on a GPU, measure which convolution algorithm is fastest, once for each shape; false: "
         "cuDNN's own choice among deterministic ones",
     )
+    fast_stem: bool = Field(
+        default=False,
+        description="compiled for a GPU, compute the convolution of images and max pooling in forms that should "
+        "suit it better; equal up to rounding, not measured yet",
+    )
     compile: bool | Literal["auto"] = Field(
         default="auto", description="torch.compile; auto: where it can work"
     )

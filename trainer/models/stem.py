@@ -1,8 +1,9 @@
-"""What a network does first, in a form that a GPU computes fast: the convolution of images and max pooling.
+"""What a network does first, in a form that should suit a GPU: the convolution of images and max pooling.
 
-Both see the largest maps, and take 4 of a ResNet50 step's 37 ms on an H200 where they could take 1. The graph
-that torch.compile makes is changed, not the model: layers, masks and checkpoints know nothing of it, and
-results differ by rounding alone.
+Both see the largest maps, and take 4 of a ResNet50 step's 37 ms on an H200, where reading and writing what
+they have to takes 1. The graph that torch.compile makes is changed, not the model: layers, masks and
+checkpoints know nothing of it, and results differ by rounding alone. It has not run on a GPU yet, so recipes
+ask for it (engine.fast_stem).
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ def name_of(dtype: torch.dtype) -> str:
 def algorithms(rows: Tensor, compressed: Tensor) -> list[Algorithm]:
     """Those that the library names for this product, the default first, then what its own search likes best.
     rows, compressed: as operator.matmul24 takes them."""
-    if rows.device.type != "cuda":
+    if rows.device.type != "cuda" or rows.dtype != torch.bfloat16:
+        # In fp16 the search of cuSPARSELt 0.8.0 ended on an H200 in an illegal instruction, and with it every
+        # later call of the process
         return [DEFAULT]
     library: Any = getattr(torch._C, "_cusparselt", None)
     try:
