@@ -187,8 +187,8 @@ class EngineConfig(Section):
     )
     fast_stem: bool = Field(
         default=False,
-        description="compiled for a GPU, compute the convolution of images and max pooling in forms that should "
-        "suit it better; equal up to rounding, not measured yet",
+        description="compiled for a GPU, compute the convolution of images and max pooling in forms that "
+        "should suit it better; equal up to rounding, not measured yet",
     )
     compile: bool | Literal["auto"] = Field(
         default="auto", description="torch.compile; auto: where it can work"
