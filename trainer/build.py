@@ -113,7 +113,7 @@ def _check_folder(folder: RunDir, position: Position, config: Config) -> None:
     """Raises Finished, or UserError where a dense branch will lack its dense twin, which must be ahead, or
     there. A branch of an earlier twin is set aside when this run is about to make another."""
     over = position.epoch == config.epochs
-    if over and folder.result.exists():
+    if over and folder.read_result() is not None:
         raise Finished(f"{folder.path} is finished: its figures are in {folder.result}")
     if over or not config.finetune_dense:
         return

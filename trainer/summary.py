@@ -41,17 +41,18 @@ def log_start(trainer: Trainer) -> None:
 
 
 def finish(trainer: Trainer) -> None:
-    """Write result.json and report.html, show the closing table."""
+    """Write report.html and result.json, show the closing table. result.json comes last: with it a run is
+    finished, and a run killed before does this again."""
     if not trainer.monitor:
         return
     result = build_result(trainer)
+    write_report(trainer.run_dir, result)
     trainer.run_dir.write_result(result)
     screen = trainer.monitor.screen
     screen.close()
     screen.console.print(closing_table(result))
     for line in closing_lines(result):
         screen.say(line)
-    write_report(trainer.run_dir)
     screen.say(f"report: {trainer.run_dir.report}")
 
 
@@ -61,8 +62,8 @@ def finish_both(run: RunDir) -> None:
     assert result is not None
     assert dense is not None
     result[FINETUNED_DENSE] = dense["dense_twin"]
+    write_report(run, result)
     run.write_result(result)
-    write_report(run)
     Screen(0, 0, 0).console.print(closing_table(result))
 
 

@@ -1,8 +1,8 @@
 """Folders of files that are either whole or not there, and that tell when a bit in them has changed.
 
-A checkpoint is a folder with torch files and `manifest.json`, which holds the SHA-256 of each. It is written
-under another name, synced to the disk and renamed, so a run killed at any moment leaves the previous
-checkpoint. Files are read with weights_only=True: nothing in them is ever executed.
+A checkpoint is a folder with torch files and `manifest.json`, which holds the SHA-256 of each and of itself.
+It is written under another name, synced to the disk and renamed, so a run killed at any moment leaves the
+previous checkpoint. Files are read with weights_only=True: nothing in them is ever executed.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,9 @@ from data.atomic import sync_folder, whole, write_text
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digest of the manifest itself
 MANIFEST = "manifest.json"
+OWN_DIGEST = "manifest_sha256"
 STATE, MODEL = "state.pt", "model.pt"
 
 
@@ -49,6 +48,7 @@ def save(folder: Path, contents: Mapping[str, Any], info: Mapping[str, Any]) -> 
                 torch.save(content, file)
             digests[name] = sha256(partial / name)
         manifest = {"format": FORMAT, "sha256": digests, "info": info}
+        manifest[OWN_DIGEST] = digest_of(manifest)
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         sync_folder(partial)
         replaced = folder.with_name(f".{folder.name}.replaced")
@@ -64,6 +64,10 @@ def save(folder: Path, contents: Mapping[str, Any], info: Mapping[str, Any]) -> 
 
 def read_info(folder: Path) -> dict[str, Any]:
     """The info of a checkpoint, every file checked against its SHA-256. Raises CheckpointError."""
+    return _checked(folder)["info"]
+
+
+def _checked(folder: Path) -> dict[str, Any]:
     manifest = _manifest(folder)
     for name, expected in manifest["sha256"].items():
         try:
@@ -72,17 +76,16 @@ def read_info(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder} is a damaged or incomplete checkpoint: {error}") from error
         if actual != expected:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
-    return manifest["info"]
+    return manifest
 
 
 def read(folder: Path, name: str) -> Any:
     """One file's content on the CPU, after read_info's check. Raises CheckpointError."""
-    read_info(folder)
-    if name not in _manifest(folder)["sha256"]:
+    if name not in _checked(folder)["sha256"]:
         raise CheckpointError(f"{folder} holds no {name} that its {MANIFEST} vouches for")
     try:
         return torch.load(folder / name, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # a file made to harm has torch.load raise anything
         raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
 
 
@@ -138,16 +141,27 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a manifest says, whatever its layout as a text."""
+    said = {key: manifest[key] for key in ("format", "sha256", "info")}
+    text = json.dumps(json.loads(json.dumps(said)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version, digests, info = manifest["format"], manifest["sha256"], manifest["info"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint: no readable {MANIFEST} in it ({error})"
         ) from error
-    if version != FORMAT:
-        raise CheckpointError(f"{folder} has checkpoint format {version}; this version reads format {FORMAT}")
+    if version not in (1, FORMAT):
+        raise CheckpointError(
+            f"{folder} has checkpoint format {version}; this version reads formats 1 and {FORMAT}"
+        )
     if not isinstance(digests, dict) or not isinstance(info, dict):
         raise CheckpointError(f"{folder} is not a checkpoint: its {MANIFEST} has no table of files")
+    if manifest.get(OWN_DIGEST) != (None if version == 1 else digest_of(manifest)):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: its own SHA-256 is another")
     return manifest

@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
+import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -29,8 +32,16 @@ from trainer.config.recipes import dump_recipe, read_yaml
 from trainer.config.schema import Config
 from trainer.errors import UserError
 
+log = logging.getLogger(__name__)
+
 DENSE_TWIN, SPARSE = "dense_twin", "sparse"
 FINETUNED_DENSE = "finetuned_dense"
+# Numbers that records must have to be used, by kind
+_NUMBERS = {
+    "step": ("epoch", "step", "lr", "loss"),
+    "epoch": ("epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "sparsity", "images_per_second"),
+}
+_ROW = ("epoch", "top1", "top5", "loss", "sparsity")
 
 
 class RunDir:
@@ -52,7 +63,20 @@ class RunDir:
         return self.path.parent if self.path.name == FINETUNED_DENSE else self.path
 
     def read_result(self) -> dict[str, Any] | None:
-        return json.loads(self.result.read_text(encoding="utf-8")) if self.result.exists() else None
+        """None where there is none. One that cannot be read is set aside, and the run is not finished: its
+        training state alone decides."""
+        try:
+            result = json.loads(self.result.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError):
+            result = None
+        if _is_result(result):
+            return dict(result)
+        log.warning("%s cannot be read; it is set aside", self.result)
+        with suppress(OSError):
+            self.result.rename(_damaged(self.result))
+        return None
 
     def try_lock(self) -> bool:
         """Keep other processes from training here, until release() or this process's end. False if one is."""
@@ -91,14 +115,44 @@ class RunDir:
         write_text(self.kernels, json.dumps(records, indent=1) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
-        lines = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []:
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue
-        return lines
+        """The records of metrics.jsonl. A last line cut short by a crash is left out; so are damaged ones,
+        with a warning, and a copy of the file is kept."""
+        try:
+            *lines, last = self.metrics.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        found = [record for line in lines if line and (record := _record_in(line)) is not None]
+        if len(found) < len([line for line in lines if line]):
+            kept = _damaged(self.metrics)
+            log.warning("lines of %s cannot be read and are left out; %s keeps them", self.metrics, kept.name)
+            with suppress(OSError):
+                shutil.copyfile(self.metrics, kept)
+        whole = _record_in(last)
+        return found if whole is None else [*found, whole]
+
+
+def _damaged(path: Path) -> Path:
+    return path.with_name(f"{path.name}.damaged")
+
+
+def _record_in(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        numbers = [record[key] for key in _NUMBERS[record["kind"]]]
+        return record if record["phase"] in ("dense", "sparse") and _are_numbers(numbers) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _is_result(result: Any) -> bool:
+    if not isinstance(result, Mapping) or not {DENSE_TWIN, SPARSE} <= result.keys():
+        return False
+    rows = [result[key] for key in (DENSE_TWIN, SPARSE, FINETUNED_DENSE) if result.get(key) is not None]
+    return all(isinstance(row, Mapping) and _are_numbers([row.get(key) for key in _ROW]) for row in rows)
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def _is_free(path: Path) -> bool:
@@ -153,18 +207,7 @@ def find_resumed(config: Config, path: Path | None = None) -> tuple[RunDir, Path
         return None
     path = Path(config.resume).expanduser()
     if config.resume == "auto":
-        states = sorted((Path(config.run_root).expanduser() / config.name).glob("*/checkpoints/step-*"))
-        runs = sorted({state.parent.parent for state in states})
-        unfinished = [
-            run
-            for run in runs
-            if not is_finished(RunDir(run), config)
-            and _is_free(run)
-            and not _other_beginning(RunDir(run), config)
-        ]
-        if not unfinished:
-            return None
-        path = unfinished[-1]
+        return _newest_unfinished(config)
     if path.name.startswith("step-"):
         run, state = RunDir(path.resolve().parent.parent), path
     else:
@@ -175,6 +218,30 @@ def find_resumed(config: Config, path: Path | None = None) -> tuple[RunDir, Path
     if difference := _other_beginning(run, config):
         raise UserError(f"resume {config.resume}: {difference}; leave that out, or begin a new run")
     return run, state
+
+
+def _newest_unfinished(config: Config) -> tuple[RunDir, Path] | None:
+    """Of the runs of this name that have a whole training state, the one that was trained last. By when its
+    states were written: a clock may have been wrong as a folder got its name. Raises UserError where that run
+    is still being trained: a second one beside it is not what was asked for."""
+    states = (Path(config.run_root).expanduser() / config.name).glob("*/checkpoints/step-*")
+    newest: dict[Path, float] = {}
+    for state in states:
+        with suppress(OSError):
+            folder = state.parent.parent
+            newest[folder] = max(newest.get(folder, 0.0), state.stat().st_mtime)
+    for path in sorted(newest, key=lambda each: (newest[each], each), reverse=True):
+        run = RunDir(path)
+        if is_finished(run, config) or _other_beginning(run, config):
+            continue
+        if not _is_free(path):
+            raise UserError(
+                f"resume auto: another process is training in {path}; wait for it or stop it, or begin a new "
+                "run without resume=auto"
+            )
+        if (whole := newest_whole(run.checkpoints)) is not None:
+            return run, whole
+    return None
 
 
 def _other_beginning(run: RunDir, config: Config) -> str | None:

@@ -5,30 +5,33 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data.atomic import write_text
 from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE, RunDir
 
 BLUE, ORANGE, GREY, SHADE = "#1f5f99", "#c8590a", "#666666", "#f3e3c8"
 
 
-def write_report(run_dir: RunDir) -> None:
-    """Raises ValueError when the run has no finished epoch yet."""
+def write_report(run_dir: RunDir, result: dict[str, Any] | None = None) -> None:
+    """result: as result.json will have it, where that is not there yet. Raises ValueError when the run has no
+    finished epoch yet."""
     epochs = epoch_records(run_dir)
-    result = run_dir.read_result()
+    result = result or run_dir.read_result()
     title = html.escape(f"{run_dir.path.parent.name} {run_dir.path.name}")
     figures = "\n".join(_svg(figure) for figure in (accuracy_figure(epochs, result), detail_figure(epochs)))
     figures_json = html.escape(json.dumps(result, indent=1)) if result else "the run is not finished"
-    run_dir.report.write_text(
+    write_text(
+        run_dir.report,
         f'<!doctype html><meta charset="utf-8"><title>{title}</title>\n'
         "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}"
         "svg{max-width:100%;height:auto}</style>\n"
         f"<h1>{title}</h1>\n{figures}\n<pre>{figures_json}</pre>\n",
-        encoding="utf-8",
     )
 
 
@@ -55,7 +58,7 @@ def accuracy_figure(epochs: list[dict[str, Any]], result: dict[str, Any] | None)
         ("memorised_true_top1", "top-1 on their true labels", GREY, ""),
     ):
         if key in epochs[0]:
-            values = [record[key] for record in epochs]
+            values = [record.get(key, math.nan) for record in epochs]
             axes.plot(done, values, color=color, marker=marker, markersize=4, label=label)
     for key, name, color in ((DENSE_TWIN, "dense twin", GREY), (SPARSE, "sparse model", ORANGE)):
         if row := (result or {}).get(key):
@@ -79,7 +82,7 @@ def detail_figure(epochs: list[dict[str, Any]]) -> Figure:
     lr.set_ylabel("learning rate")
     sparsity.plot(done, [100 * record["sparsity"] for record in epochs], color=BLUE, label="sparsity")
     changes = [
-        (r["epoch"] + 1, 100 * r["mask_difference"]) for r in epochs if r["mask_difference"] is not None
+        (r["epoch"] + 1, 100 * r["mask_difference"]) for r in epochs if r.get("mask_difference") is not None
     ]
     sparsity.plot(*zip(*changes, strict=True), "*", color=ORANGE, label="mask change") if changes else None
     sparsity.set_ylabel("% of weights")

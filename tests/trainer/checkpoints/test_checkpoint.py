@@ -43,6 +43,32 @@ def test_every_flipped_bit_is_found(saved):
             checkpoint.read(saved, checkpoint.STATE)
 
 
+def test_a_flipped_bit_in_the_manifest_is_found_or_changes_nothing(saved):
+    path = saved / checkpoint.MANIFEST
+    whole, info = path.read_bytes(), checkpoint.read_info(saved)
+    found = 0
+    for place in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        try:
+            assert checkpoint.read_info(saved) == info
+        except CheckpointError:
+            found += 1
+    assert found > 0.9 * 8 * len(whole)  # the rest is white space
+
+
+def test_a_manifest_of_format_1_has_no_digest(saved):
+    path = saved / checkpoint.MANIFEST
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(CheckpointError, match="is damaged: its own SHA-256"):
+        checkpoint.read_info(saved)
+    del manifest[checkpoint.OWN_DIGEST]
+    path.write_text(json.dumps({**manifest, "format": 1}))
+    assert checkpoint.read_info(saved) == {"epoch": 3}
+
+
 def test_what_is_no_checkpoint_is_told(tmp_path, saved):
     with pytest.raises(CheckpointError, match=r"is not a checkpoint: no readable manifest\.json"):
         checkpoint.read_info(tmp_path / "nowhere")
@@ -54,7 +80,7 @@ def test_what_is_no_checkpoint_is_told(tmp_path, saved):
         with pytest.raises(CheckpointError, match="is not a checkpoint"):
             checkpoint.read_info(saved)
     (saved / checkpoint.MANIFEST).write_text('{"format": 99, "sha256": {}, "info": {}}')
-    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads formats 1 and 2"):
         checkpoint.read_info(saved)
 
 
@@ -72,6 +98,7 @@ def test_nothing_in_a_file_is_executed(saved, tmp_path, save):
     save({"weights": Hostile(target)}, saved / checkpoint.STATE)
     manifest = json.loads((saved / checkpoint.MANIFEST).read_text())
     manifest["sha256"][checkpoint.STATE] = checkpoint.sha256(saved / checkpoint.STATE)
+    manifest[checkpoint.OWN_DIGEST] = checkpoint.digest_of(manifest)
     (saved / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.read(saved, checkpoint.STATE)
