@@ -33,18 +33,33 @@ class Metrics:
         return cls(loss / images, 100 * top1 / images, 100 * top5 / images, int(images))
 
 
+class Interrupted(Exception):
+    """A pass was given up."""
+
+
 @torch.no_grad()
-def evaluate(classifier: Callable[..., Any], loader: Loader, device: torch.device, epoch: int = 0) -> Metrics:
+def evaluate(
+    classifier: Callable[..., Any],
+    loader: Loader,
+    device: torch.device,
+    epoch: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Metrics:
     """Evaluate on every image once, over all ranks. `classifier`: a Classifier or an engine around one; its
-    training mode is put back. `epoch`: the next one spares the loader a new start."""
+    training mode is put back. `epoch`: the next one spares the loader a new start. should_stop: asked after
+    each batch, on all ranks alike; raises Interrupted where it says so."""
     module: Any = classifier
     was_training = module.training
     module.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    for images, labels in loader.epoch(epoch):
-        _, counts = classifier(images, labels)
-        totals += counts
-    module.train(was_training)
+    try:
+        for images, labels in loader.epoch(epoch):
+            _, counts = classifier(images, labels)
+            totals += counts
+            if should_stop():
+                raise Interrupted
+    finally:
+        module.train(was_training)
     return Metrics.of(ranks.sum_over_ranks(totals))
 
 

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from data.loader import Batch
+from data.loader import Batch, Loader
 from sparsity import Sparsity, measure
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.mask_history import save_masks
@@ -23,7 +23,7 @@ from trainer.distributed import ranks
 from trainer.distributed.signals import StopRequest
 from trainer.engine import num_graphs, precision, precision_name
 from trainer.errors import Diverged, Stopped, UserError
-from trainer.evaluate import Metrics, evaluate, recompute_batch_norm
+from trainer.evaluate import Interrupted, Metrics, evaluate, recompute_batch_norm
 from trainer.kernels import accelerate, choice_table
 from trainer.monitor.clock import Clock
 from trainer.monitor.records import Monitor
@@ -67,13 +67,17 @@ class Trainer:
             for epoch in range(self.position.epoch, self.config.epochs):
                 trained = self.train_epoch(epoch)
                 ranks.average_buffers(self.acdc.model)
-                tested = evaluate(self.engine, self.loaders.test, self.device, epoch)
-                self.check_finite(tested.loss, epoch)
-                self.check_weights(epoch)
-                watched = {
-                    name: evaluate(self.engine, loader, self.device, epoch)
-                    for name, loader in self.loaders.watched.items()
-                }
+                try:
+                    tested = self.evaluate(self.loaders.test, epoch)
+                    self.check_finite(tested.loss, epoch)
+                    self.check_weights(epoch)
+                    watched = {
+                        name: self.evaluate(loader, epoch) for name, loader in self.loaders.watched.items()
+                    }
+                except Interrupted:  # all steps of the epoch are taken: a resumed run evaluates first
+                    self.save_checkpoint()
+                    self.stop()
+                self.position.epoch, self.position.step, self.position.totals = epoch + 1, 0, [0.0] * 4
                 self.record_epoch(epoch, trained, tested, watched)
                 self.save_pair(epoch, tested)
                 last = epoch + 1 == self.config.epochs
@@ -119,11 +123,14 @@ class Trainer:
                 self.save_checkpoint()
             if stopping:
                 self.stop()
+        position.totals = totals.tolist()
         trained = Metrics.of(ranks.sum_over_ranks(totals))
         self._rates = self._clock.rates
         self.check_finite(trained.loss, epoch)
-        position.epoch, position.step, position.totals = epoch + 1, 0, [0.0] * 4
         return trained
+
+    def evaluate(self, loader: Loader, epoch: int) -> Metrics:
+        return evaluate(self.engine, loader, self.device, epoch, self.should_stop)
 
     def after_compression(self, epoch: int) -> None:
         """What the recipe asks for once new masks are chosen."""
@@ -325,7 +332,7 @@ class Trainer:
         """A bad file, on any rank, where the recipe says to stop at one."""
         return next(filter(None, ranks.all_gather(self.loaders.bad_files.failure)), None)
 
-    def stop(self) -> None:
+    def stop(self) -> NoReturn:
         folder = self.run_dir.resumed_by
         if failure := self.failure():
             root = getattr(self.config.data, "root", None) or "ROOT"

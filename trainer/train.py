@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import EnvironmentFailure, Finished, UserError, exit_code_of
+from trainer.monitor.terminal import lasting_output
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return 0
 
-    return exit_code_of(run)
+    with lasting_output():
+        return exit_code_of(run)
 
 
 def train(recipe: str, overrides: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Whole runs in this process: a real DeepSpeed engine, real DALI, real files."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -25,6 +26,7 @@ from tests.trainer.runs import (
 )
 from trainer.build import build_trainer
 from trainer.checkpoints import checkpoint
+from trainer.checkpoints.run_dir import RunDir
 from trainer.checkpoints.saved_model import load_model
 from trainer.cli.main import main as acdc_command
 from trainer.config.load import load_config
@@ -144,13 +146,43 @@ def test_resumed_anywhere_equals_uninterrupted(finished, tiny_data, tmp_path, st
     assert main(tiny(tiny_data, tmp_path, "resume=auto")) == 0
     assert newest_run(tmp_path) == run
     assert_equal_states(final_state(run), final_state(finished))
+    assert losses(run) == losses(finished)
 
-    def losses(folder):
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [
-            (r["kind"], r["step"], r.get("loss", r.get("train_loss")), r.get("val_loss")) for r in records
-        ]
 
+def losses(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["kind"], r["step"], r.get("loss", r.get("train_loss")), r.get("val_loss")) for r in records]
+
+
+class StopsWhile:
+    """A loader that has a signal come while its batches are gone through, in one epoch."""
+
+    def __init__(self, loader, trainer, epoch):
+        self.loader, self.trainer, self.at = loader, trainer, epoch
+
+    def epoch(self, epoch, start=0):
+        for number, batch in enumerate(self.loader.epoch(epoch, start)):
+            if number == 0 and epoch == self.at:
+                self.trainer._stop_request._receive(15, None)
+            yield batch
+
+
+@pytest.mark.parametrize("epoch", [2, *slow(1, 5)])
+def test_a_signal_in_an_evaluation_saves_at_once(finished, tiny_data, tmp_path, epoch):
+    trainer = build_trainer(load_config("quickstart", tiny(tiny_data, tmp_path)[1:]), start())
+    trainer.loaders = dataclasses.replace(
+        trainer.loaders, test=StopsWhile(trainer.loaders.test, trainer, epoch)
+    )
+    step = 10 * (epoch + 1)
+    with pytest.raises(Stopped, match=f"stopped at step {step}; a checkpoint is saved"):
+        trainer.fit()
+    trainer.close()
+    run = newest_run(tmp_path)
+    epochs = [record["epoch"] for record in RunDir(run).read_metrics() if record["kind"] == "epoch"]
+    assert epochs == list(range(epoch))
+    assert main(tiny(tiny_data, tmp_path, "resume=auto")) == 0
+    assert newest_run(tmp_path) == run
+    assert_equal_states(final_state(run), final_state(finished))
     assert losses(run) == losses(finished)
 
 

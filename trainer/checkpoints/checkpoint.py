@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -45,7 +45,7 @@ def save(folder: Path, contents: Mapping[str, Any], info: Mapping[str, Any]) -> 
         digests = {}
         for name, content in contents.items():
             with whole(partial / name) as file:
-                torch.save(content, file)
+                _write(content, file, folder / name)
             digests[name] = sha256(partial / name)
         manifest = {"format": FORMAT, "sha256": digests, "info": info}
         manifest[OWN_DIGEST] = digest_of(manifest)
@@ -60,6 +60,14 @@ def save(folder: Path, contents: Mapping[str, Any], info: Mapping[str, Any]) -> 
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(content: Any, file: IO[bytes], name: Path) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # torch's writer ends in one of its own over what the disk said
+        said = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{name} cannot be written: {said}") from error
 
 
 def read_info(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from trainer.distributed.ranks import choose_accelerator, free_port
+from trainer.distributed.signals import SIGNALS
 from trainer.errors import UserError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -33,9 +34,11 @@ def launch(module: list[str], devices: int | None = None) -> int:
 
     def forward(number: int, _: Any) -> None:
         received.append(number)
-        _signal_group(process.pid, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+        impatient = sum(each in (signal.SIGINT, signal.SIGTERM) for each in received) > 1
+        if impatient or len(received) == 1:
+            _signal_group(process.pid, signal.SIGKILL if impatient else signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, forward)
     code = process.wait()
     if code == 0 and not received and _alive(process.pid):

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.cli import commands, data_commands
 from trainer.errors import exit_code_of
+from trainer.monitor.terminal import lasting_output
 
 
 def _positive(text: str) -> int:
@@ -94,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]  # overrides may follow options
-    return exit_code_of(lambda: options.function(options))
+    with lasting_output():
+        return exit_code_of(lambda: options.function(options))
 
 
 if __name__ == "__main__":

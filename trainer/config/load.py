@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
@@ -82,11 +82,12 @@ def _section_at(root: type[Section], location: list[Any], problem: dict[str, Any
     section = root
     for part in location:
         inner = section.model_fields[part].annotation
-        if get_origin(inner) is UnionType:  # the kinds of data, told apart by name
-            tag = problem["loc"][problem["loc"].index(part) + 1]
-            inner = next(
-                kind for kind in get_args(inner) if tag in get_args(kind.model_fields["name"].annotation)
-            )
+        if get_origin(inner) is UnionType:  # a section or none; or the kinds of data, told apart by name
+            kinds = [kind for kind in get_args(inner) if kind is not NoneType]
+            inner = kinds[0]
+            if len(kinds) > 1:
+                tag = problem["loc"][problem["loc"].index(part) + 1]
+                inner = next(kind for kind in kinds if tag in get_args(kind.model_fields["name"].annotation))
         assert isinstance(inner, type)
         assert issubclass(inner, Section)
         section = inner

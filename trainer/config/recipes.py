@@ -76,7 +76,7 @@ def _parse(text: str) -> Any:
     """Raises ValueError for whatever PyYAML makes of text that it cannot read."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 

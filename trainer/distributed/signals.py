@@ -1,10 +1,13 @@
-"""A polite end: the first SIGTERM or Ctrl-C asks the loop to save and stop, a second Ctrl-C ends at once."""
+"""A polite end: the first signal asks the loop to save and stop, a second Ctrl-C ends at once."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 from typing import Any
+
+# The launcher's, a Ctrl-C, a terminal that closed, and what SLURM's --signal sends before the time is over
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -19,7 +22,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -28,7 +31,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+        self.number = self.number or number
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt

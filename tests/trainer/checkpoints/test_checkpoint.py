@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -161,3 +162,16 @@ def test_killed_while_writing_there_is_always_a_whole_one(tmp_path):
         assert states
         for path in states:
             assert checkpoint.read(path, checkpoint.STATE)[0] == checkpoint.read_info(path)["step"]
+
+
+def test_a_disk_that_refuses_is_an_os_error_and_leaves_what_was_there(saved):
+    """torch's writer says "unexpected pos" over it. A limit of file sizes stands in for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"state\.pt cannot be written: .*File too large"):
+            checkpoint.save(saved, {checkpoint.STATE: torch.zeros(10**6)}, {"epoch": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoint.read_info(saved) == {"epoch": 3}
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.data.photographs import make_tree
+from tests.slow import slow
 from tests.trainer.runs import (
     NUM_STEPS,
     assert_equal_states,
@@ -147,12 +148,17 @@ def test_killed_at_any_moment_the_run_goes_on_where_it_was(uninterrupted, tiny_d
     assert newest_run(tmp_path) == run
 
 
-def test_a_signal_saves_and_stops(uninterrupted, tiny_data, tmp_path):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *slow(signal.SIGHUP, signal.SIGUSR1)], ids=["TERM", "HUP", "USR1"]
+)
+def test_a_signal_saves_and_stops(uninterrupted, tiny_data, tmp_path, number):
     arguments = tiny(tiny_data, tmp_path, "save.every=7st")
     process = start_and_wait(command("train", *arguments, "--devices", "1"), tmp_path, 4)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
+    if number != signal.SIGTERM:
+        process.send_signal(signal.SIGHUP)  # a terminal that closes says so more than once
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     assert "error: stopped at step " in output
     assert f"Go on with resume={newest_run(tmp_path)}" in output
     assert "Traceback" not in output
@@ -161,6 +167,29 @@ def test_a_signal_saves_and_stops(uninterrupted, tiny_data, tmp_path):
     assert not [
         p for p in psutil.process_iter() if str(tmp_path) in " ".join(_cmdline(p)) and p.pid != os.getpid()
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_process_without_our_launcher_saves_and_stops_too(tiny_data, tmp_path, number):
+    arguments = [sys.executable, "-m", "trainer.train", *tiny(tiny_data, tmp_path)]
+    process = start_and_wait(arguments, tmp_path, 4)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "error: stopped at step " in output
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_does_not_end_the_run(tiny_data, tmp_path):
+    """As with `acdc train ... 2>&1 | head -1`."""
+    arguments = command("train", *tiny(tiny_data, tmp_path), "--devices", "1")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert (newest_run(tmp_path) / "result.json").exists()
+    assert (newest_run(tmp_path) / "report.html").exists()
 
 
 @pytest.mark.slow

@@ -213,6 +213,9 @@ def test_recipes_are_found_by_name_and_path(tmp_path, monkeypatch):
         ("checkpoint=", "'checkpoint=' gives no value; for none write checkpoint=null"),
         ("data={batch_size: 3}", "data.name: missing; one of fashion_mnist"),
         ("data=3", "data: "),
+        ("sparsity.gradual={}", "sparsity.gradual.end: missing"),
+        ("sparsity.gradual={start: 1}", "sparsity.gradual.start: unknown key"),
+        ("data.image_size=!!timestamp x", "the value of 'data.image_size=!!timestamp x' cannot be read"),
     ],
 )
 def test_mistakes_beside_unions_are_named(override, expected):
