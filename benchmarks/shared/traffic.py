@@ -2,11 +2,13 @@
 
 What is counted, over the operators of one uncompiled step (forward, backward, optimizer):
 - A convolution, product or pooling reads its inputs and writes its outputs; a convolution's backward pass
-  reads the gradient twice, for the input's gradient and for the weight's.
+  reads the gradient twice, for the input's gradient and for the weight's. Which place of a window is the
+  greatest takes a byte, and pooling's backward pass reads nothing else beside the gradient.
 - Element-wise operators in a row are one pass: it reads what the first ones read, once each, and writes the
   last result, when another kind of operator needs it.
 - A reduction reads what leads to its input, and writes next to nothing.
 - BatchNorm is a reduction (the statistics; backwards the two sums) and then element-wise.
+- The optimizer reads weights, gradients and momentum, and writes weights and momentum.
 So in ResNet50 statistics, normalisation with ReLU and addition, and convolutions are separate passes. Nothing
 stays in a cache between them, and nothing is read twice because of a kernel's tiles: a kernel that does fuse
 these passes could be faster than this roofline, and one that does not cannot.
@@ -34,6 +36,7 @@ _ELEMENTWISE = (
     "ones_like",
     "zeros_like",
 )
+_OVERWRITING = ("copy_", "fill_", "zero_")  # what was in their first input is not read
 _REDUCTIONS = ("sum", "mean", "_log_softmax", "nll_loss_forward", "argmax")
 
 
@@ -41,13 +44,14 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts within a `with` block. bytes: by kind of operator.
 
     Results of element-wise operators wait in _pending, by storage, with the tensors that they are made of.
-    Everything seen is kept, so that no storage's address comes again: count with small batches."""
+    Every storage seen is kept, so that its address does not come again: count with small batches. Tensors are
+    not: of a gradient that somebody else holds autograd makes a copy."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: dict[str, int] = {}
         self._pending: dict[int, dict[int, int]] = {}  # storage -> storages that it is made of -> bytes
-        self._kept: list[Tensor] = []
+        self._kept: list[torch.UntypedStorage] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -57,7 +61,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = [*args, *(kwargs or {}).values()]
         inputs = _tensors(given)
         made = _tensors([outputs])
-        self._kept += [*inputs, *made]
+        self._kept += [tensor.untyped_storage() for tensor in (*inputs, *made)]
         if any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns):
             return outputs  # a view
         if "empty" in name:
@@ -67,17 +71,19 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._read("batch norm", self._leaves(large))
             self._pend(made[:1], large)
         elif torch.Tag.pointwise in func.tags or name in _ELEMENTWISE:
-            self._pend(made, inputs)
+            self._pend(made, inputs[1:] if name in _OVERWRITING else inputs)
         elif name in _REDUCTIONS:
             self._read("reductions", self._leaves(inputs))
         else:
             kind = "convolution" if "convolution" in name else "optimizer" if "sgd" in name else "other"
+            if name == "max_pool2d_with_indices_backward":
+                inputs = [inputs[0], inputs[-1]]  # of its input the operator needs the shape alone
             self._materialise(inputs)
             written = [
                 value
                 for argument, value in zip(arguments, given, strict=False)
-                if argument.alias_info and argument.alias_info.is_write
-            ]
+                if argument.alias_info and argument.alias_info.is_write and argument.name != "grads"
+            ]  # gradients are written for a loss scale alone
             twice = inputs[:1] if name == "convolution_backward" else []
             moved = [*inputs, *twice, *made, *_tensors(written)]
             self._add(kind, sum(map(_size, moved)))
@@ -116,7 +122,9 @@ def _key(tensor: Tensor) -> int:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes; of an expanded tensor those that exist."""
+    """Bytes; of an expanded tensor those that exist, of indices and labels one each."""
+    if tensor.dtype == torch.int64:
+        return tensor.numel()
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 

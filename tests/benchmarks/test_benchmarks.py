@@ -64,7 +64,7 @@ def test_overhead(monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_throughput(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(turns, "QUIET", 0.05)
-    small = ["resnet20", "--batch", "8", "--turns", "2", "--steps", "3", "--warmup", "1"]
+    small = ["resnet20", "--batch", "8", "--turns", "2", "--steps", "3", "--warmup", "1", "--profile"]
     record = run(throughput, monkeypatch, tmp_path, *small)
     rows = record["throughput"]
     assert [(row["phase"], row["data"]) for row in rows] == [
@@ -79,8 +79,13 @@ def test_throughput(monkeypatch, tmp_path, capsys):
         assert 0 < row["step_p50"] <= row["step_p95"]
         assert 0 <= row["data_wait"]["min"] <= row["data_wait"]["max"] < 1
         assert ("cost_of_data" in row) == (row["data"] == "arrays")
-    assert record["networks"]["resnet20"]["peak_memory_gb"] > 0.1
-    assert record["networks"]["resnet20"]["loader_alone"]["min"] > 0
+        assert row["of_memory_roofline"] > 0
+    whole = record["networks"]["resnet20"]
+    assert whole["peak_memory_gb"] > 0.1
+    assert whole["loader_alone"]["min"] > 0
+    assert "bytes_error" not in whole
+    assert whole["bytes_per_image"]["convolution"] > 0
+    assert sum(whole["profile"]["shares"].values()) == pytest.approx(1)
     printed = capsys.readouterr().out
     assert "cost of data" in printed
     assert "loader alone" in printed
