@@ -21,7 +21,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from benchmarks.shared.record import RESULTS, write_record
 
@@ -106,6 +106,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check: left out, torch sees no GPU on this machine")
         return 0
+    signal.signal(signal.SIGTERM, _stop)
     print(f"gpu-check on {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     outcomes = check(options.out, options.only or NAMES, options.seconds)
     for name, found in outcomes.items():
@@ -167,7 +168,8 @@ def run(part: Part, left: float, out: Path, log: IO[str]) -> tuple[float, str]:
         code = None
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            # and what it has started; no SIGTERM, at which a run saves first, and a test that trains goes on
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         echo.join(10)  # longer where something that it started has got away with the pipe
     spent = time.monotonic() - begin
@@ -176,6 +178,11 @@ def run(part: Part, left: float, out: Path, log: IO[str]) -> tuple[float, str]:
         late = "left out: the time for all is over" if left < part.most else "failed: it took too long"
         return spent, f"{late}{kept}"
     return spent, "passed" if code == 0 else f"failed: exit code {code}"
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    """Let whatever stops the check stop the part that runs: see the end of `run`."""
+    raise SystemExit(128 + number)
 
 
 def _echo(process: subprocess.Popen[str], log: IO[str]) -> None:

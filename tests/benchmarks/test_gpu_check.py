@@ -2,7 +2,12 @@
 
 import io
 import json
+import math
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -88,6 +93,56 @@ def test_a_failing_part_stops_no_other_and_small_records_are_merged(monkeypatch,
 def test_the_folder_stays_within_eight_files():
     large = [part for part in gpu_check.PARTS if not part.small and part.name != "tests"]
     assert len(large) + len(["gpu_check.json", "log.txt", "of a small part that runs"]) <= 8
+
+
+def test_a_test_loss_of_millions_is_no_fault_and_one_that_is_no_number_is(tmp_path):
+    def verdict(*losses):
+        epochs = [{"kind": "epoch", "phase": "dense", "train_loss": 9.1, "val_loss": loss} for loss in losses]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, epochs)))
+        found = {"verdicts": {}, "resumed": {"said": [], "exit_code": 0}}
+        real_run.read_run(tmp_path, found)
+        return found["verdicts"]["finite losses"]
+
+    assert verdict(2.2e7, 6.9, 87.8)
+    assert not verdict(2.2e7, math.nan, 87.8)
+    assert not verdict(math.inf)
+    assert not verdict(None)
+    assert not verdict()
+
+
+STUBBORN = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None)  # as a run does, which saves and stops when it likes
+place = pathlib.Path(sys.argv[-1]).with_suffix(".pid")
+place.with_suffix(".new").write_text(str(os.getpid()))
+place.with_suffix(".new").rename(place)
+time.sleep(120)
+"""
+TERMINATED = """
+import pathlib, sys, torch
+from benchmarks import gpu_check
+torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda: "none"
+gpu_check.PARTS = (gpu_check.Part("variants", (), 1, 120, "stubborn", "it"),)
+raise SystemExit(gpu_check.main())
+"""
+
+
+def test_what_is_stopped_takes_its_part_with_it(tmp_path):
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command = [sys.executable, "-c", TERMINATED, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths})
+    place = tmp_path / "out" / "variants.pid"
+    try:
+        while not place.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(place.read_text()), 0)
 
 
 @pytest.mark.slow
