@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,19 +29,25 @@ def main() -> int:
     parser.add_number("--repeats", 3, "of each way, in turns")
     parser.add_number("--steps", 5, "timed, behind the first")
     options = parse(parser, "compilation")
-    results = {network: _in_turns(network, options) for network in options.networks}
+    results: dict[str, dict[str, Any]] = {}
+    for network in options.networks:
+        for found in _in_turns(network, options):
+            results[network] = found
+            write_record(options.out, {"compilation": results}, quietly=True)
     show(results)
     write_record(options.out, {"compilation": results})
     return 0
 
 
-def _in_turns(network: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Of each way, with an empty cache (cold) and with what that left (warm)."""
-    runs = repeat_ways(network, WAYS, options.repeats, lambda way: _in_processes(network, way, options.steps))
-    return {
-        way: dict(zip(("cold", "warm"), map(summary, zip(*those, strict=True)), strict=True))
-        for way, those in runs.items()
-    }
+def _in_turns(network: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Of each way so far, with an empty cache (cold) and with what that left (warm)."""
+    for runs in repeat_ways(
+        network, WAYS, options.repeats, lambda way: _in_processes(network, way, options.steps)
+    ):
+        yield {
+            way: dict(zip(("cold", "warm"), map(summary, zip(*those, strict=True)), strict=True))
+            for way, those in runs.items()
+        }
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

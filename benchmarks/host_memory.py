@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,7 +27,11 @@ def main() -> int:
     parser.add_number("--repeats", 3, "processes of each way, in turns")
     parser.add_number("--steps", 6, "in a process")
     options = parse(parser, "host_memory")
-    results = {name: _in_turns(name, options) for name in options.networks or NETWORKS}
+    results: dict[str, dict[str, Any]] = {}
+    for name in options.networks or NETWORKS:
+        for found in _in_turns(name, options):
+            results[name] = found
+            write_record(options.out, {"host_memory": results}, quietly=True)
     rows = []
     for name, ways in results.items():
         for way, result in ways.items():
@@ -38,18 +43,19 @@ def main() -> int:
     return 0
 
 
-def _in_turns(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    runs_of = repeat_ways(
+def _in_turns(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Of each way so far."""
+    for runs_of in repeat_ways(
         name, WAYS, options.repeats, lambda way: run_apart(measure, name, way, options.steps)
-    )
-    return {
-        way: {
-            "ms_per_step": spread([ms for run in runs for ms in run["ms"]]),
-            "faults": sum(run["faults"] for run in runs) / len(runs),
-            "memory_gb": max(run["memory_gb"] for run in runs),
+    ):
+        yield {
+            way: {
+                "ms_per_step": spread([ms for run in runs for ms in run["ms"]]),
+                "faults": sum(run["faults"] for run in runs) / len(runs),
+                "memory_gb": max(run["memory_gb"] for run in runs),
+            }
+            for way, runs in runs_of.items()
         }
-        for way, runs in runs_of.items()
-    }
 
 
 def measure(name: str, way: str, steps: int) -> dict[str, Any]:

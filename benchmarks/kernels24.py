@@ -44,7 +44,8 @@ def main() -> int:
     dtype = DTYPES[0] if needed is None else torch.float32
     searched = Family24(device, dtype, transposable=True)
     default = replace(searched, search=False)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    content = {"device": str(device), "reference": needed is not None, "kernels": rows}
     print(_line("network", "layer", "rows x in x out", *COLUMNS))
     for network, layer, shape in shapes:
         measured = shape if needed is None else _small(shape)
@@ -52,7 +53,8 @@ def main() -> int:
         row |= {"default": default.measure(measured).as_dict(), **searched.measure(measured).as_dict()}
         rows.append(row)
         print(_line(network, layer, str(measured), *_figures(row)), flush=True)
-    write_record(options.out, {"device": str(device), "reference": needed is not None, "kernels": rows})
+        write_record(options.out, content, quietly=True)
+    write_record(options.out, content)
     return 0
 
 

@@ -28,12 +28,14 @@ def main() -> int:
     parser.add_number("--batch", None, "images in a step; default: by network and device")
     options = parse(parser, "overhead")
     device = ranks.start()
-    results = {}
+    results: dict[str, Any] = {}
+    content = {"device": str(device), "overhead": results}
     for name in options.networks or DEFAULT:
         torch._dynamo.reset()  # the next network begins afresh
         results[name] = measure(name, device, options)
+        write_record(options.out, content, quietly=True)
     show(results)
-    write_record(options.out, {"device": str(device), "overhead": results})
+    write_record(options.out, content)
     return 0
 
 

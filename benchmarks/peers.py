@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +47,15 @@ def main() -> int:
     )
     parser.add_number("--images", 512, "JPEG files to train on")
     options = parse(parser, "peers")
-    results = {name: measure(name, options) for name in options.networks or BARS}
-    show(results)
     settings = {"steps": options.steps, "turns": options.turns, "workers": WORKERS, "read_ahead": READ_AHEAD}
-    write_record(options.out, {"options": settings, "peers": results})
+    results: dict[str, Any] = {}
+    content = {"options": settings, "peers": results}
+    for name in options.networks or BARS:
+        for found in measure(name, options):
+            results[name] = found
+            write_record(options.out, content, quietly=True)
+    show(results)
+    write_record(options.out, content)
     return 0
 
 
@@ -61,8 +66,8 @@ class Turn(NamedTuple):
     refill: float
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Images per second of all, and ratios turn by turn."""
+def measure(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """After each turn of all: images per second, and ratios turn by turn."""
     from benchmarks.data_pipeline import make_tree
     from benchmarks.shared.models import NETWORKS
 
@@ -82,9 +87,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 for who in order(list(CONTENDERS), turn):
                     turns[who].append(contenders[who].turn(options.steps))
                 on_progress(turn + 1, options.turns)
+                yield {"batch": batch, "bar": BARS[name], **summary(turns, batch * options.steps)}
         for contender in contenders.values():
             contender.end()
-    return {"batch": batch, "bar": BARS[name], **summary(turns, batch * options.steps)}
 
 
 def summary(turns: Mapping[str, list[Turn]], images: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ everywhere (on a CPU their reference runs).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,10 +39,16 @@ def main() -> int:
     parser.add_argument("--no-graphs", action="store_true", help="leave the counting of graphs out")
     options = parse(parser, "phase_switch")
     device = ranks.start()
-    times = {name: measure(options.network, name, options.repeats, device) for name in PATTERNS}
-    graphs = {} if options.no_graphs else count_graphs(device)
-    show(times, graphs)
+    times: dict[str, Any] = {}
+    graphs: dict[str, list[int]] = {}
     record = {"network": options.network, "device": str(device), "seconds": times, "graphs": graphs}
+    for name in PATTERNS:
+        times[name] = measure(options.network, name, options.repeats, device)
+        write_record(options.out, record, quietly=True)
+    for name, counted in () if options.no_graphs else count_graphs(device):
+        graphs[name] = counted
+        write_record(options.out, record, quietly=True)
+    show(times, graphs)
     write_record(options.out, record)
     return 0
 
@@ -72,9 +78,8 @@ def measure(network: str, pattern: str, repeats: int, device: torch.device) -> d
     return {"num_weights": num_weights, **{name: spread(values) for name, values in seconds.items()}}
 
 
-def count_graphs(device: torch.device) -> dict[str, list[int]]:
-    """Graphs compiled by the end of each of eight phases, an evaluation in each."""
-    counted = {}
+def count_graphs(device: torch.device) -> Iterator[tuple[str, list[int]]]:
+    """(kernels, graphs compiled by the end of each of eight phases, an evaluation in each)."""
     for name, pattern in (("masked", "global 90 %"), ("2:4 on and off", "2:4 transposable")):
         torch._dynamo.reset()
         overrides = ["model.arguments={width: 0.25}", "data.image_size=64", *PATTERNS[pattern]]
@@ -82,8 +87,8 @@ def count_graphs(device: torch.device) -> dict[str, list[int]]:
             short_trainer(NETWORKS["mobilenetv1"], device, PHASES, 8, 3, *overrides) as trainer,
             progress(f"{name}, phases") as on_progress,
         ):
-            counted[name] = _train_phases(trainer, name != "masked", device, on_progress)
-    return counted
+            counted = _train_phases(trainer, name != "masked", device, on_progress)
+        yield name, counted
 
 
 def _train_phases(trainer: Any, use24: bool, device: torch.device, on_progress: Any) -> list[int]:

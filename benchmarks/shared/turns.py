@@ -63,14 +63,17 @@ def take_turns(
     return seconds
 
 
-def repeat_ways(what: str, ways: Sequence[str], repeats: int, run: Callable[[str], T]) -> dict[str, list[T]]:
-    """What `run` gives for each way, which take turns; a line on the screen for each run."""
-    found: dict[str, list[T]] = {way: [] for way in ways}
+def repeat_ways(
+    what: str, ways: Sequence[str], repeats: int, run: Callable[[str], T]
+) -> Iterator[dict[str, list[T]]]:
+    """After each run, of which a line on the screen tells: what `run` gave for each way so far. Ways take
+    turns."""
+    found: dict[str, list[T]] = {}
     for repeat in range(repeats):
         for way in order(ways, repeat):
-            found[way].append(run(way))
+            found.setdefault(way, []).append(run(way))
             print(f"{what}, {way}: {repeat + 1} of {repeats}", flush=True)
-    return found
+            yield {way: found[way] for way in ways if way in found}
 
 
 def run_apart(function: Callable[..., T], *arguments: Any, **variables: str) -> T:
