@@ -125,8 +125,8 @@ def read_run(run: Path, found: dict[str, Any]) -> None:
         "resumed within the compressed phase": "epoch 1, step" in (found["resumed_at"] or ""),
         "ended well": found["resumed"]["exit_code"] == 0 and result is not None,
         "three epochs": [record["phase"] for record in epochs] == ["dense", "sparse", "dense"],
-        # no more: four steps without warm-up leave BatchNorm's statistics far off, and a test loss of millions
-        # is no fault
+        # no more: four steps without warm-up leave BatchNorm's statistics far off, and a test loss of
+        # millions is no fault
         "finite losses": bool(losses) and all(loss is not None and math.isfinite(loss) for loss in losses),
         "0 recompilations": result is not None and result["compile"]["recompilations"] == 0,
     }

@@ -1,13 +1,16 @@
 """What make gpu-check runs, leaves out and keeps, and its real run, in small, on a CPU."""
 
+import importlib
 import io
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,12 +18,14 @@ from benchmarks import gpu_check
 from benchmarks.gpu import real_run
 from benchmarks.gpu_check import Part
 
+TREE = Path(gpu_check.__file__).parents[1]
+
 
 def part(name, code, **others):
     """Of Python code; a record goes to `out`."""
     begin = "import json, pathlib, sys, time; out = pathlib.Path(sys.argv[-1])"
     module = f"{begin}\n{code}"
-    return Part(name, (), 1, others.pop("most", 60), module, "it", **others)
+    return Part(name, (), others.pop("least", 1), others.pop("most", 60), module, "it", **others)
 
 
 @pytest.fixture
@@ -90,9 +95,43 @@ def test_a_failing_part_stops_no_other_and_small_records_are_merged(monkeypatch,
     assert record["environment"]["packages"]
 
 
-def test_the_folder_stays_within_eight_files():
+@pytest.mark.usefixtures("_parts")
+def test_time_is_kept_for_tests_and_they_have_a_log_of_their_own(monkeypatch, tmp_path):
+    parts = (part("early", "print('early said')"), part("late", "print('late said')", least=30))
+    monkeypatch.setattr(gpu_check, "PARTS", (*parts, part("tests", "print('tests said')", least=30)))
+    monkeypatch.setattr(gpu_check, "KEPT", 40)
+    found = gpu_check.check(tmp_path, ["early", "late", "tests"], 60)
+    assert found["late"]["outcome"].startswith("left out: ")
+    assert found["early"]["outcome"] == found["tests"]["outcome"] == "passed"
+    assert "early said" in (tmp_path / "log.txt").read_text()
+    assert "tests said" not in (tmp_path / "log.txt").read_text()
+    assert "tests said" in (tmp_path / "tests.log").read_text()
+    assert gpu_check.check(tmp_path, ["late"], 60)["late"]["outcome"] == "passed"
+
+
+def test_tests_come_last_and_limits_keep_within_the_budget():
+    assert gpu_check.PARTS[-1].name == "tests"
+    assert gpu_check.PARTS[-1].least <= gpu_check.KEPT
+    assert all(part.least <= part.most <= gpu_check.BUDGET for part in gpu_check.PARTS)
+
+
+@pytest.mark.parametrize("part", gpu_check.PARTS, ids=lambda part: part.name)
+def test_every_parts_command_is_understood(monkeypatch, tmp_path, part):
+    """By its own parser: options, names of variants."""
+    module, *arguments = shlex.split(part.command)
+    if module == "pytest":
+        assert (TREE / arguments[-1]).is_dir()
+        return
+    monkeypatch.setattr(sys, "argv", [module, *arguments, "--out", str(tmp_path / "x.json"), "--help"])
+    with pytest.raises(SystemExit) as ended:  # at --help, which comes behind all that is read
+        importlib.import_module(module).main()
+    assert ended.value.code == 0
+
+
+def test_the_folder_stays_small():
     large = [part for part in gpu_check.PARTS if not part.small and part.name != "tests"]
-    assert len(large) + len(["gpu_check.json", "log.txt", "of a small part that runs"]) <= 8
+    others = ["gpu_check.json", "log.txt", "tests.log", "of a small part that runs"]
+    assert len(large) + len(others) <= 8
 
 
 def test_a_test_loss_of_millions_is_no_fault_and_one_that_is_no_number_is(tmp_path):
