@@ -10,8 +10,8 @@ What is counted, over the operators of one uncompiled step (forward, backward, o
 - BatchNorm is a reduction (the statistics; backwards the two sums) and then element-wise.
 - The optimizer reads weights, gradients and momentum, and writes weights and momentum.
 So in ResNet50 statistics, normalisation with ReLU and addition, and convolutions are separate passes. Nothing
-stays in a cache between them, and nothing is read twice because of a kernel's tiles: a kernel that does fuse
-these passes could be faster than this roofline, and one that does not cannot.
+stays in a cache between them, and nothing is read twice because of a kernel's tiles: kernels that fuse these
+passes, or find their input in a cache, can be faster than this roofline, and others cannot.
 """
 
 from __future__ import annotations
