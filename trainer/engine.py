@@ -31,6 +31,7 @@ PRECISIONS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+_OFFLOADED = {"offload_optimizer", "cpu_offload", "zenflow"}  # keys of zero_optimization
 
 
 def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
@@ -40,6 +41,8 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
     """
     micro_batch = config.data.batch_size // (ranks.world_size() * config.engine.accumulation_steps)
     dtype = precision(config, device)
+    # Switched off it has a type all the same, which no user's file has to know: DeepSpeed's usual one
+    kind = "float16" if dtype == torch.float16 else "bfloat16"
     generated: dict[str, Any] = {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -47,7 +50,7 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
         "zero_optimization": {"stage": config.engine.zero_stage},
         "zero_allow_untested_optimizer": True,
         # Weights stay fp32 masters, BatchNorm stays fp32. The bf16 and fp16 modes would cast both.
-        "torch_autocast": {"enabled": dtype != torch.float32, "dtype": _name(dtype)},
+        "torch_autocast": {"enabled": dtype != torch.float32, "dtype": kind},
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "steps_per_print": 2**62,
@@ -70,9 +73,11 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
     # DeepSpeed 0.19.8 clips gradients to norm 1 unless told otherwise; the paper does not clip
     generated.setdefault("gradient_clipping", 0.0)
     # Only clipping needs the norm. With it ZeRO-1/2 would wait for the device in every step, and would skip
-    # steps of infinite gradients in silence, where stage 0 ends the run
-    if config.engine.zero_stage and generated["gradient_clipping"] == 0:
-        generated["zero_optimization"].setdefault("compute_grad_norm", False)
+    # steps of infinite gradients in silence, where stage 0 ends the run. With optimizers off the device
+    # DeepSpeed insists on it
+    zero = generated["zero_optimization"]
+    if config.engine.zero_stage and generated["gradient_clipping"] == 0 and not _OFFLOADED & zero.keys():
+        zero.setdefault("compute_grad_norm", False)
     # ZeRO-1/2 would add gradients of Conv2d and Linear up in bf16, and in fp32 those of masked layers, whose
     # class it does not know. All in fp32, as stage 0 does
     generated["torch_autocast"].setdefault("lower_precision_safe_modules", [])
@@ -102,10 +107,6 @@ def precision_name(config: Config | EvalConfig, device: torch.device) -> str:
     if config.engine.precision != "auto":
         return config.engine.precision
     return "bf16" if device.type == "cuda" or cpu_multiplies_bf16() else "fp32"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def check_precision(config: EngineConfig, device: torch.device) -> None:

@@ -232,6 +232,23 @@ def test_ranks_add_gradients_of_masked_and_other_layers_up_in_one_type(stage, na
     assert set(trainer.engine.optimizer.ipg_buckets) == expected | {torch.float32}
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_users_file_may_keep_optimizer_state_off_the_device(stage, tiny_data, tmp_path):
+    """For which DeepSpeed insists on the gradients' norm, which is left out otherwise."""
+    file = tmp_path / "deepspeed.json"
+    theirs = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    file.write_text(json.dumps({**theirs, "zero_force_ds_cpu_optimizer": False}))
+    options = [f"engine.zero_stage={stage}", f"engine.deepspeed={file}"]
+    assert main(["quickstart", *small(tiny_data, tmp_path, "{}", *options)]) == 0
+
+
+def test_a_users_file_may_name_the_type_of_an_autocast_that_is_off(tiny_data, tmp_path):
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"torch_autocast": {"enabled": False, "dtype": "bfloat16"}}))
+    config = load_config("quickstart", ["engine.precision=fp32", f"engine.deepspeed={file}"])
+    assert not engine.deepspeed_config(config, CPU)["torch_autocast"]["enabled"]
+
+
 def test_machines_that_differ_have_to_be_told(tiny_data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ranks, "all_gather", lambda mine: [mine, "bf16" if mine == "fp32" else "fp32"])
     assert main(["quickstart", *small(tiny_data, tmp_path, "{}", "engine.precision=auto")]) == 2
