@@ -224,12 +224,18 @@ class LossScaling:
     def __init__(self, scaler: torch.amp.GradScaler, optimizer: Any, device: torch.device) -> None:
         self._scaler = scaler
         self._skipped = torch.zeros((), dtype=torch.float64, device=device)
+        self._optimizer = optimizer
         optimizer.register_step_post_hook(self._count)
-        for group in optimizer.param_groups:
+        self.begin_momentum()
+
+    def begin_momentum(self) -> None:
+        """From 0, where there is none yet. torch leaves that of a first step that is skipped uninitialised.
+        From 0, a first step ends with the same bits as from none."""
+        for group in self._optimizer.param_groups:
             for parameter in group["params"] if group["momentum"] else ():
-                # torch leaves the momentum of a first step that is skipped uninitialised. From 0, a first
-                # step ends with the same bits as from none
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                state = self._optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
     def _count(self, optimizer: Any, *_: Any) -> None:
         self._skipped += optimizer.found_inf  # there while the scaler steps

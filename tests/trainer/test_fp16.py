@@ -151,6 +151,18 @@ def test_another_precision_has_no_scale_and_fp16_goes_on_from_it(tiny_data, tmp_
     assert records(tmp_path, "step")[-1]["loss_scale"] > 1
 
 
+def test_a_run_without_momentum_so_far_may_skip_its_first_step_with_some(tiny_data, tmp_path):
+    settings = ["optimizer.momentum=0", "optimizer.nesterov=false", "save.every=1st", "save.keep=9"]
+    assert main(["quickstart", *small(tiny_data, tmp_path, WHOLE, *settings)]) == 0
+    point = newest_run(tmp_path) / "checkpoints" / "step-000000004"
+    options = fp16(tiny_data, tmp_path, "optimizer.momentum=0.9", f"resume={point}")
+    trainer = build_trainer(load_config("quickstart", options), start())
+    trainer.close()
+    sgd = trainer.engine.optimizer
+    for parameter in trainer.acdc.model.parameters():  # torch would leave it uninitialised
+        assert not sgd.state[parameter]["momentum_buffer"].any()
+
+
 def test_fp16_is_refused_at_zero_stages_that_would_skip_apart():
     with pytest.raises(UserError, match="precision fp16 needs zero_stage 0, not 1"):
         load_config("quickstart", ["engine.precision=fp16", "engine.zero_stage=1"])

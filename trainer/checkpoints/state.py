@@ -136,8 +136,12 @@ def _load_masters(
 
 
 def _load_scaling(engine: Any, state: Mapping[str, Any]) -> None:
-    """Of a run in fp16. One that was in another precision so far begins with torch's first scale."""
-    if engine.loss_scaling is not None and "loss_scaling" in state:
+    """Of a run in fp16. One that was in another precision so far begins with torch's first scale. Behind
+    _load_masters: a state from before the first momentum has none to load."""
+    if engine.loss_scaling is None:
+        return
+    engine.loss_scaling.begin_momentum()
+    if "loss_scaling" in state:
         engine.loss_scaling.load_state_dict(state["loss_scaling"])
 
 
