@@ -32,6 +32,7 @@ def log_start(trainer: Trainer) -> None:
         f"phases      {acdc.schedule}",
         f"device      {devices}, {computed}, ZeRO stage {config.engine.zero_stage}",
     ]
+    lines[3:3] = [f"{about:<10}  {text}" for about, text in trainer.task.notes.items()]
     if trainer.position.epoch or trainer.position.step:
         lines.append(f"begins      at epoch {trainer.position.epoch}, step {trainer.position.step} of it")
     if trainer.engine.is_compiled:

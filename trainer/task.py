@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """model_info: what a saved model carries along, see trainer.checkpoints.saved_model.describe_model."""
+    """model_info: what a saved model carries along, see trainer.checkpoints.saved_model.describe_model.
+    notes: what the run's first lines say besides, by what it is about."""
 
     config: Config
     device: torch.device
@@ -35,17 +36,20 @@ class Task:
     acdc: ACDC
     model_info: dict[str, Any]
     flops: RunFlops
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def build_task(config: Config, device: torch.device, weights: str | None) -> Task:
     """weights: a file to start from. Raises UserError and EnvironmentFailure."""
     loaders = build_loaders(config, device)
     model_info = describe_model(config, loaders.info)
+    notes: dict[str, str] = {}
     torch.manual_seed(config.seed)
     with as_user_error("model"):
         model = build_model(model_info)
         if weights is not None:
-            load_weights(model, Path(weights).expanduser())
+            told = load_weights(model, Path(weights).expanduser(), config.model.weights_key, model_info)
+            notes["weights"] = "; ".join([weights, *told])
     steps_per_epoch = loaders.train.batches_per_epoch // config.engine.accumulation_steps
     with as_user_error("sparsity"):
         acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
@@ -54,7 +58,7 @@ def build_task(config: Config, device: torch.device, weights: str | None) -> Tas
         flops = RunFlops.count(model, config.data, loaders.info.shape)
     with as_user_error("sparsity"):
         _check_masks_hold(acdc, loaders.info, config.sparsity.exclude)
-    return Task(config, device, loaders, acdc, model_info, flops)
+    return Task(config, device, loaders, acdc, model_info, flops, notes)
 
 
 def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) -> ACDC:

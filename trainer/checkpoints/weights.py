@@ -1,96 +1,87 @@
-"""Weights to start from, out of whatever file they come in. All else starts fresh: optimizer, epoch, masks.
+"""Weights to start from. All else starts fresh: optimizer, epoch, masks.
 
 a run folder                    its sparse model, or its dense twin while there is no sparse one
 a checkpoint folder of ours     a training state or a saved model
-FILE.ckpt                       a checkpoint of the paper's implementation
-FILE.safetensors                names to tensors
-FILE.pt, .pth, ...              a torch file with a state_dict (torchvision's, timm's)
+a file                          see trainer.checkpoints.weight_files
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoints.saved_model import find_model, load_model
-from trainer.originals.checkpoints import read_original, split_state
+from trainer.checkpoints.saved_model import build_model, find_model, load_model
+from trainer.checkpoints.weight_files import read_weights
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Put the weights and statistics at `path` into `model`.
+def load_weights(
+    model: nn.Module, path: Path, key: str | None = None, description: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Put the weights and statistics at `path` into `model`, and say what is to be known of them.
+
+    key: where in a torch file, see read_weights. description: what the model was built from, see
+    trainer.checkpoints.saved_model.describe_model. With it, layers whose shape follows from the number of
+    classes may be missing at `path` or of another shape: they stay as they are in `model`.
 
     Raises FileNotFoundError or ValueError that names the file and what does not fit; the model is then as it
     was. Nothing in a file is executed.
     """
-    state = _read_state(path)
     ours = model.state_dict()
-    problems = [name for name in ours if name not in state and not name.endswith("num_batches_tracked")]
-    problems += [name for name in state if name not in ours]
-    for name in ours:
-        if name in state and ours[name].shape != state[name].shape:
-            problems.append(f"{name} {tuple(state[name].shape)}")
+    told: list[str] = []
+    if path.is_dir():
+        state = dict(load_model(find_model(path))[0].state_dict())
+    elif path.is_file():
+        state, told = read_weights(path, key, ours)
+    else:
+        raise FileNotFoundError(f"weights {path}: no such file or folder")
+    problems = _differences(ours, state)
+    if problems and description is not None:
+        head = head_layers(description, ours)
+        fresh = {_layer(name) for name in problems} & head
+        if fresh:
+            told.append(_tell_of_head(ours, state, fresh))
+            state = {name: value for name, value in state.items() if _layer(name) not in fresh}
+            problems = {name: text for name, text in problems.items() if _layer(name) not in fresh}
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(
             f"weights {path}: they are another model's; missing, unknown or of another shape: "
-            f"{', '.join(problems[:4])}{more}"
+            f"{', '.join([*problems.values()][:4])}{more}"
         )
     for name, value in state.items():
         if not bool(value.isfinite().all()):
             raise ValueError(f"weights {path}: {name} holds NaN or infinite values")
     model.load_state_dict({**ours, **state})
+    return told
 
 
-def _read_state(path: Path) -> Mapping[str, Tensor]:
-    if path.is_dir():
-        return load_model(find_model(path))[0].state_dict()
-    if not path.is_file():
-        raise FileNotFoundError(f"weights {path}: no such file or folder")
-    if path.suffix == ".ckpt":
-        masks, state = split_state(read_original(path)["model_state_dict"])
-        for layer, mask in masks.items():
-            if (weight := state.get(f"{layer}.weight")) is not None and weight.shape == mask.shape:
-                state[f"{layer}.weight"] = weight * mask
-        return state
-    return _named_tensors(
-        path, _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    )
+def head_layers(description: Mapping[str, Any], ours: Mapping[str, Tensor]) -> set[str]:
+    """Layers whose shape follows from the number of classes: those that differ in a model with one more."""
+    with torch.random.fork_rng(devices=[]):
+        other = build_model({**description, "num_classes": description["num_classes"] + 1}).state_dict()
+    return {_layer(name) for name, value in ours.items() if other[name].shape != value.shape}
 
 
-def _read_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"weights {path}: not a complete safetensors file: {error}") from error
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes of the reader; nothing in it is executed
-        message = " ".join(str(error).split())[:300]
-        raise ValueError(f"weights {path}: no torch file of tensors: {message}") from error
+def _differences(ours: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> how it reads in a message."""
+    found = {n: n for n in ours if n not in state and not n.endswith("num_batches_tracked")}
+    found |= {name: name for name in state if name not in ours}
+    for name in ours:
+        if name in state and ours[name].shape != state[name].shape:
+            found[name] = f"{name} {tuple(state[name].shape)}"
+    return found
 
 
-def _named_tensors(path: Path, content: Any) -> Mapping[str, Tensor]:
-    """The state_dict itself, or under the key that training scripts put it; without DataParallel's prefix."""
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content or not all(map(_is_entry, content.items())):
-        raise ValueError(f"weights {path}: it holds no state_dict, a table of names and plain tensors")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+def _tell_of_head(ours: Mapping[str, Tensor], state: Mapping[str, Tensor], fresh: Collection[str]) -> str:
+    first = next(name for name in ours if _layer(name) in fresh)
+    here, there = len(ours[first]), len(state[first]) if first in state else None
+    of = f"{there:,} classes there, {here:,} here" if there else f"not there; {here:,} classes here"
+    return f"the head {', '.join(sorted(fresh))} starts fresh ({of})"
 
 
-def _is_entry(item: tuple[Any, Any]) -> bool:
-    name, value = item
-    plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-    return isinstance(name, str) and plain and not value.is_quantized and not value.is_complex()
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]

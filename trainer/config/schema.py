@@ -48,6 +48,9 @@ class ModelConfig(Section):
     weights: str | None = Field(
         default=None, description="a file or checkpoint with weights to start from; all else starts fresh"
     )
+    weights_key: str | None = Field(
+        default=None, description="where in a torch file the weights are, such as model_ema"
+    )
 
     @field_validator("weights")
     @classmethod
@@ -55,6 +58,12 @@ class ModelConfig(Section):
         if weights == "":
             raise ValueError("this recipe starts from a trained model: name its file, model.weights=FILE")
         return weights
+
+    @model_validator(mode="after")
+    def _key_of_a_file(self) -> ModelConfig:
+        if self.weights_key is not None and self.weights is None:
+            raise ValueError("weights_key says where in model.weights=FILE the weights are; name the file")
+        return self
 
     @field_validator("arguments")
     @classmethod
