@@ -74,7 +74,11 @@ def recompute_batch_norm(
     The pass runs uncompiled and in training mode, dropout included, as the paper's implementation does it;
     that one lets the moving average drift instead of averaging.
     """
-    norms = [module for module in classifier.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        module
+        for module in classifier.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training  # frozen ones keep theirs
+    ]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

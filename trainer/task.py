@@ -20,6 +20,7 @@ from trainer.config.schema import Config, SparsityConfig
 from trainer.engine import check_convolutions
 from trainer.errors import as_user_error
 from trainer.loaders import Loaders, build_loaders
+from trainer.models.freeze import freeze
 from trainer.monitor.flops import RunFlops
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def build_task(config: Config, device: torch.device, weights: str | None) -> Tas
         if weights is not None:
             told = load_weights(model, Path(weights).expanduser(), config.model.weights_key, model_info)
             notes["weights"] = "; ".join([weights, *told])
+        if config.model.freeze:
+            notes["frozen"] = freeze(model, config.model.freeze)
     steps_per_epoch = loaders.train.batches_per_epoch // config.engine.accumulation_steps
     with as_user_error("sparsity"):
         acdc = _build_acdc(config.sparsity, model, steps_per_epoch)

@@ -56,7 +56,8 @@ def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict
     return {
         "model": _to_cpu(model.state_dict()),
         "optimizer": {
-            name: _to_cpu(masters.state(parameter)) for name, parameter in model.named_parameters()
+            name: _to_cpu(masters.state(parameter)) if parameter.requires_grad else {}
+            for name, parameter in model.named_parameters()
         },
         "acdc": _to_cpu(acdc.state_dict()),
         "position": {key: value for key, value in asdict(position).items() if key != "totals"},
@@ -132,7 +133,8 @@ def _load_masters(
 ) -> None:
     masters = masters_of(engine)
     for name, parameter in model.named_parameters():
-        masters.load_(parameter, weights[name].to(parameter.device), states[name])
+        if parameter.requires_grad:  # of frozen ones there is no more than the model's own state
+            masters.load_(parameter, weights[name].to(parameter.device), states[name])
 
 
 def _load_scaling(engine: Any, state: Mapping[str, Any]) -> None:

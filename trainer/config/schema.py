@@ -51,6 +51,9 @@ class ModelConfig(Section):
     weights_key: str | None = Field(
         default=None, description="where in a torch file the weights are, such as model_ema"
     )
+    freeze: list[str] = Field(
+        default=[], description="patterns over names of modules and parameters: which do not train"
+    )
 
     @field_validator("weights")
     @classmethod

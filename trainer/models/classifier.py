@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data.loader import PADDING_LABEL
+from trainer.models.freeze import frozen_norms
 
 
 class Classifier(nn.Module):
@@ -21,7 +22,7 @@ class Classifier(nn.Module):
         images]
     Counts are float32, (4,), detached. Padding counts nowhere; but as the mean is over all places, an image
     weighs the same in an epoch's filled-up last batch as in the others, over any number of ranks.
-    With fewer than 5 classes top-5 is always right.
+    With fewer than 5 classes top-5 is always right. BatchNorms that are frozen stay in evaluation mode.
     """
 
     mean: Tensor
@@ -30,8 +31,15 @@ class Classifier(nn.Module):
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
+        self._frozen = frozen_norms(model)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        for norm in self._frozen:
+            norm.eval()
+        return self
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model((images - self.mean) / self.std).float()
