@@ -20,13 +20,14 @@ The algorithm, in the words that the code uses:
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparsity.execution import Execution, Wish, kernel_named
+from sparsity.execution import Execution, Wish, kernel_named, kernel_names
 from sparsity.gradual import CubicSparsity, actions_of
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
 from sparsity.kernels.interface import Kernel
@@ -65,12 +66,11 @@ class ACDC:
         exclude: Iterable[str] = (),
         gradual: CubicSparsity | None = None,
     ) -> None:
-        if steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch {steps_per_epoch}: optimizer steps in an epoch, 1 or more")
+        self._steps = StepWatch(schedule, steps_per_epoch)
         self.model = model
         self.pattern = pattern
         self.schedule = schedule
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch = self._steps.steps_per_epoch
         self.actions = actions_of(pattern, schedule, gradual)
         self.layers = mask_layers(model, include, exclude) if schedule.compressions else {}
         self.step = 0  # optimizer steps begun
@@ -81,8 +81,8 @@ class ACDC:
         self._masters: Masters | None = None
         self._detach: Callable[[], None] | None = None
         self._hold = False  # mask after every step, because the optimizer moves dropped weights
-        self._steps = StepWatch()
         self._looks = 0  # still to be taken in this phase, whether masks hold
+        weakref.finalize(self, self._steps.end)
 
     def attach(self, *optimizers: Any) -> None:
         """Say whose masters and momentum to act on: torch optimizers, or one DeepSpeed engine, over this
@@ -97,16 +97,30 @@ class ACDC:
         before, self._detach = self._detach, masters.after_step(self._after_step)
         if before is not None:
             before()
-        self._masters, self._hold, self._steps = masters, not masters.keep_zeros, StepWatch()
+        self._masters, self._hold = masters, not masters.keep_zeros
+        self._steps.attach(len(masters.optimizers))
         if self.kernels and self.step > 0 and self.phase.kind == "sparse":
             self._use_kernels(True)  # those of an unpickled copy have no plans
+
+    def detach(self) -> None:
+        """Let go of the optimizers: their steps are theirs alone, and a schedule that is not over is fine."""
+        if self._detach is not None:
+            self._detach()
+        self._masters = self._detach = None
+        self._steps.silent = True
+
+    def __repr__(self) -> str:
+        """Reads the device."""
+        sparsity = self._num_dropped() / max(1, sum(map(Tensor.numel, self.masks().values())))
+        steps = f"step {self.step:,} of {self.schedule.num_epochs * self.steps_per_epoch:,}"
+        return f"ACDC({self.phase}, {steps}, sparsity {sparsity:.2%} in {len(self.layers)} layers)"
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which have no optimizer attached: optimizers do not copy the hooks in them."""
         return {**vars(self), "_masters": None, "_detach": None}
 
     def _after_step(self) -> None:
-        self._steps.stepped = True
+        self._steps.saw_step()
         if self._hold and self.layers and self.phase.kind == "sparse":
             with torch.no_grad():
                 self._attached().mask_(self._keep())
@@ -128,7 +142,7 @@ class ACDC:
         at once. Raises sparsity.guard.MaskError where a phase's first step has shown that masks leak."""
         if self._masters is None:
             raise RuntimeError("call acdc.attach(optimizer) before the first before_step()")
-        stepped = self._steps.begin()
+        stepped = self._steps.begin(self.step + 1)
         if self._looks:
             self.check_masks()
             self._looks = 0 if stepped else self._looks - 1
@@ -266,7 +280,7 @@ class ACDC:
         self._previous = {
             name: mask.to(layers[name].mask.device) for name, mask in state["previous_masks"].items()
         }
-        if names := _kernel_names(state):
+        if names := kernel_names(state):
             self._execution.set_named(names)
         self._use_kernels(self.phase.kind == "sparse" and self.step > 0)
 
@@ -279,7 +293,7 @@ class ACDC:
                 f"the saved run had {state['steps_per_epoch']} steps per epoch, this one has "
                 f"{self.steps_per_epoch}: its phases would shift; use the same data and batch size"
             )
-        unknown = {name for name in _kernel_names(state).values() if kernel_named(name) is None}
+        unknown = {name for name in kernel_names(state).values() if kernel_named(name) is None}
         if unknown:
             raise ValueError(
                 f"the saved run had kernels that this version does not have: {', '.join(sorted(unknown))}"
@@ -330,8 +344,3 @@ class ACDC:
         if self._masters is None:
             raise RuntimeError("call acdc.attach(optimizer) first")
         return self._masters
-
-
-def _kernel_names(state: Mapping[str, Any]) -> dict[str, str]:
-    """Layer -> name of its kernel, in states of earlier versions, too."""
-    return state.get("kernels", state.get("run24", {}))

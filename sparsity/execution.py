@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 def kernel_named(name: str) -> Kernel | None:
     """The kernel of that name, or None where this version has none."""
     return semi_structured.from_name(name) or unstructured.from_name(name)
+
+
+def kernel_names(state: Mapping[str, Any]) -> dict[str, str]:
+    """Layer -> name of its kernel, in states of earlier versions, too."""
+    return state.get("kernels", state.get("run24", {}))
 
 
 def family_for(pattern: Pattern, device: torch.device, dtype: torch.dtype) -> KernelFamily | str:

@@ -8,17 +8,22 @@ gradients can tell.
 from __future__ import annotations
 
 import logging
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsity.layers import MaskedLayer
+from sparsity.layers import MaskedLayer, is_sharded
+from sparsity.schedule import PhaseSchedule
 
 IDLE_CALLS = 4  # of before_step without an optimizer step in between: no accident of a gradient scaler
+UNCALLED_STEPS = 8  # of an optimizer without a call of before_step: no warm-up of anything
 
 log = logging.getLogger(__name__)
+end_log = logging.getLogger(f"{__name__}.end")  # what the garbage collector brings up, to silence it alone
 
 
 class MaskError(RuntimeError):
@@ -90,8 +95,9 @@ def find_escaping(model: nn.Module, layers: Mapping[str, MaskedLayer], example: 
 def check_owners(
     model: nn.Module, layers: Mapping[str, MaskedLayer], optimized: Iterable[nn.Parameter]
 ) -> None:
-    """Raise ValueError for a masked weight that is not once among those optimized, or that is frozen. Other
-    trained parameters that are not: a warning."""
+    """Raise ValueError for a masked weight that is not once among those optimized, that is frozen or sharded.
+    Other trained parameters that are not optimized: a warning."""
+    _check_whole(layers)
     count = Counter(map(id, optimized))
     for name, layer in layers.items():
         if count[id(layer.weight)] != 1:
@@ -113,6 +119,16 @@ def check_owners(
         )
 
 
+def _check_whole(layers: Mapping[str, MaskedLayer]) -> None:
+    """Raise ValueError where FSDP has cut the weight of a masked layer into pieces."""
+    for name, layer in layers.items():
+        if is_sharded(layer.weight) or layer.weight.shape != layer.mask.shape:
+            raise ValueError(
+                f"layer {name!r} is sharded by FSDP, and masks are chosen over whole weights: use "
+                "DistributedDataParallel, or DeepSpeed with ZeRO stage 0, 1 or 2"
+            )
+
+
 def warn_of_empty(masks: Mapping[str, Tensor]) -> None:
     """Of layers that keep no weight. One device read for all."""
     any_kept = torch.stack([mask.any() for mask in masks.values()]).tolist()
@@ -127,19 +143,29 @@ def warn_of_empty(masks: Mapping[str, Tensor]) -> None:
 
 
 class StepWatch:
-    """Compares calls of before_step with optimizer steps: phases are counted in calls, so more of them than
-    steps would shorten all phases. stepped: an attached optimizer has, since the last call."""
+    """Compares calls of before_step with optimizer steps, as phases are counted in calls, and with the length
+    of the schedule. stepped: an attached optimizer has, since the last call. silent: about the schedule's
+    end. Raises ValueError for steps_per_epoch that are no whole number of 1 or more."""
 
-    def __init__(self) -> None:
-        self.stepped = False
-        self._calls = self._idle = 0
+    def __init__(self, schedule: PhaseSchedule, steps_per_epoch: Any) -> None:
+        self.steps_per_epoch = _whole(steps_per_epoch)
+        self._schedule = schedule
+        self._reached = 0
+        self.attach(1)
 
-    def begin(self) -> bool:
-        """A call of before_step. Returns whether a step came since the one before; warns once where steps are
-        missing again and again."""
+    def attach(self, num_optimizers: int) -> None:
+        """Count anew."""
+        self.stepped = self.silent = False
+        self._calls = self._idle = self._uncalled = 0
+        self._allowed = UNCALLED_STEPS * num_optimizers
+
+    def begin(self, step: int) -> bool:
+        """A call of before_step, which begins `step`, from 1. Returns whether a step came since the call
+        before; warns once where steps are missing again and again."""
         stepped, self.stepped = self.stepped, False
         self._idle += self._calls > 0 and not stepped
         self._calls += 1
+        self._uncalled, self._reached = 0, step
         if self._idle == IDLE_CALLS and self._calls <= 4 * IDLE_CALLS and not stepped:
             log.warning(
                 "%d of the first %d calls of before_step() came without a step of the attached optimizer "
@@ -149,6 +175,49 @@ class StepWatch:
                 self._calls,
             )
         return stepped
+
+    def saw_step(self) -> None:
+        """Of an attached optimizer. Warns where before_step is forgotten."""
+        self.stepped = True
+        self._uncalled += 1
+        if self._uncalled == self._allowed and self._calls <= 1:
+            log.warning(
+                "the attached optimizer has taken %d steps %s: phases are counted in its calls, so call "
+                "acdc.before_step() once before every optimizer step",
+                self._uncalled,
+                "since the only call of before_step()" if self._calls else "and before_step() was not called",
+            )
+
+    def end(self) -> None:
+        """The schedule's owner is gone. Warns where the loop was over first, but for one that ended within
+        its first epoch: a trial."""
+        steps = self._schedule.num_epochs * self.steps_per_epoch
+        if self.steps_per_epoch < self._reached < steps and not self.silent:
+            end_log.warning(
+                "the loop ended with call %d of before_step(), the schedule with call %d (%d epochs of %d "
+                'steps): "%s" has stopped in %s. steps_per_epoch counts optimizer steps, not micro-batches; '
+                "to go on later, keep acdc.state_dict(); to end here, call acdc.detach()",
+                self._reached,
+                steps,
+                self._schedule.num_epochs,
+                self.steps_per_epoch,
+                self._schedule,
+                self._schedule.phase_at((self._reached - 1) // self.steps_per_epoch),
+            )
+
+
+def _whole(steps_per_epoch: Any) -> int:
+    """Of an epoch, as an int. Raises ValueError for what is no whole number of 1 or more."""
+    try:
+        steps = operator.index(steps_per_epoch)
+    except TypeError:
+        steps = 0
+    if isinstance(steps_per_epoch, bool) or steps < 1:
+        raise ValueError(
+            f"steps_per_epoch {steps_per_epoch!r}: a whole number of optimizer steps in an epoch, 1 or more; "
+            "mostly len(loader) // accumulation_steps"
+        )
+    return steps
 
 
 def check_equal_on_all_ranks(masks: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
+from torch.optim import swa_utils
 
 from sparsity.kernels.interface import Kernel
 
@@ -38,6 +39,13 @@ class _RunsKernel(nn.Module):
         if self.training and self.kernel is not None:
             return self.kernel(self, input)
         return self.dense(input)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks for."""
+        raise ValueError(
+            "torch.jit.script does not take masked layers: script acdc.export(), a copy without masks, or "
+            "use torch.compile on the model itself"
+        )
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -141,6 +149,8 @@ def with_unmasked_between(
 
 def _reason_unmaskable(layer: nn.Conv2d | nn.Linear) -> str | None:
     """What makes a mask in the layer's forward pass fail, after "layer NAME"; or None."""
+    if is_sharded(layer.weight):
+        return "is sharded by FSDP, and masks are chosen over whole weights: use DDP or ZeRO 0 to 2"
     if isinstance(layer, MaskedLayer):
         return "is masked already; one ACDC object owns a layer"
     if "weight" not in dict(layer.named_parameters(recurse=False)):
@@ -154,6 +164,11 @@ def _reason_unmaskable(layer: nn.Conv2d | nn.Linear) -> str | None:
             "are torch.nn.Conv2d and torch.nn.Linear: exclude it"
         )
     return None
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a rank has only its part of it: a DTensor, or what FSDP's first version leaves of a weight."""
+    return hasattr(weight, "full_tensor") or not isinstance(weight, nn.Parameter)
 
 
 def _users_of_tensors(model: nn.Module) -> dict[int, list[str]]:
@@ -206,6 +221,30 @@ def to_plain(model: nn.Module) -> nn.Module:
             vars(layer).pop("kernel", None)
             _become(layer, _PLAIN[type(layer)])
     return plain
+
+
+class AveragedModel(swa_utils.AveragedModel):
+    """torch's, of a masked model. With use_buffers=True masks and counts are those of the model as it is;
+    torch's own averages True and False, or fails. (Without use_buffers it copies all buffers.)"""
+
+    def __init__(self, model: nn.Module, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(model, *arguments, **keywords)
+        if self.use_buffers and (average := self.avg_fn) is not None:
+            self.avg_fn = lambda mean, now, n: average(mean, now, n) if now.is_floating_point() else now
+        elif self.use_buffers:
+            self.multi_avg_fn = _of_floats(self.multi_avg_fn or swa_utils.get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
+
+
+def _of_floats(average: Callable[..., None]) -> Callable[..., None]:
+    """`average` of lists of tensors, in place; tensors of other types become what they are in the second."""
+
+    def average_(means: list[Tensor], now: list[Tensor], count: Tensor | int) -> None:
+        if means[0].is_floating_point():
+            average(means, now, count)
+        else:
+            torch._foreach_copy_(means, now)
+
+    return average_
 
 
 def _become(layer: nn.Module, kind: type[nn.Module]) -> None:

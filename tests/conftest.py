@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,9 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # gw0, gw1, ...
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+# Tests leave schedules unfinished, and the garbage collector would say so within another test
+logging.getLogger("sparsity.guard.end").disabled = True
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -323,7 +323,8 @@ class Trainer:
         return answers[0] > 0
 
     def close(self) -> None:
-        """Let go of the run's files."""
+        """Let go of the run's files and optimizer."""
+        self.acdc.detach()
         if self.monitor:
             self.monitor.close()
         self.run_dir.release()

@@ -1,8 +1,11 @@
 import copy
+import gc
 import itertools
+import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -198,8 +201,75 @@ def test_misuse_is_told():
         acdc.before_step()
     with pytest.raises(TypeError, match="torch optimizers, or one DeepSpeed engine alone, not str"):
         acdc.attach("sgd")
-    with pytest.raises(ValueError, match="steps_per_epoch 0"):
-        ACDC(make_net(), GlobalMagnitude(0.9), SCHEDULE, 0)
+    for steps in (0, -1, 2.5, 4.0, float("inf"), True, "4", None):
+        with pytest.raises(ValueError, match=f"steps_per_epoch {steps!r}: a whole number of optimizer steps"):
+            ACDC(make_net(), GlobalMagnitude(0.9), SCHEDULE, steps)
+    assert ACDC(make_net(), GlobalMagnitude(0.9), SCHEDULE, np.int64(4)).steps_per_epoch == 4
+
+
+def test_its_repr_shows_phase_step_and_sparsity():
+    net = make_net()
+    optimizer = sgd(net)
+    acdc = make_acdc(net, optimizer)
+    assert repr(acdc) == "ACDC(dense, epoch 0, step 0 of 28, sparsity 0.00% in 2 layers)"
+    for number in range(STEPS + 1):
+        acdc.before_step()
+        one_step(net, optimizer, number)
+    assert repr(acdc) == "ACDC(sparse, epoch 1, step 5 of 28, sparsity 90.01% in 2 layers)"
+    dense = ACDC(net, GlobalMagnitude(0), PhaseSchedule.parse("dense 1"), 1)
+    assert repr(dense) == "ACDC(dense, epoch 0, step 0 of 1, sparsity 0.00% in 0 layers)"
+
+
+@pytest.mark.parametrize(
+    ("calls", "told"),
+    [(0, "has taken 8 steps and before_step\\(\\) was not called"), (1, "8 steps since the only call")],
+)
+def test_steps_without_before_step_are_told(calls, told, caplog):
+    """Never called; or once an epoch, as if it counted epochs."""
+    net = make_net()
+    optimizer = sgd(net)
+    acdc = make_acdc(net, optimizer)
+    for _ in range(calls):
+        acdc.before_step()
+    for number in range(10):
+        one_step(net, optimizer, number)
+    assert len(caplog.records) == 1
+    assert re.search(told, caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("steps", "end", "told"),
+    [(9, "left", True), (9, "detached", False), (28, "left", False), (4, "left", False), (0, "left", False)],
+)
+def test_a_loop_that_ends_before_its_schedule_is_told(steps, end, told, caplog, monkeypatch):
+    gc.collect()
+    monkeypatch.setattr(logging.getLogger("sparsity.guard.end"), "disabled", False)
+    net = make_net()
+    optimizer = sgd(net)
+    acdc = make_acdc(net, optimizer)
+    for number in range(steps):
+        acdc.before_step()
+        one_step(net, optimizer, number)
+    if end == "detached":
+        acdc.detach()
+    assert caplog.text == ""
+    del acdc, optimizer
+    gc.collect()
+    message = "the loop ended with call 9 of before_step(), the schedule with call 28 (7 epochs of 4 steps)"
+    assert (message in caplog.text) == told
+    assert ("has stopped in dense, epoch 2" in caplog.text) == told
+
+
+def test_a_detached_optimizer_steps_for_itself():
+    net = make_net()
+    optimizer = sgd(net)
+    acdc = make_acdc(net, optimizer)
+    acdc.detach()
+    assert not optimizer._optimizer_step_post_hooks
+    with pytest.raises(RuntimeError, match="attach"):
+        acdc.before_step()
+    acdc.attach(optimizer)
+    acdc.before_step()
 
 
 def test_a_schedule_that_begins_sparse_compresses_at_once():

@@ -260,3 +260,34 @@ def test_a_layer_that_keeps_nothing_is_warned_of_by_name(caplog):
         acdc.before_step()
     assert "layer 0 keeps none of its 4 weights" in caplog.text
     assert "layer 2" not in caplog.text
+
+
+def test_scripting_is_refused_in_a_sentence():
+    net = Net("never")
+    acdc, _ = make(net)
+    with pytest.raises(ValueError, match=r"torch.jit.script does not take masked layers: script acdc.export"):
+        torch.jit.script(net)
+    exported, x = torch.jit.script(acdc.export().eval()), torch.randn(2, 6)
+    assert torch.equal(exported(x), net.eval()(x))
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("torch without distributed")
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_weights_sharded_by_fsdp2_are_refused_by_name(one_rank):
+    from torch.distributed.fsdp import fully_shard
+
+    net = fully_shard(Net("never"), mesh=one_rank)
+    with pytest.raises(ValueError, match=r"layer 'first' is sharded by FSDP.*use DDP or ZeRO 0 to 2"):
+        mask_layers(net)
+    later = Net("never")
+    acdc = ACDC(later, GlobalMagnitude(0.5), SCHEDULE, STEPS)
+    fully_shard(later, mesh=one_rank)
+    with pytest.raises(ValueError, match=r"layer 'first' is sharded by FSDP.*whole weights"):
+        acdc.attach(torch.optim.SGD(later.parameters(), lr=0.1))

@@ -1,8 +1,18 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim import swa_utils
 
-from sparsity import MaskedConv2d, MaskedLinear, mask_layers, to_plain
+from sparsity import (
+    ACDC,
+    AveragedModel,
+    GlobalMagnitude,
+    MaskedConv2d,
+    MaskedLinear,
+    PhaseSchedule,
+    mask_layers,
+    to_plain,
+)
 
 
 def small_net() -> nn.Sequential:
@@ -98,3 +108,39 @@ def test_shared_weights_and_second_conversions_are_refused():
     mask_layers(twice)
     with pytest.raises(ValueError, match="masked already"):
         mask_layers(twice)
+
+
+def exponential(mean, now, count):
+    return 0.9 * mean + 0.1 * now
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize(
+    "average",
+    [{}, {"avg_fn": exponential}, {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9)}],
+    ids=["mean", "avg_fn", "multi_avg_fn"],
+)
+def test_averaged_models_keep_the_masks_in_force_and_average_all_else(average, use_buffers):
+    """Over both kinds of phases; the rest as torch's own, of the same model without masks."""
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    acdc = ACDC(net, GlobalMagnitude(0.9), PhaseSchedule.parse("(dense 1, sparse 1) x2, dense 1"), 2)
+    acdc.attach(optimizer)
+    ours = AveragedModel(net, use_buffers=use_buffers, **average)
+    reference = average or {"avg_fn": swa_utils.get_swa_avg_fn()}  # its default fails over BatchNorm's count
+    theirs = swa_utils.AveragedModel(to_plain(net), use_buffers=use_buffers, **reference)
+    for _ in range(10):
+        acdc.before_step()
+        net(torch.randn(4, 1, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ours.update_parameters(net)
+        theirs.update_parameters(to_plain(net))
+        state, expected = ours.state_dict(), theirs.state_dict()
+        for name, mask in acdc.masks().items():
+            assert torch.equal(state.pop(f"module.{name}.mask"), mask)
+        expected["module.1.num_batches_tracked"] = net[1].num_batches_tracked
+        assert state.keys() == expected.keys()
+        for name, value in state.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert type(to_plain(ours).module[0]) is nn.Conv2d
