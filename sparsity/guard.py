@@ -122,7 +122,8 @@ def check_owners(
 def _check_whole(layers: Mapping[str, MaskedLayer]) -> None:
     """Raise ValueError where FSDP has cut the weight of a masked layer into pieces."""
     for name, layer in layers.items():
-        if is_sharded(layer.weight) or layer.weight.shape != layer.mask.shape:
+        plain = isinstance(layer.weight, nn.Parameter)  # not after FSDP's first version
+        if not plain or is_sharded(layer.weight) or layer.weight.shape != layer.mask.shape:
             raise ValueError(
                 f"layer {name!r} is sharded by FSDP, and masks are chosen over whole weights: use "
                 "DistributedDataParallel, or DeepSpeed with ZeRO stage 0, 1 or 2"

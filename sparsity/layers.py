@@ -167,8 +167,8 @@ def _reason_unmaskable(layer: nn.Conv2d | nn.Linear) -> str | None:
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Whether a rank has only its part of it: a DTensor, or what FSDP's first version leaves of a weight."""
-    return hasattr(weight, "full_tensor") or not isinstance(weight, nn.Parameter)
+    """Whether a rank has only its part of it: a DTensor."""
+    return hasattr(weight, "full_tensor")
 
 
 def _users_of_tensors(model: nn.Module) -> dict[int, list[str]]:
