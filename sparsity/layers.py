@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import difflib
+import fnmatch
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -84,12 +85,38 @@ class UnmaskedConv2d(_RunsKernel, nn.Conv2d):
         return torch.ones_like(self.weight, dtype=torch.bool)
 
 
+class MaskedConv2dSame(MaskedConv2d):
+    """As timm's Conv2dSame, which pads its input by its size, as TensorFlow does. No kernel does that."""
+
+    def dense(self, input: Tensor) -> Tensor:
+        pads: list[int] = []
+        for side in (1, 0):  # functional.pad begins with the last dimension
+            stride, reach = self.stride[side], self.dilation[side] * (self.kernel_size[side] - 1) + 1
+            size = input.shape[2 + side]
+            missing = max((math.ceil(size / stride) - 1) * stride + reach - size, 0)
+            pads += [missing // 2, missing - missing // 2]
+        return super().dense(functional.pad(input, pads))
+
+
 MaskedLayer = MaskedConv2d | MaskedLinear
 _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {nn.Conv2d: MaskedConv2d, nn.Linear: MaskedLinear}
+# Subclasses with a forward pass of their own that is known
+_KNOWN: dict[str, type[MaskedLayer]] = {
+    "timm.layers.conv2d_same.Conv2dSame": MaskedConv2dSame,
+    "timm.layers.linear.Linear": MaskedLinear,
+}
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     UnmaskedConv2d: nn.Conv2d,
     **{masked: plain for plain, masked in _MASKED.items()},
 }
+
+
+class UnmaskableError(ValueError):
+    """Of chosen layers whose kind masks do not know. exclude: patterns that leave all of them dense."""
+
+    def __init__(self, reason: str, exclude: list[str]) -> None:
+        super().__init__(f"{reason}; leave dense what is of such kinds: exclude={exclude}")
+        self.reason, self.exclude = reason, exclude
 
 
 def mask_layers(
@@ -101,18 +128,21 @@ def mask_layers(
     "*.downsample.0", "fc"); chosen is what any include pattern matches and no exclude pattern does, without
     frozen layers (requires_grad False), which cannot regain what a mask drops: a warning names them. Raises
     ValueError, and converts nothing, for a pattern that matches no layer, when no layer is left, and for a
-    chosen layer whose weight a mask in its forward pass would not hold: of a subclass of Conv2d or Linear,
-    masked already, computed from other parameters (weight_norm, spectral_norm, parametrizations), or shared
-    with anything else in the model.
+    chosen layer whose weight a mask in its forward pass would not hold: of a subclass of Conv2d or Linear
+    that computes otherwise (UnmaskableError), masked already, computed from other parameters (weight_norm,
+    spectral_norm, parametrizations), or shared with anything else in the model.
     """
     layers = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
     }
     chosen = {name: layers[name] for name in choose(list(layers), include, exclude)}
     users = _users_of_tensors(model)
+    unknown = _unmaskable_kinds(model, chosen)
     for name, layer in chosen.items():
         if (reason := _reason_unmaskable(layer)) is not None:
             raise ValueError(f"layer {name!r} {reason}")
+        if name in unknown:
+            raise UnmaskableError(f"layer {name!r} {unknown[name]}", patterns_of(list(unknown), list(layers)))
         if others := [user for user in users[_place(layer.weight)] if user != f"{name}.weight"]:
             raise ValueError(
                 f"layer {name!r} shares its weight with {', '.join(others)}, past the mask; exclude it"
@@ -125,7 +155,9 @@ def mask_layers(
     masked: dict[str, MaskedLayer] = {}
     for name, layer in chosen.items():
         layer.register_buffer("mask", torch.ones_like(layer.weight, dtype=torch.bool, requires_grad=False))
-        _become(layer, _MASKED[type(layer)])
+        if type(layer) not in _MASKED:
+            layer.plain_class = type(layer)
+        _become(layer, _masked_kind(type(layer)))
         assert isinstance(layer, MaskedLayer)
         layer.kernel = None  # from the beginning: compiled code looks at which attributes there are
         masked[name] = layer
@@ -137,6 +169,9 @@ def with_unmasked_between(
 ) -> dict[str, MaskedLayer | UnmaskedConv2d]:
     """The masked layers, and the plain convolutions between the first and the last of them in the model's
     order, which are converted in place to UnmaskedConv2d."""
+    masked = {name: layer for name, layer in masked.items() if not isinstance(layer, MaskedConv2dSame)}
+    if not masked:
+        return {}
     names = [name for name, layer in model.named_modules() if name in masked or type(layer) is nn.Conv2d]
     places = [place for place, name in enumerate(names) if name in masked]
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names[places[0] : places[-1] + 1]}
@@ -158,12 +193,45 @@ def _reason_unmaskable(layer: nn.Conv2d | nn.Linear) -> str | None:
             "computes its weight from other parameters (weight_norm, spectral_norm or another "
             "parametrization), past the mask; remove that before, or exclude the layer"
         )
-    if type(layer) not in _MASKED:
-        return (
-            f"is a {type(layer).__name__}, a kind of its own that may use its weight past the mask; masked "
-            "are torch.nn.Conv2d and torch.nn.Linear: exclude it"
-        )
     return None
+
+
+def _unmaskable_kinds(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layer -> why no mask is known for its kind, after "layer NAME"."""
+    projections = [each.out_proj for each in model.modules() if isinstance(each, nn.MultiheadAttention)]
+    reasons = {}
+    for name, layer in layers.items():
+        if any(layer is projection for projection in projections):
+            reasons[name] = "belongs to torch.nn.MultiheadAttention, which uses its weight past the mask"
+        elif _masked_kind(type(layer)) is None:
+            kind = f"{type(layer).__module__}.{type(layer).__name__}"
+            reasons[name] = f"is a {kind}, a kind of its own that may use its weight past the mask"
+    return reasons
+
+
+def _masked_kind(kind: type[nn.Module]) -> Any:
+    """The masked class for layers of `kind`, or None: for what computes otherwise than Conv2d and Linear."""
+    if known := _KNOWN.get(f"{kind.__module__}.{kind.__qualname__}"):
+        return known
+    base = next(each for each in _MASKED if issubclass(kind, each))
+    own = {name for each in kind.__mro__ if each not in base.__mro__ for name in vars(each)}
+    harmless = {name for name in own if name.startswith("__")} - {
+        "__call__",
+        "__getattr__",
+        "__getattribute__",
+    }
+    return _MASKED[base] if own <= harmless | {"reset_parameters", "extra_repr"} else None
+
+
+def patterns_of(names: list[str], layers: list[str]) -> list[str]:
+    """Short patterns that match all of `names` and no other of `layers`."""
+
+    def pattern(name: str) -> str:
+        parts = name.split(".")
+        endings = ("*." + ".".join(parts[-count:]) for count in range(1, len(parts)))
+        return next((end for end in endings if set(fnmatch.filter(layers, end)) <= set(names)), name)
+
+    return list(dict.fromkeys(map(pattern, names)))
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -191,7 +259,7 @@ def choose(names: list[str], include: Iterable[str], exclude: Iterable[str]) -> 
     include, exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
     for role, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
                 hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
                 raise ValueError(
@@ -201,8 +269,8 @@ def choose(names: list[str], include: Iterable[str], exclude: Iterable[str]) -> 
     chosen = [
         name
         for name in names
-        if any(fnmatchcase(name, pattern) for pattern in include)
-        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
     ]
     if not chosen:
         raise ValueError(f"no layer is left to mask: include {include}, exclude {exclude}")
@@ -219,7 +287,7 @@ def to_plain(model: nn.Module) -> nn.Module:
             del layer.mask
         if isinstance(layer, _RunsKernel):
             vars(layer).pop("kernel", None)
-            _become(layer, _PLAIN[type(layer)])
+            _become(layer, vars(layer).pop("plain_class", None) or _PLAIN[type(layer)])
     return plain
 
 

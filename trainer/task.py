@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import nn
 
 from data.loader import ImageInfo
 from sparsity import ACDC, NM, Transposable24, find_escaping
+from sparsity.layers import UnmaskableError, patterns_of
 from trainer.checkpoints.saved_model import build_model, describe_model
 from trainer.checkpoints.weights import load_weights
 from trainer.config.schema import Config, SparsityConfig
@@ -66,15 +66,12 @@ def build_task(config: Config, device: torch.device, weights: str | None) -> Tas
 
 def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) -> ACDC:
     pattern, schedule = config.build_pattern(), config.build_schedule()
-    acdc = ACDC(
-        model,
-        pattern,
-        schedule,
-        steps_per_epoch,
-        include=config.include,
-        exclude=config.exclude,
-        gradual=config.build_gradual(),
-    )
+    chosen = {"include": config.include, "exclude": config.exclude}
+    try:
+        acdc = ACDC(model, pattern, schedule, steps_per_epoch, **chosen, gradual=config.build_gradual())
+    except UnmaskableError as error:
+        left_out = json.dumps([*config.exclude, *error.exclude])
+        raise ValueError(f"{error.reason}; leave it dense with 'sparsity.exclude={left_out}'") from error
     if isinstance(pattern, NM | Transposable24):
         pattern(acdc.weights())  # an indivisible layer ends the run now, not at the first compression
         if layers := pattern.straddling(acdc.weights()):
@@ -86,17 +83,9 @@ def _check_masks_hold(acdc: ACDC, images: ImageInfo, excluded: list[str]) -> Non
     """Before the run, not at its first compressed step, possibly days later."""
     example = torch.randn(1, *images.shape, generator=torch.Generator().manual_seed(0))
     if acdc.layers and (names := find_escaping(acdc.model, acdc.layers, example)):
-        patterns = dict.fromkeys(_pattern(name, names, list(acdc.layers)) for name in names)
-        left_out = json.dumps([*excluded, *patterns])
+        left_out = json.dumps([*excluded, *patterns_of(names, list(acdc.layers))])
         raise ValueError(
             f"the model uses the weights of {len(names)} layers past the layer's own forward pass, where no "
             f"mask holds: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them dense with "
             f"'sparsity.exclude={left_out}'"
         )
-
-
-def _pattern(name: str, names: list[str], layers: list[str]) -> str:
-    """The shortest pattern for `name`, by its last parts, that matches none of `layers` but `names`."""
-    parts = name.split(".")
-    endings = ("*." + ".".join(parts[-count:]) for count in range(1, len(parts)))
-    return next((end for end in endings if set(fnmatch.filter(layers, end)) <= set(names)), name)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from sparsity import (
     mask_layers,
     to_plain,
 )
+from sparsity.layers import UnmaskableError
 
 
 def small_net() -> nn.Sequential:
@@ -87,16 +90,82 @@ def test_a_pattern_that_chooses_nothing_is_an_error_and_changes_nothing(argument
 
 
 class OwnConv(nn.Conv2d):
-    pass
+    def forward(self, input):
+        return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+
+class Initialised(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        nn.init.normal_(self.weight)
+
+    def extra_repr(self):
+        return "initialised"
 
 
 def test_layers_that_might_bypass_the_mask_are_refused_by_name():
-    with pytest.raises(ValueError, match="layer '0' is a OwnConv"):
-        mask_layers(nn.Sequential(OwnConv(1, 1, 1)))
+    net = nn.ModuleDict({"body": nn.Sequential(OwnConv(1, 1, 1), nn.Linear(2, 2), OwnConv(1, 1, 1))})
+    with pytest.raises(
+        UnmaskableError, match=r"layer 'body.0' is a \S*OwnConv.*exclude=\['\*.0', '\*.2'\]"
+    ) as error:
+        mask_layers(net)
+    assert list(mask_layers(net, exclude=error.value.exclude)) == ["body.1"]
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
-    with pytest.raises(ValueError, match=r"attention\.out_proj.*exclude it"):
+    with pytest.raises(ValueError, match=r"attention\.out_proj.*past the mask.*exclude=\['\*\.out_proj'\]"):
         mask_layers(attention)
     assert list(mask_layers(attention, exclude=["*.out_proj"])) == ["fc"]
+
+
+def test_subclasses_that_compute_as_their_base_are_masked_and_come_back_as_they_were():
+    kinds = (Initialised, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    net = nn.Sequential(*(kind(4, 4) for kind in kinds))
+    masked = mask_layers(net)
+    assert [type(layer) for layer in masked.values()] == [MaskedLinear, MaskedLinear]
+    net[0].mask[:2] = False
+    plain, x = to_plain(net), torch.randn(3, 4)
+    assert tuple(map(type, plain)) == kinds
+    assert torch.equal(plain(x), net(x))
+    assert "plain_class" not in vars(plain[0])
+
+
+@pytest.fixture
+def timm_layers():
+    from data.torchvision_import import import_torchvision
+
+    import_torchvision()
+    return pytest.importorskip("timm.layers", reason="pip install 'acdc-train[timm]'")
+
+
+def test_timms_subclasses(timm_layers):
+    shapes = [(3, 2, 1, 1), ((5, 3), (1, 3), 1, 1), (3, 2, 2, 4), (1, 3, 1, 1), (2, 3, 1, 1)]
+    for kernel, stride, dilation, groups in shapes:
+        conv = timm_layers.Conv2dSame(4, 8, kernel, stride, dilation=dilation, groups=groups)
+        net = nn.Sequential(conv)
+        for size in ((7, 10), (12, 9), (5, 5)):
+            x = torch.randn(2, 4, *size)
+            expected = conv(x)
+            masked = mask_layers(copy.deepcopy(net))["0"]
+            assert torch.equal(masked(x), expected)
+            masked.mask[::2] = False
+            plain = to_plain(masked)
+            assert type(plain) is timm_layers.Conv2dSame
+            assert torch.equal(plain(x), masked(x))
+            assert not torch.equal(plain(x), expected)
+    net = nn.Sequential(timm_layers.Linear(4, 4))
+    assert list(mask_layers(net)) == ["0"]
+    assert type(to_plain(net)[0]) is timm_layers.Linear
+    for kind in (timm_layers.StdConv2d, timm_layers.ScaledStdConv2dSame):
+        with pytest.raises(UnmaskableError, match=rf"is a timm\S+{kind.__name__}, a kind of its own"):
+            mask_layers(nn.Sequential(kind(4, 4, 3)))
+
+
+def test_no_kernel_runs_a_layer_that_pads_by_size(timm_layers):
+    same = timm_layers.Conv2dSame
+    net = nn.Sequential(same(4, 4, 3, 2), nn.Conv2d(4, 4, 3), same(4, 4, 3))
+    acdc = ACDC(net, GlobalMagnitude(0.9), PhaseSchedule.parse("sparse 1"), 2)
+    assert list(acdc.kernel_layers) == ["1"]
+    only = nn.Sequential(same(4, 4, 3))
+    assert ACDC(only, GlobalMagnitude(0.5), PhaseSchedule.parse("sparse 1"), 2).kernel_layers == {}
 
 
 def test_shared_weights_and_second_conversions_are_refused():

@@ -83,3 +83,23 @@ def test_frozen_layers_are_left_dense_in_a_run(tiny_data, tmp_path, capsys, monk
     assert "frozen layers stay unmasked: stem" in caplog.text
     saved = checkpoint.newest_whole(newest_run(tmp_path) / "checkpoints")
     assert "stem.mask" not in checkpoint.read(saved, checkpoint.STATE)["model"]
+
+
+def test_layers_of_an_unknown_kind_are_refused_with_the_patterns_that_exclude_them(
+    tiny_data, tmp_path, capsys, monkeypatch
+):
+    class Centred(nn.Linear):
+        def forward(self, input):
+            return functional.linear(input, self.weight - self.weight.mean())
+
+    def centred(num_classes, in_channels, always):
+        net = Net(num_classes, in_channels, always)
+        for block in net.blocks:
+            block.proj.__class__ = Centred
+        return net
+
+    monkeypatch.setitem(MODELS, "swin_like", centred)
+    assert run(tiny_data, tmp_path, True, 'sparsity.exclude=["head"]') == 2
+    error = capsys.readouterr().err
+    assert "Centred, a kind of its own" in error
+    assert """leave it dense with 'sparsity.exclude=["head", "*.proj"]'""" in error

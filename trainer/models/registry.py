@@ -74,7 +74,10 @@ def _from_torchvision(name: str) -> Callable[..., nn.Module]:
 
 
 def _from_timm(name: str) -> Callable[..., nn.Module]:
+    from data.torchvision_import import import_torchvision
+
     try:
+        import_torchvision()  # which timm imports without the care it may need
         import timm
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"model timm:{name} needs timm: pip install 'acdc-train[timm]'") from error
