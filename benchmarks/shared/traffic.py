@@ -5,7 +5,8 @@ What is counted, over the operators of one uncompiled step (forward, backward, o
   reads the gradient twice, for the input's gradient and for the weight's. Which place of a window is the
   greatest takes a byte, and pooling's backward pass reads nothing else beside the gradient.
 - Element-wise operators in a row are one pass: it reads what the first ones read, once each, and writes the
-  last result, when another kind of operator needs it.
+  last result, when another kind of operator needs it. A result that is needed again is written by the first
+  pass, and read from then on, where that moves less than making it anew.
 - A reduction reads what leads to its input, and writes next to nothing.
 - BatchNorm is a reduction (the statistics; backwards the two sums) and then element-wise.
 - The optimizer reads weights, gradients and momentum, and writes weights and momentum.
@@ -51,6 +52,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: dict[str, int] = {}
         self._pending: dict[int, dict[int, int]] = {}  # storage -> storages that it is made of -> bytes
+        self._used: set[int] = set()  # storages of pending results that something was made of
         self._kept: list[torch.UntypedStorage] = []
 
     def __torch_dispatch__(
@@ -92,7 +94,14 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leaves(self, tensors: Iterable[Tensor]) -> dict[int, int]:
         found: dict[int, int] = {}
         for tensor in tensors:
-            found |= self._pending.get(_key(tensor), {_key(tensor): _size(tensor)})
+            key, size = _key(tensor), _size(tensor)
+            leaves = self._pending.get(key, {key: size})
+            if key in self._used and sum(leaves.values()) > size:
+                self._add("element-wise", size)
+                leaves = self._pending[key] = {key: size}
+            if key in self._pending:
+                self._used.add(key)
+            found |= leaves
         return found
 
     def _pend(self, made: list[Tensor], inputs: list[Tensor]) -> None:

@@ -49,11 +49,12 @@ def test_a_step_by_hand():
     images, x, f, logits, places = 5, 3 * 8 * 8, 64, 10, 64 / 4
     a = b = c = e = MAP
     w1, w2, fc = 3 * 4 * 9, 4 * 4 * 9, 640
-    relu2 = e + e  # read wherever the gradient before this ReLU is needed: pooling's, and e
-    relu1 = relu2 + b + b  # the same, what conv2 sends back, and b
+    relu2 = e + e  # read where the gradient before this ReLU is made: pooling's, and e
+    relu1 = c + b + b  # that gradient, written when it is needed again; what conv2 sends back, and b
     convolutions = (x + a) + (b + c) + (2 * c + b + b) + (2 * a + x)
     norms = a + c + (relu2 + c) + (relu1 + a)
-    maps = (a + b) + (c + b + e) + (relu2 + c + c) + (relu1 + a + a)
+    written = c + a  # the gradients before both ReLUs: each is needed again
+    maps = (a + b) + (c + b + e) + written + (c + c + c) + (a + a + a)
     products = (f + logits) + (logits + f) + (logits + f)
     pooling = (e + f + places) + (f + places + e)
     assert counted(images) == {
