@@ -74,6 +74,8 @@ class Measured:
         )
         conversion, kernel = values.get("conversion", 0.0), values.get("kernel", "")
         first, second = gradients
+        if not isinstance(kernel, str):
+            raise TypeError(f"kernel is {kernel!r}, no name")
         measured = cls(Timing(**values["forward"]), first, second, conversion, kernel)
         for timing in measured.timings:
             sum((timing.dense, timing.sparse or 0.0, timing.error or 0.0), conversion)  # of numbers alone

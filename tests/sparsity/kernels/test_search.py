@@ -69,8 +69,8 @@ def test_memory_that_is_short_is_said(monkeypatch):
         fastest(full, Product.expected, [DEFAULT])
 
 
-def rows_on_cuda():
-    return SimpleNamespace(device=CUDA, t=lambda: None)
+def rows_on_cuda(dtype=torch.bfloat16):
+    return SimpleNamespace(device=CUDA, dtype=dtype, t=lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,7 @@ def rows_on_cuda():
     [
         ((2, 1, 0, 3), [DEFAULT, Algorithm(2), Algorithm(1)]),  # not split: the mode means nothing
         ((0, 4, 2, 2), [DEFAULT, Algorithm(0, 4, 2), Algorithm(1)]),
+        ((1, -1, 2, 2), [DEFAULT, Algorithm(1, -1, 2), Algorithm(1)]),  # as an H200 answers
         (RuntimeError("CUDA error: internal error"), [DEFAULT]),
         (TypeError("incompatible function arguments"), [DEFAULT]),
         (None, [DEFAULT]),
@@ -92,6 +93,13 @@ def test_what_the_library_names_is_tried(monkeypatch, answer, expected):
     library = None if answer is None else SimpleNamespace(mm_search=mm_search)
     monkeypatch.setattr(torch._C, "_cusparselt", library, raising=False)
     assert algorithms(rows_on_cuda(), None) == expected
+
+
+def test_nothing_is_searched_in_fp16(monkeypatch):
+    """The library's search in fp16 broke the process on an H200."""
+    library = SimpleNamespace(mm_search=lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr(torch._C, "_cusparselt", library, raising=False)
+    assert algorithms(rows_on_cuda(torch.float16), None) == [DEFAULT]
 
 
 def test_a_search_without_memory_is_not_an_answer(monkeypatch):
