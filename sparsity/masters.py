@@ -105,6 +105,23 @@ class Masters(ABC):
             mean = (sums[row, column].to(num_kept.device) / num_kept).to(fragment.dtype)
             fragment.copy_(torch.where(stretch | (num_kept == 0), fragment, mean))
 
+    def num_steps(self) -> float | None:
+        """Steps that the optimizers have counted, as Adam does for its bias correction; None where none does.
+        Reads the device."""
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        counts = [torch.as_tensor(state["step"]) for state in states if "step" in state]
+        return float(torch.stack(counts).max()) if counts else None
+
+    def load_num_steps_(self, count: float) -> None:
+        """Put the count back, once load_ has put back what else there is for each parameter."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                on_device = bool(group.get("fused") or group.get("capturable"))
+                for parameter in group["params"]:
+                    if state := optimizer.state.get(parameter):
+                        where = parameter.device if on_device else None
+                        state["step"] = torch.tensor(count, dtype=torch.float32, device=where)
+
     @abstractmethod
     def sum_over_ranks_(self, sums: Tensor) -> None:
         """Where ranks have fragments of their own: over all of them."""

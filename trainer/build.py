@@ -74,7 +74,8 @@ def _go_to(
     """Where the run begins, with all parts put there: at its start, where another stands, where it was."""
     position = Position()
     if branch is not None:
-        position = branch_off(branch[1], engine, task.acdc)
+        with as_user_error(f"checkpoint {branch[0]}"):
+            position = branch_off(branch[1], engine, task.acdc)
     elif resumed is not None:
         with as_user_error(f"resume {resumed[1]}"):
             state = checkpoint.read(resumed[1], checkpoint.STATE)

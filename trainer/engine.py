@@ -216,9 +216,9 @@ class LossScaling:
     """What fp16 needs: the loss is multiplied by a scale, so that small gradients do not vanish; a step whose
     gradients overflow is skipped and the scale halved; after 2,000 steps without, it is doubled.
 
-    Whether a step overflows is decided on the device, by torch's fused SGD: nothing waits for it. All ranks
-    decide alike, from the same summed gradients. scaler: DeepSpeed's, which scales the loss and unscales
-    gradients. optimizer: SGD with fused=True.
+    Whether a step overflows is decided on the device, by torch's fused optimizers: nothing waits for it. All
+    ranks decide alike, from the same summed gradients. scaler: DeepSpeed's, which scales the loss and
+    unscales gradients. optimizer: SGD or AdamW with fused=True.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler, optimizer: Any, device: torch.device) -> None:
@@ -232,7 +232,7 @@ class LossScaling:
         """From 0, where there is none yet. torch leaves that of a first step that is skipped uninitialised.
         From 0, a first step ends with the same bits as from none."""
         for group in self._optimizer.param_groups:
-            for parameter in group["params"] if group["momentum"] else ():
+            for parameter in group["params"] if group.get("momentum") else ():
                 state = self._optimizer.state[parameter]
                 if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
 from data.loader import Batch, Loader
 from sparsity import Sparsity, measure
@@ -18,7 +17,7 @@ from trainer.checkpoints.mask_history import save_masks
 from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE, RunDir
 from trainer.checkpoints.saved_model import save_model
 from trainer.checkpoints.state import Position, capture, seed_generators
-from trainer.config.schema import duration_steps
+from trainer.config.durations import duration_steps
 from trainer.distributed import ranks
 from trainer.distributed.signals import StopRequest
 from trainer.engine import num_graphs, precision, precision_name
@@ -26,7 +25,7 @@ from trainer.errors import Diverged, Stopped, UserError
 from trainer.evaluate import Interrupted, Metrics, evaluate, recompute_batch_norm
 from trainer.kernels import accelerate, choice_table
 from trainer.monitor.clock import Clock
-from trainer.monitor.records import Monitor
+from trainer.monitor.records import Monitor, kept_weights
 from trainer.optim import learning_rate
 from trainer.task import Task
 
@@ -53,6 +52,7 @@ class Trainer:
         self.graphs_before = num_graphs()
         self.graphs_at_first: int | None = None  # compiled by the end of this process's first epoch
         self._clock = Clock(self.device)
+        self.lr = config.optimizer.lr  # of the last step
         self._rates: dict[str, float] = {}
         self._sparsity: tuple[int, Sparsity] | None = None
         self._tuned = False
@@ -92,8 +92,7 @@ class Trainer:
     def train_epoch(self, epoch: int) -> Metrics:
         """The rest of an epoch from the position's step on; loss and accuracy over the whole of it."""
         position = self.position
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.lr(epoch)
+        self.set_lr(epoch)
         if position.step == 0:
             seed_generators(self.config.seed, epoch)
         totals = torch.tensor(position.totals, dtype=torch.float64, device=self.device)
@@ -105,6 +104,8 @@ class Trainer:
                 self.after_compression(epoch)
             if not self._tuned and self.acdc.phase.kind == "sparse" and self.acdc.masks_settled:
                 self.accelerate()
+            if self.config.lr.by == "step":
+                self.set_lr(epoch)
             for _ in range(self.micro_batches):
                 totals += self.train_batch(batches)
             position.step += 1
@@ -163,8 +164,14 @@ class Trainer:
         self.engine.step()
         return counts
 
-    def lr(self, epoch: int) -> float:
-        return learning_rate(self.config.lr, self.config.optimizer.lr, epoch, self.config.epochs)
+    def set_lr(self, epoch: int) -> None:
+        """For the step that is about to come, and with lr.by=epoch for the others of its epoch."""
+        config, step = self.config, self.position.step
+        self.lr = learning_rate(
+            config.lr, config.optimizer.lr, epoch, config.epochs, step, self.steps_per_epoch
+        )
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.lr
 
     def log_step(self, epoch: int, totals: torch.Tensor) -> None:
         """Read the epoch's loss so far from the device, and record it."""
@@ -174,7 +181,7 @@ class Trainer:
             rates = self._clock.rates
             phase, sparsity = self.acdc.phase.kind, self.sparsity().overall
             self.monitor.screen.status(epoch, phase, sparsity, so_far.loss, rates["images_per_second"])
-            record = {"epoch": epoch, "step": self.acdc.step, "phase": phase, "lr": self.lr(epoch)}
+            record = {"epoch": epoch, "step": self.acdc.step, "phase": phase, "lr": self.lr}
             self.monitor.step({**record, "loss": so_far.loss, **rates, **self.loss_scaling()})
 
     def record_epoch(
@@ -195,7 +202,7 @@ class Trainer:
                 "epoch": epoch,
                 "step": self.acdc.step,
                 "phase": self.acdc.phase.kind,
-                "lr": self.lr(epoch),
+                "lr": self.lr,
                 "train_loss": trained.loss,
                 "train_top1": trained.top1,
                 "val_loss": tested.loss,
@@ -215,7 +222,7 @@ class Trainer:
             }
             self.monitor.epoch(record, sparsity.by_layer)
             if self.config.log.weight_histograms:
-                self.monitor.histograms(self.acdc.step, self.kept_weights())
+                self.monitor.histograms(self.acdc.step, kept_weights(self.acdc))
 
     def save_pair(self, epoch: int, tested: Metrics) -> None:
         """Save the dense twin or the sparse model if its phase ends with this epoch."""
@@ -273,18 +280,6 @@ class Trainer:
         if self._sparsity is None or self._sparsity[0] != epoch:
             self._sparsity = (epoch, measure(self.acdc.model, self.acdc.masks()))
         return self._sparsity[1]
-
-    def kept_weights(self) -> dict[str, torch.Tensor]:
-        """Layer name -> its kept weights, in one dimension, on the CPU. Of a model without masked layers, all
-        weights of convolutions and linear layers; a layer that has lost all is left out."""
-        masks = self.acdc.masks()
-        weights = self.acdc.weights() or {
-            name: layer.weight.detach()
-            for name, layer in self.acdc.model.named_modules()
-            if isinstance(layer, nn.Conv2d | nn.Linear)
-        }
-        kept = {name: weight[masks[name]] if masks else weight for name, weight in weights.items()}
-        return {name: values.flatten().cpu() for name, values in kept.items() if values.numel()}
 
     def check_finite(self, loss: float, epoch: int) -> None:
         if math.isfinite(loss):

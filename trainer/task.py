@@ -22,6 +22,7 @@ from trainer.errors import as_user_error
 from trainer.loaders import Loaders, build_loaders
 from trainer.models.freeze import freeze
 from trainer.monitor.flops import RunFlops
+from trainer.optim.rates import check_warmup
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ def build_task(config: Config, device: torch.device, weights: str | None) -> Tas
         if config.model.freeze:
             notes["frozen"] = freeze(model, config.model.freeze)
     steps_per_epoch = loaders.train.batches_per_epoch // config.engine.accumulation_steps
+    with as_user_error("lr"):
+        check_warmup(config.lr, config.epochs, steps_per_epoch)
     with as_user_error("sparsity"):
         acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
     with as_user_error("model"):

@@ -21,6 +21,7 @@ from sparsity import ACDC
 from sparsity.masters import masters_of
 from trainer.checkpoints.saved_model import MASK, plain_state
 from trainer.distributed import ranks
+from trainer.optim.optimizers import check_state
 
 
 @dataclass
@@ -52,6 +53,8 @@ def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict
         "totals": position.totals,
         "data": loader.state(),
     }
+    count = masters.num_steps()
+    counted = {} if count is None else {"optimizer_steps": count}
     scaling = {} if engine.loss_scaling is None else {"loss_scaling": engine.loss_scaling.state_dict()}
     return {
         "model": _to_cpu(model.state_dict()),
@@ -63,6 +66,7 @@ def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict
         "position": {key: value for key, value in asdict(position).items() if key != "totals"},
         "data": loader.fingerprint(),
         "ranks": ranks.all_gather(mine),
+        **counted,
         **scaling,
     }
 
@@ -73,12 +77,12 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader, s
     model = acdc.model
     _check_parts(state)
     _check_same_model(model.state_dict(), state["model"])
-    _check_optimizer(model, state["optimizer"])
+    _check_optimizer(engine, model, state["optimizer"])
     _check_same_data(state["data"], loader.fingerprint())
     acdc.check_state(state["acdc"])
     model.load_state_dict(state["model"])
     acdc.load_state_dict(state["acdc"])
-    _load_masters(engine, model, state["model"], state["optimizer"])
+    _load_masters(engine, model, state["model"], state)
     _load_scaling(engine, state)
     position = Position(**state["position"])
     if len(state["ranks"]) == ranks.world_size():
@@ -112,29 +116,33 @@ def check_branch(state: Any, acdc: ACDC) -> None:
         )
     ours = {name: value for name, value in acdc.model.state_dict().items() if not name.endswith(MASK)}
     _check_same_model(ours, plain_state(state["model"]))
-    _check_optimizer(acdc.model, state["optimizer"])
+    _check_shapes(acdc.model, state["optimizer"])
     acdc.check_start(state["position"]["epoch"], _masks_in_force(state))
 
 
 def branch_off(state: Mapping[str, Any], engine: Any, acdc: ACDC) -> Position:
     """Begin a new run where a captured state stands, which check_branch has passed: weights, BatchNorm
-    statistics, momentum and epoch are taken over; phases, masks and learning rates are this run's own."""
+    statistics, momentum and epoch are taken over; phases, masks and learning rates are this run's own. Raises
+    ValueError for another optimizer's state."""
     model, weights = acdc.model, plain_state(state["model"])
+    check_state(masters_of(engine).optimizers[0], state["optimizer"])
     acdc.start_at(state["position"]["epoch"], _masks_in_force(state))
     model.load_state_dict(weights, strict=False)
-    _load_masters(engine, model, weights, state["optimizer"])
+    _load_masters(engine, model, weights, state)
     _load_scaling(engine, state)
     kept = ("epoch", "training_flops", "dense_training_flops")
     return Position(**{key: value for key, value in state["position"].items() if key in kept})
 
 
 def _load_masters(
-    engine: Any, model: nn.Module, weights: Mapping[str, Tensor], states: Mapping[str, Any]
+    engine: Any, model: nn.Module, weights: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> None:
     masters = masters_of(engine)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # of frozen ones there is no more than the model's own state
-            masters.load_(parameter, weights[name].to(parameter.device), states[name])
+            masters.load_(parameter, weights[name].to(parameter.device), state["optimizer"][name])
+    if "optimizer_steps" in state:
+        masters.load_num_steps_(state["optimizer_steps"])
 
 
 def _load_scaling(engine: Any, state: Mapping[str, Any]) -> None:
@@ -169,7 +177,12 @@ def _check_parts(state: Any) -> None:
             raise ValueError(f"it is not a training state: its {name} is not a number")
 
 
-def _check_optimizer(model: nn.Module, states: Mapping[str, Any]) -> None:
+def _check_optimizer(engine: Any, model: nn.Module, states: Mapping[str, Any]) -> None:
+    _check_shapes(model, states)
+    check_state(masters_of(engine).optimizers[0], states)
+
+
+def _check_shapes(model: nn.Module, states: Mapping[str, Any]) -> None:
     for name, parameter in model.named_parameters():
         values = states.get(name)
         if not isinstance(values, dict) or any(v.shape != parameter.shape for v in values.values()):

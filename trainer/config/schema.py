@@ -8,36 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparsity.gradual import CubicSparsity
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, Rule, UniformMagnitude
 from sparsity.schedule import PhaseSchedule
 from sparsity.transposable import Transposable24
 from trainer.config.data import DataConfig, Section
+from trainer.config.durations import Duration, duration_steps
+from trainer.config.optimization import LRConfig, OptimizerConfig
 
 Scalar = bool | int | float | str
-_DURATION = re.compile(r"([1-9]\d*)(ep|st)")
 _NM = re.compile(r"(\d+):(\d+)")
 _TRANSPOSABLE = "2:4 transposable"
-
-
-def _check_duration(value: Any) -> Any:
-    if not isinstance(value, str) or _DURATION.fullmatch(value) is None:
-        raise ValueError(f"{value!r} is not a duration; write a number of epochs or steps: 1ep, 500st")
-    return value
-
-
-Duration = Annotated[str, BeforeValidator(_check_duration)]
-
-
-def duration_steps(duration: str, steps_per_epoch: int) -> int:
-    """Optimizer steps of "1ep" or "500st"."""
-    match = _DURATION.fullmatch(duration)
-    assert match is not None, duration
-    return int(match[1]) * (steps_per_epoch if match[2] == "ep" else 1)
 
 
 class ModelConfig(Section):
@@ -74,41 +59,6 @@ class ModelConfig(Section):
         for taken in sorted({"name", "num_classes", "in_channels"} & arguments.keys()):
             raise ValueError(f"{taken} follows from the rest of the recipe; leave it out")
         return arguments
-
-
-class OptimizerConfig(Section):
-    name: Literal["sgd"] = Field(default="sgd", description="the optimizer")
-    lr: float = Field(gt=0, description="base learning rate, for the whole batch_size")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="0: none")
-    nesterov: bool = Field(default=False, description="Nesterov's momentum, which must then be above 0")
-    weight_decay: float = Field(default=0.0, ge=0, description="on all parameters, as in the paper")
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> OptimizerConfig:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
-
-
-class LRConfig(Section):
-    kind: Literal["cosine", "step", "constant"] = Field(
-        default="cosine", description="how the learning rate falls after the warm-up"
-    )
-    warmup_epochs: int = Field(
-        default=0, ge=0, description="lr * (epoch + 1) / warmup_epochs for these epochs"
-    )
-    milestones: list[int] = Field(
-        default=[], description="step: epochs from which lr is multiplied by gamma again"
-    )
-    gamma: float = Field(default=0.1, gt=0, le=1, description="step: the factor")
-
-    @model_validator(mode="after")
-    def _milestones_for_step(self) -> LRConfig:
-        if (self.kind == "step") != bool(self.milestones):
-            raise ValueError("milestones belong to kind: step, which needs them")
-        if self.milestones != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
-            raise ValueError(f"milestones {self.milestones} are epochs of 1 or more in rising order")
-        return self
 
 
 class GradualConfig(Section):
@@ -296,11 +246,21 @@ class Config(Section):
                 f"sparsity.schedule {self.sparsity.schedule!r} fills {filled} epochs, "
                 f"but epochs is {self.epochs}"
             )
-        if self.lr.warmup_epochs >= self.epochs:
-            raise ValueError(f"lr.warmup_epochs is {self.lr.warmup_epochs}, not below epochs, {self.epochs}")
+        warmup, key = self.lr.warmup_epochs, "warmup_epochs"
+        if self.lr.warmup is not None and self.lr.warmup.endswith("ep"):
+            warmup, key = duration_steps(self.lr.warmup, 1), "warmup"
+        if warmup >= self.epochs:
+            raise ValueError(f"lr.{key} is {warmup}, not below epochs, {self.epochs}")
+        if self.lr.floor >= self.optimizer.lr:
+            raise ValueError(f"lr.floor is {self.lr.floor:g}, not below optimizer.lr, {self.optimizer.lr:g}")
         if self.lr.milestones and self.lr.milestones[-1] >= self.epochs:
             raise ValueError(
                 f"lr.milestones {self.lr.milestones} go beyond the last epoch, {self.epochs - 1}"
+            )
+        if self.engine.precision == "fp16" and self.optimizer.name == "rmsprop":
+            raise ValueError(
+                "engine.precision=fp16 skips steps that overflow, which torch's RMSprop cannot without "
+                "waiting for the device: choose optimizer.name=sgd or adamw, or another precision"
             )
         if self.data.batch_size % self.engine.accumulation_steps:
             raise ValueError(

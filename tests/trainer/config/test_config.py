@@ -3,9 +3,9 @@ import yaml
 
 from sparsity import NM, GlobalMagnitude, UniformMagnitude
 from tests.trainer.runs import starts
+from trainer.config.durations import duration_steps
 from trainer.config.load import load_config
 from trainer.config.recipes import RECIPES, dump_recipe, find_recipe, read_recipe, recipe_names
-from trainer.config.schema import duration_steps
 from trainer.errors import UserError
 
 QUICKSTART = "quickstart"

@@ -1,0 +1,6 @@
+"""How weights are trained: optimizers, learning rates."""
+
+from trainer.optim.optimizers import build_optimizer
+from trainer.optim.rates import learning_rate
+
+__all__ = ["build_optimizer", "learning_rate"]
