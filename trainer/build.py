@@ -54,7 +54,8 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
     folder = ranks.on_main(lambda: _open_folder(config, resumed, path))
     try:
         info = task.loaders.info
-        classifier = Classifier(task.acdc.model, info.mean, info.std)
+        smoothing = config.loss.label_smoothing
+        classifier = Classifier(task.acdc.model, info.mean, info.std, smoothing)
         optimizer = build_optimizer(config.optimizer, classifier)
         leave_out_frozen(optimizer)
         engine = build_engine(classifier, optimizer, settings, config, device)

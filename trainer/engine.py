@@ -57,6 +57,8 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
         # On by default, it waits for the device inside the compiled region from the third step on
         "timers": {"throughput": {"enabled": False}},
     }
+    if config.optimizer.clip_norm:
+        generated["gradient_clipping"] = config.optimizer.clip_norm
     if config.engine.deepspeed is not None:
         path = Path(config.engine.deepspeed).expanduser()
         try:

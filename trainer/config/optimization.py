@@ -1,4 +1,4 @@
-"""The sections of a recipe on how weights are trained: optimizer and learning rate."""
+"""The sections of a recipe on how weights are trained: optimizer, learning rate, loss."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ class OptimizerConfig(Section):
         default=True,
         description="false: no weight decay on biases, normalisation and other vectors, nor on what the "
         "model itself names in no_weight_decay()",
+    )
+
+    clip_norm: float = Field(
+        default=0.0,
+        ge=0,
+        description="largest norm of a step's gradient, over all parameters; 0: not clipped",
     )
 
     @model_validator(mode="after")
@@ -94,3 +100,12 @@ class LRConfig(Section):
         if self.warmup is not None and self.warmup.endswith("st") and self.by == "epoch":
             raise ValueError(f"warmup={self.warmup} in steps needs by: step; or give it in epochs, as in 5ep")
         return self
+
+
+class LossConfig(Section):
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the target that is spread over all classes, in training; evaluation has none",
+    )

@@ -23,15 +23,21 @@ class Classifier(nn.Module):
     Counts are float32, (4,), detached. Padding counts nowhere; but as the mean is over all places, an image
     weighs the same in an epoch's filled-up last batch as in the others, over any number of ranks.
     With fewer than 5 classes top-5 is always right. BatchNorms that are frozen stay in evaluation mode.
+
+    label_smoothing: share of the target that is spread evenly over all classes, in training; evaluation knows
+    the label alone.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, model: nn.Module, mean: Sequence[float], std: Sequence[float], label_smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         self.model = model
         self._frozen = frozen_norms(model)
+        self.label_smoothing = label_smoothing
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -43,7 +49,13 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model((images - self.mean) / self.std).float()
-        loss = functional.cross_entropy(logits, labels, ignore_index=PADDING_LABEL, reduction="sum")
+        loss = functional.cross_entropy(
+            logits,
+            labels,
+            ignore_index=PADDING_LABEL,
+            reduction="sum",
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+        )
         num_images = (labels != PADDING_LABEL).sum()
         if self.training:
             right = (logits.detach().argmax(1) == labels).sum()

@@ -21,6 +21,7 @@ from tests.trainer.distributed.small_net import small
 from trainer.build import build_trainer
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
+from trainer.errors import UserError
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -120,6 +121,52 @@ def test_the_gradient_is_the_mean_losss_unclipped_and_unscaled(stage, tiny_data,
     assert torch.equal(steps[0].weights[: len(weights)], weights)  # ZeRO pads its vector
     assert expected.norm() > 2
     assert torch.allclose(steps[0].gradients[: len(weights)], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_smoothed_labels_are_what_a_run_trains_on(tiny_data, tmp_path):
+    overrides = small(tiny_data, tmp_path, "{}", "loss.label_smoothing=0.2")
+    trainer = build_trainer(load_config("quickstart", overrides), start())
+    model, steps = trainer.acdc.export(), Steps(trainer)
+    images, labels = (part.clone() for part in next(iter(trainer.loaders.train.epoch(0))))
+    info = trainer.loaders.info
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (info.mean, info.std))
+    logits = model((images / 255 - mean) / std)
+    functional.cross_entropy(logits, labels, label_smoothing=0.2).backward()
+    trainer.fit()
+    trainer.close()
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert torch.allclose(steps[0].gradients, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("stage", "count"), [(0, 1), (0, 2), (1, 1), (2, 2)])
+def test_a_steps_gradient_is_clipped_as_a_whole_and_after_masking(stage, count, tiny_data, tmp_path):
+    """With as many weights dropped as here, a norm taken before masking would be far larger."""
+    seen = []
+    for clip in (0.0, 0.03):
+        options = [f"engine.zero_stage={stage}", f"engine.accumulation_steps={count}"]
+        options += [f"optimizer.clip_norm={clip}"]
+        overrides = small(tiny_data, tmp_path / str(clip), "{}", *options)
+        trainer = build_trainer(load_config("quickstart", overrides), start())
+        steps = Steps(trainer)
+        trainer.fit()
+        trainer.close()
+        seen.append(steps)
+        assert trainer.acdc.phase.kind == "sparse"
+    free, clipped = seen
+    assert len(clipped) == 6
+    assert all(step.gradients.norm() > 0.05 for step in free)
+    scale = 0.03 / free[0].gradients.norm()
+    assert torch.allclose(clipped[0].gradients, scale * free[0].gradients, rtol=1e-3, atol=1e-7)
+    for step in clipped:
+        assert step.gradients.norm().item() == pytest.approx(0.03, rel=1e-3)
+    assert (clipped[-1].gradients == 0).float().mean() > 0.7
+
+
+def test_clipping_is_said_in_one_place(tiny_data, tmp_path):
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": 2.0}')
+    options = ["optimizer.clip_norm=1.0", f"engine.deepspeed={tmp_path / 'ds.json'}"]
+    with pytest.raises(UserError, match=r"gradient_clipping is 2.0 there, but the recipe makes it 1.0"):
+        build_trainer(load_config("quickstart", small(tiny_data, tmp_path, "{}", *options)), start())
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ class Logits(nn.Module):
         return x.flatten(1)
 
 
-def classifier():
-    return Classifier(Logits(), mean=[0.5] * 10, std=[0.25] * 10)
+def classifier(label_smoothing=0.0):
+    return Classifier(Logits(), [0.5] * 10, [0.25] * 10, label_smoothing)
 
 
 IMAGES = torch.randint(0, 256, (40, 10, 1, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -43,6 +43,28 @@ def test_padding_carries_no_loss_and_changes_no_weight_of_the_others():
     loss, counts = classifier().train()(IMAGES, torch.full_like(LABELS, PADDING_LABEL))
     assert loss.item() == 0
     assert not counts.any()
+
+
+@pytest.mark.parametrize("padded", [0, 10])
+def test_smoothed_labels_are_torchs_in_training_alone(padded):
+    labels = LABELS.clone()
+    labels[40 - padded :] = PADDING_LABEL
+    for module in (classifier(0.1), torch.compile(classifier(0.1), backend="eager", fullgraph=True)):
+        loss, counts = module.train()(IMAGES, labels)
+        losses = functional.cross_entropy(NORMALISED, LABELS, reduction="none", label_smoothing=0.1)
+        expected = losses[: 40 - padded].sum().item()
+        assert loss.item() == pytest.approx(expected / 40, rel=1e-5)
+        assert counts[0].item() == pytest.approx(expected, rel=1e-5)
+        loss, counts = module.eval()(IMAGES, labels)
+        plain = functional.cross_entropy(NORMALISED, LABELS, reduction="none")[: 40 - padded].sum().item()
+        assert loss.item() == counts[0].item() == pytest.approx(plain, rel=1e-5)
+
+
+def test_without_smoothing_the_bits_are_those_of_plain_cross_entropy():
+    module = classifier().train()
+    loss, _ = module(IMAGES, LABELS)
+    logits = module.model((IMAGES - module.mean) / module.std).float()
+    assert torch.equal(loss, functional.cross_entropy(logits, LABELS, reduction="sum") / 40)
 
 
 def test_evaluation_ignores_padding_and_counts_top5():
