@@ -29,6 +29,7 @@ from trainer.models.freeze import leave_out_frozen
 from trainer.monitor.records import Monitor
 from trainer.monitor.screen import Screen
 from trainer.optim import build_optimizer
+from trainer.optim.averages import Averages
 from trainer.task import Task, build_task
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
         leave_out_frozen(optimizer)
         engine = build_engine(classifier, optimizer, settings, config, device)
         task.acdc.attach(engine)
+        if config.ema is not None:
+            engine.averages = Averages(task.acdc, config.ema.decay)
         position = _go_to(task, engine, branch, resumed)
         ranks.on_main(lambda: _check_folder(folder, position, config))
         monitor = _begin(folder, task, settings) if ranks.is_main() else None

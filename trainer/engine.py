@@ -199,6 +199,7 @@ def build_engine(
         # DeepSpeed 0.19.8 sums over one rank, too: it copies all gradients, out of channels_last and back
         engine.enable_backward_allreduce = False
     engine.loss_scaling = None
+    engine.averages = None  # trainer.build adds them
     if engine.torch_autocast_z0_gradscaler is not None:
         engine.loss_scaling = LossScaling(engine.torch_autocast_z0_gradscaler, optimizer, device)
     if should_compile(config, device):

@@ -14,7 +14,7 @@ from data.loader import Batch, Loader
 from sparsity import Sparsity, measure
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.mask_history import save_masks
-from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE, RunDir
+from trainer.checkpoints.run_dir import DENSE_TWIN, EMA, SPARSE, RunDir
 from trainer.checkpoints.saved_model import save_model
 from trainer.checkpoints.state import Position, capture, seed_generators
 from trainer.config.durations import duration_steps
@@ -44,6 +44,7 @@ class Trainer:
         self.task, self.engine, self.run_dir, self.monitor = task, engine, run_dir, monitor
         self.config, self.acdc = config, acdc = task.config, task.acdc
         self.device, self.loaders, self.flops = task.device, task.loaders, task.flops
+        self.averages = engine.averages  # of weights, None where the recipe has none
         self.position = position
         self.micro_batches = config.engine.accumulation_steps
         self.steps_per_epoch = acdc.steps_per_epoch
@@ -74,10 +75,17 @@ class Trainer:
                     watched = {
                         name: self.evaluate(loader, epoch) for name, loader in self.loaders.watched.items()
                     }
+                    if self.averages is not None:
+                        with self.averages.in_place() as model:
+                            ranks.average_buffers(model)
+                            watched["ema"] = self.evaluate(self.loaders.test, epoch)
                 except Interrupted:  # all steps of the epoch are taken: a resumed run evaluates first
                     self.save_checkpoint()
                     self.stop()
                 self.position.epoch, self.position.step, self.position.totals = epoch + 1, 0, [0.0] * 4
+                if self.averages is not None:
+                    with self.averages.in_place():
+                        self.save_pair(epoch, watched["ema"], EMA)
                 self.record_epoch(epoch, trained, tested, watched)
                 self.save_pair(epoch, tested)
                 last = epoch + 1 == self.config.epochs
@@ -108,6 +116,8 @@ class Trainer:
                 self.set_lr(epoch)
             for _ in range(self.micro_batches):
                 totals += self.train_batch(batches)
+            if self.averages is not None:
+                self.averages.update()
             position.step += 1
             self._clock.step(self.config.data.batch_size)
             if self.monitor:
@@ -135,6 +145,8 @@ class Trainer:
 
     def after_compression(self, epoch: int) -> None:
         """What the recipe asks for once new masks are chosen."""
+        if self.averages is not None:
+            self.averages.mask_()
         if (span := self.config.sparsity.recompute_batch_norm) is not None:
             count = duration_steps(span, self.steps_per_epoch) * self.micro_batches
             dtype = precision(self.config, self.device)
@@ -210,6 +222,7 @@ class Trainer:
                 "val_top5": tested.top5,
                 **{f"{name}_loss": metrics.loss for name, metrics in watched.items()},
                 **{f"{name}_top1": metrics.top1 for name, metrics in watched.items()},
+                **({"ema_top5": watched["ema"].top5} if "ema" in watched else {}),
                 "bad_files": bad_files,
                 "sparsity": sparsity.overall,
                 "sparsity_of_all_parameters": sparsity.of_all_parameters,
@@ -224,15 +237,15 @@ class Trainer:
             if self.config.log.weight_histograms:
                 self.monitor.histograms(self.acdc.step, kept_weights(self.acdc))
 
-    def save_pair(self, epoch: int, tested: Metrics) -> None:
-        """Save the dense twin or the sparse model if its phase ends with this epoch."""
+    def save_pair(self, epoch: int, tested: Metrics, suffix: str = "") -> None:
+        """Save the dense twin or the sparse model if its phase ends with this epoch. suffix: to its name."""
         for key, kind in ((DENSE_TWIN, "dense"), (SPARSE, "sparse")):
             phase = self.acdc.schedule.last("dense" if kind == "dense" else "sparse")
             if phase is None or epoch + 1 != phase.end:
                 continue
             sparsity = self.sparsity()
             density = {name: 1 - share for name, share in sparsity.by_layer.items()}
-            self.position.pair[key] = {
+            self.position.pair[key + suffix] = result = {
                 **asdict(tested),
                 "epoch": epoch,
                 "sparsity": sparsity.overall,
@@ -242,11 +255,11 @@ class Trainer:
                 "inference_flops": self.flops.inference.forward(density),
             }
             # the dense twin carries the whole state: a branch goes on from there, see trainer.train
-            branches = kind == "dense" and epoch + 1 < self.config.epochs
+            branches = kind == "dense" and epoch + 1 < self.config.epochs and not suffix
             state = self.capture() if branches else None
             if ranks.is_main():
-                info = {**self.info(), "result": self.position.pair[key]}
-                save_model(self.run_dir.checkpoints / key, self.acdc.export().cpu(), info, state)
+                info = {**self.info(), "result": result}
+                save_model(self.run_dir.checkpoints / (key + suffix), self.acdc.export().cpu(), info, state)
 
     def save_checkpoint(self) -> None:
         self.position.seconds = time.monotonic() - self._began

@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from sparsity import PhaseSchedule
-from trainer.checkpoints.run_dir import DENSE_TWIN, FINETUNED_DENSE, SPARSE, RunDir
+from trainer.checkpoints.run_dir import DENSE_TWIN, EMA, FINETUNED_DENSE, SPARSE, RunDir
 from trainer.distributed import ranks
 from trainer.engine import num_graphs, precision_name
 from trainer.loop import Trainer
@@ -62,7 +62,9 @@ def finish_both(run: RunDir) -> None:
     result, dense = run.read_result(), RunDir(run.finetuned_dense).read_result()
     assert result is not None
     assert dense is not None
-    result[FINETUNED_DENSE] = dense["dense_twin"]
+    for suffix in ("", EMA):
+        if DENSE_TWIN + suffix in dense:
+            result[FINETUNED_DENSE + suffix] = dense[DENSE_TWIN + suffix]
     write_report(run, result)
     run.write_result(result)
     Screen(0, 0, 0).console.print(closing_table(result))
@@ -79,6 +81,7 @@ def build_result(trainer: Trainer) -> dict[str, Any]:
         "schedule": str(trainer.acdc.schedule),
         "dense_twin": pair.get(DENSE_TWIN),
         "sparse": sparse,
+        **{key: row for key, row in pair.items() if key.endswith(EMA)},
         "flops": {
             "inference_dense": dense,
             "inference_sparse": sparse["inference_flops"] if sparse else None,

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 DENSE_TWIN, SPARSE = "dense_twin", "sparse"
 FINETUNED_DENSE = "finetuned_dense"
+EMA = "_ema"  # after one of these names: the model of averaged weights
 # Numbers that records must have to be used, by kind
 _NUMBERS = {
     "step": ("epoch", "step", "lr", "loss"),

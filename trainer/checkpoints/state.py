@@ -53,6 +53,10 @@ def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict
         "totals": position.totals,
         "data": loader.state(),
     }
+    averaged = {}
+    if engine.averages is not None:
+        averaged = {"averages": _to_cpu(engine.averages.weights())}
+        mine["averages"] = _to_cpu(engine.averages.statistics())
     count = masters.num_steps()
     counted = {} if count is None else {"optimizer_steps": count}
     scaling = {} if engine.loss_scaling is None else {"loss_scaling": engine.loss_scaling.state_dict()}
@@ -66,6 +70,7 @@ def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict
         "position": {key: value for key, value in asdict(position).items() if key != "totals"},
         "data": loader.fingerprint(),
         "ranks": ranks.all_gather(mine),
+        **averaged,
         **counted,
         **scaling,
     }
@@ -91,12 +96,12 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader, s
         loader.load_state(mine.get("data", {}))
         model.load_state_dict(mine["buffers"], strict=False)
         _set_random_states(mine["rng"])
+        if engine.averages is not None:
+            engine.averages.begin(state.get("averages", {}), mine.get("averages", {}))
     else:
         parts = state["ranks"]
-        statistics = {
-            name: sum(part["buffers"][name] for part in parts) / len(parts) for name in parts[0]["buffers"]
-        }
-        model.load_state_dict(statistics, strict=False)
+        model.load_state_dict(_mean_statistics(parts, "buffers"), strict=False)
+        _begin_averages(engine, state)
         acdc.accelerate({})  # chosen for another share of the batch
         seed_generators(seed, position.epoch, position.step)
         if ranks.is_main():
@@ -130,6 +135,7 @@ def branch_off(state: Mapping[str, Any], engine: Any, acdc: ACDC) -> Position:
     model.load_state_dict(weights, strict=False)
     _load_masters(engine, model, weights, state)
     _load_scaling(engine, state)
+    _begin_averages(engine, state)
     kept = ("epoch", "training_flops", "dense_training_flops")
     return Position(**{key: value for key, value in state["position"].items() if key in kept})
 
@@ -153,6 +159,17 @@ def _load_scaling(engine: Any, state: Mapping[str, Any]) -> None:
     engine.loss_scaling.begin_momentum()
     if "loss_scaling" in state:
         engine.loss_scaling.load_state_dict(state["loss_scaling"])
+
+
+def _begin_averages(engine: Any, state: Mapping[str, Any]) -> None:
+    """Where ranks are others than before."""
+    if engine.averages is not None:
+        engine.averages.begin(state.get("averages", {}), _mean_statistics(state["ranks"], "averages"))
+
+
+def _mean_statistics(parts: list[Any], key: str) -> dict[str, Tensor]:
+    names = parts[0].get(key, ())
+    return {name: sum(part[key][name] for part in parts) / len(parts) for name in names}
 
 
 def _masks_in_force(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from sparsity.inference import accelerated
-    from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE
+    from trainer.checkpoints.run_dir import DENSE_TWIN, EMA, SPARSE
     from trainer.checkpoints.saved_model import load_model
     from trainer.config.load import parse
     from trainer.config.recipes import override
@@ -48,7 +48,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from trainer.models.classifier import Classifier
 
     path = Path(options.path).expanduser()
-    pair = [path / "checkpoints" / key for key in (DENSE_TWIN, SPARSE)]
+    kept = (DENSE_TWIN, SPARSE, DENSE_TWIN + EMA, SPARSE + EMA)
+    pair = [path / "checkpoints" / key for key in kept]
     folders = [folder for folder in pair if folder.is_dir()] or [path]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = Table()

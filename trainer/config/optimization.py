@@ -1,4 +1,4 @@
-"""The sections of a recipe on how weights are trained: optimizer, learning rate, loss."""
+"""The sections of a recipe on how weights are trained: optimizer, learning rate, loss, averages."""
 
 from __future__ import annotations
 
@@ -100,6 +100,12 @@ class LRConfig(Section):
         if self.warmup is not None and self.warmup.endswith("st") and self.by == "epoch":
             raise ValueError(f"warmup={self.warmup} in steps needs by: step; or give it in epochs, as in 5ep")
         return self
+
+
+class EMAConfig(Section):
+    decay: float = Field(
+        gt=0, lt=1, description="weight of the average so far in each step: 0.999 for short runs, 0.9999"
+    )
 
 
 class LossConfig(Section):

@@ -64,8 +64,9 @@ class Screen:
         self.status(record["epoch"], record["phase"], *figures)
         test = f"loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} top-5 {record['val_top5']:.2f}"
         wait = f"data wait {100 * record['data_wait']:.1f} %"
+        ema = f"  EMA: top-1 {record['ema_top1']:.2f}" if "ema_top1" in record else ""
         skipped = f"  {record['skipped_steps']} steps skipped so far" if record.get("skipped_steps") else ""
-        self._line(f"{self._status}  {wait}  test: {test}{skipped}  {self.time_left()}")
+        self._line(f"{self._status}  {wait}  test: {test}{ema}{skipped}  {self.time_left()}")
 
     def time_left(self) -> str:
         if self._started is None or self.done == self._started[1]:
@@ -90,6 +91,7 @@ def closing_table(result: dict[str, Any]) -> Table:
     for column in ("", "top-1 %", "top-5 %", "loss", "sparsity %", "epoch", "FLOPs", "vs dense"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     names = {"dense_twin": "dense twin", "sparse": "sparse model", "finetuned_dense": "dense, finetuned"}
+    names |= {f"{key}_ema": f"{name}, EMA" for key, name in names.items()}
     for key, name in names.items():
         if (row := result.get(key)) is None:
             continue
