@@ -24,6 +24,7 @@ from trainer.engine import num_graphs, precision, precision_name
 from trainer.errors import Diverged, Stopped, UserError
 from trainer.evaluate import Interrupted, Metrics, evaluate, recompute_batch_norm
 from trainer.kernels import accelerate, choice_table
+from trainer.models.mixing import Mixer
 from trainer.monitor.clock import Clock
 from trainer.monitor.records import Monitor, kept_weights
 from trainer.optim import learning_rate
@@ -45,6 +46,7 @@ class Trainer:
         self.config, self.acdc = config, acdc = task.config, task.acdc
         self.device, self.loaders, self.flops = task.device, task.loaders, task.flops
         self.averages = engine.averages  # of weights, None where the recipe has none
+        self.mixer = Mixer(config.mixing, config.seed) if config.mixing else None
         self.position = position
         self.micro_batches = config.engine.accumulation_steps
         self.steps_per_epoch = acdc.steps_per_epoch
@@ -171,7 +173,8 @@ class Trainer:
 
     def train_batch(self, batches: Iterator[Batch]) -> torch.Tensor:
         images, labels = self._clock.next_of(batches)
-        loss, counts = self.engine(images, labels)
+        draw = [self.mixer.row(self.position.epoch, self.position.step, images)] if self.mixer else []
+        loss, counts = self.engine(images, labels, *draw)
         self.engine.backward(loss)
         self.engine.step()
         return counts
@@ -222,7 +225,6 @@ class Trainer:
                 "val_top5": tested.top5,
                 **{f"{name}_loss": metrics.loss for name, metrics in watched.items()},
                 **{f"{name}_top1": metrics.top1 for name, metrics in watched.items()},
-                **({"ema_top5": watched["ema"].top5} if "ema" in watched else {}),
                 "bad_files": bad_files,
                 "sparsity": sparsity.overall,
                 "sparsity_of_all_parameters": sparsity.of_all_parameters,

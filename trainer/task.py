@@ -17,10 +17,12 @@ from sparsity.layers import UnmaskableError, patterns_of
 from trainer.checkpoints.saved_model import build_model, describe_model
 from trainer.checkpoints.weights import load_weights
 from trainer.config.schema import Config, SparsityConfig
+from trainer.distributed import ranks
 from trainer.engine import check_convolutions
 from trainer.errors import as_user_error
 from trainer.loaders import Loaders, build_loaders
 from trainer.models.freeze import freeze
+from trainer.models.mixing import check_pairs
 from trainer.monitor.flops import RunFlops
 from trainer.optim.rates import check_warmup
 
@@ -55,6 +57,10 @@ def build_task(config: Config, device: torch.device, weights: str | None) -> Tas
         if config.model.freeze:
             notes["frozen"] = freeze(model, config.model.freeze)
     steps_per_epoch = loaders.train.batches_per_epoch // config.engine.accumulation_steps
+    if config.mixing is not None:
+        with as_user_error("mixing"):
+            share = ranks.world_size() * config.engine.accumulation_steps
+            check_pairs(config.data.batch_size // share)
     with as_user_error("lr"):
         check_warmup(config.lr, config.epochs, steps_per_epoch)
     with as_user_error("sparsity"):

@@ -1,4 +1,4 @@
-"""The sections of a recipe on how weights are trained: optimizer, learning rate, loss, averages."""
+"""The sections of a recipe on how weights are trained: optimizer, learning rate, loss, mixing, averages."""
 
 from __future__ import annotations
 
@@ -106,6 +106,27 @@ class EMAConfig(Section):
     decay: float = Field(
         gt=0, lt=1, description="weight of the average so far in each step: 0.999 for short runs, 0.9999"
     )
+
+
+class MixingConfig(Section):
+    mixup: float = Field(
+        default=0.0, ge=0, description="mixup: images are blended by a share from Beta(mixup, mixup); 0: none"
+    )
+    cutmix: float = Field(
+        default=0.0, ge=0, description="cutmix: a box takes a share from Beta(cutmix, cutmix); 0: none"
+    )
+    probability: float = Field(default=1.0, gt=0, le=1, description="share of the steps that mix at all")
+    switch: float = Field(
+        default=0.5, ge=0, le=1, description="with both, share of the mixing steps that take cutmix"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_mix(self) -> MixingConfig:
+        if not self.mixup and not self.cutmix:
+            raise ValueError("mixing needs mixup or cutmix above 0, as in mixing.mixup=0.2")
+        if self.switch != type(self).model_fields["switch"].default and not (self.mixup and self.cutmix):
+            raise ValueError(f"switch={self.switch:g} chooses between mixup and cutmix, and one of them is 0")
+        return self
 
 
 class LossConfig(Section):

@@ -18,7 +18,13 @@ from sparsity.schedule import PhaseSchedule
 from sparsity.transposable import Transposable24
 from trainer.config.data import DataConfig, Section
 from trainer.config.durations import Duration, duration_steps
-from trainer.config.optimization import EMAConfig, LossConfig, LRConfig, OptimizerConfig
+from trainer.config.optimization import (
+    EMAConfig,
+    LossConfig,
+    LRConfig,
+    MixingConfig,
+    OptimizerConfig,
+)
 
 Scalar = bool | int | float | str
 _NM = re.compile(r"(\d+):(\d+)")
@@ -215,6 +221,7 @@ class Config(Section):
     optimizer: OptimizerConfig
     lr: LRConfig = LRConfig()
     loss: LossConfig = LossConfig()
+    mixing: MixingConfig | None = Field(default=None, description="mixup and cutmix of training images")
     ema: EMAConfig | None = Field(default=None, description="a moving average of the weights beside them")
     sparsity: SparsityConfig
     engine: EngineConfig = EngineConfig()

@@ -10,12 +10,14 @@ from torch.nn import functional
 
 from data.loader import PADDING_LABEL
 from trainer.models.freeze import frozen_norms
+from trainer.models.mixing import mix
 
 
 class Classifier(nn.Module):
     """uint8 images -> normalise -> model -> cross-entropy and counts.
 
-    forward(images, labels) takes a data.loader.Batch and returns
+    forward(images, labels) takes a data.loader.Batch, in training also a draw of trainer.models.mixing, and
+    returns
         in training: the mean loss over all N places, and counts [sum of losses, number right, 0, number of
         images]
         in evaluation: the sum of losses, and counts [sum of losses, top-1 right, top-5 right, number of
@@ -47,7 +49,9 @@ class Classifier(nn.Module):
             norm.eval()
         return self
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, draw: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if draw is not None:
+            return self._mixed(images, labels, draw)
         logits = self.model((images - self.mean) / self.std).float()
         loss = functional.cross_entropy(
             logits,
@@ -63,6 +67,26 @@ class Classifier(nn.Module):
             return loss / labels.numel(), counts
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         return loss, _stack(loss.detach(), best[:, 0].sum(), best.sum(), num_images)
+
+    def _mixed(self, images: Tensor, labels: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+        """Training on mixed images and both their labels. Padding carries no loss as either label, so each
+        image that counts weighs 1 in all. An answer is right that is the image's own label."""
+        mixed, others, share = mix((images - self.mean) / self.std, labels, draw)
+        logits = self.model(mixed).float()
+        own, other = (
+            functional.cross_entropy(
+                logits,
+                each,
+                ignore_index=PADDING_LABEL,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+            )
+            for each in (labels, others)
+        )
+        loss = share * own + (1 - share) * other
+        right = (logits.detach().argmax(1) == labels).sum()
+        counts = _stack(loss.detach(), right, torch.zeros_like(right), (labels != PADDING_LABEL).sum())
+        return loss / labels.numel(), counts
 
 
 def _stack(*counts: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ TAGS = {
     "val_top5": "test/top5",
     "ema_loss": "ema/loss",
     "ema_top1": "ema/top1",
-    "ema_top5": "ema/top5",
     "memorised_loss": "memorised/random_labels_loss",
     "memorised_top1": "memorised/random_labels_top1",
     "memorised_true_loss": "memorised/true_labels_loss",
