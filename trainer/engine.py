@@ -9,6 +9,7 @@ import os
 import shutil
 import sysconfig
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,11 @@ def build_engine(
     if ranks.world_size() == 1 and config.engine.zero_stage == 0:
         # DeepSpeed 0.19.8 sums over one rank, too: it copies all gradients, out of channels_last and back
         engine.enable_backward_allreduce = False
+    if config.optimizer.clip_norm and config.engine.zero_stage == 0:
+        # DeepSpeed 0.19.8 waits for the device here, to copy two numbers to it; torch's law is the same
+        engine.clip_fp32_gradients = partial(
+            nn.utils.clip_grad_norm_, list(module.parameters()), config.optimizer.clip_norm
+        )
     engine.loss_scaling = None
     engine.averages = None  # trainer.build adds them
     if engine.torch_autocast_z0_gradscaler is not None:

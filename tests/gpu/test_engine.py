@@ -47,16 +47,8 @@ def made(tmp_path):
         trainer.close()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "fp32"])
-@pytest.mark.parametrize(("stage", "compiled"), [(0, True), (0, False), (1, False)])
-def test_no_step_of_a_run_waits_for_the_device(precision, stage, compiled, made):
-    if precision == "fp16" and stage:
-        pytest.skip("refused by the recipe")
-    if compiled and not any(map(shutil.which, ("gcc", "cc", "clang"))):
-        pytest.skip("torch.compile needs a C compiler")
-    trainer = made(
-        f"engine.precision={precision}", f"engine.zero_stage={stage}", f"engine.compile={compiled}"
-    )
+def watch(trainer):
+    """Raise an error where a step waits for the device. Returns a list that grows by one a step."""
     train_batch, seen = trainer.train_batch, []
 
     def watched(batches):
@@ -71,6 +63,38 @@ def test_no_step_of_a_run_waits_for_the_device(precision, stage, compiled, made)
             seen.append(1)
 
     trainer.train_batch = watched
+    return seen
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "fp32"])
+@pytest.mark.parametrize(("stage", "compiled"), [(0, True), (0, False), (1, False)])
+def test_no_step_of_a_run_waits_for_the_device(precision, stage, compiled, made):
+    if precision == "fp16" and stage:
+        pytest.skip("refused by the recipe")
+    if compiled and not any(map(shutil.which, ("gcc", "cc", "clang"))):
+        pytest.skip("torch.compile needs a C compiler")
+    trainer = made(
+        f"engine.precision={precision}", f"engine.zero_stage={stage}", f"engine.compile={compiled}"
+    )
+    seen = watch(trainer)
+    trainer.fit()
+    assert len(seen) == 3 * STEPS
+    if compiled:
+        assert num_graphs() - trainer.graphs_before == 2
+
+
+@pytest.mark.parametrize("optimizer", ["{name: adamw, lr: 0.001}", "{name: rmsprop, lr: 0.001}"])
+@pytest.mark.parametrize(("stage", "compiled"), [(0, True), (0, False), (1, False)])
+def test_no_step_of_todays_recipes_waits_for_the_device(optimizer, stage, compiled, made):
+    if compiled and not any(map(shutil.which, ("gcc", "cc", "clang"))):
+        pytest.skip("torch.compile needs a C compiler")
+    options = [f"optimizer={optimizer}", f"engine.zero_stage={stage}", f"engine.compile={compiled}"]
+    options += ["lr={by: step, warmup: 4st}", "ema.decay=0.9", "loss.label_smoothing=0.1"]
+    options += ["mixing={mixup: 0.2, cutmix: 1.0}"]
+    if stage == 0:
+        options += ["optimizer.clip_norm=1.0"]  # at ZeRO-1/2 DeepSpeed reads the norm
+    trainer = made(*options)
+    seen = watch(trainer)
     trainer.fit()
     assert len(seen) == 3 * STEPS
     if compiled:

@@ -126,6 +126,29 @@ def test_a_resumed_run_has_the_scale_and_the_same_bits(tiny_data, tmp_path):
         assert a == b
 
 
+def test_adamw_skips_steps_too_and_does_not_count_them(tiny_data, tmp_path):
+    options = fp16(tiny_data, tmp_path, "optimizer={name: adamw, lr: 0.01}")
+    trainer = build_trainer(load_config("quickstart", options), start())
+    adamw, scaler = trainer.engine.optimizer, trainer.engine.torch_autocast_z0_gradscaler
+    weight = trainer.acdc.model.conv2.weight
+    before, skipped = [], []
+
+    def overflow(*_):
+        if trainer.acdc.model.training and trainer.acdc.step in (1, 4):
+            scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**60})
+        elif trainer.acdc.model.training:
+            scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**8})
+
+    trainer.acdc.model.register_forward_pre_hook(overflow)
+    adamw.register_step_pre_hook(lambda *_: before.append(weight.detach().clone()))
+    adamw.register_step_post_hook(lambda *_: skipped.append(torch.equal(before[-1], weight)))
+    trainer.fit()
+    trainer.close()
+    assert skipped == [True, False, False, True, False, False]
+    state = final_state(newest_run(tmp_path), 6)
+    assert (state["optimizer_steps"], state["loss_scaling"]["skipped"]) == (4, 2)
+
+
 def test_momentum_from_zero_takes_the_same_first_step_as_none():
     torch.manual_seed(0)
     start, gradient = torch.randn(1000), torch.randn(1000)

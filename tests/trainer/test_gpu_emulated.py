@@ -76,6 +76,29 @@ def test_no_step_waits(precision, stage, monkeypatch, tiny_data, tmp_path):
     assert waits(monkeypatch, tiny_data, tmp_path, lambda trainer: None, *options) == [[]] * 12
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("optimizer", ["{name: adamw, lr: 0.01}", "{name: rmsprop, lr: 0.001}"])
+def test_no_step_of_todays_recipes_waits(optimizer, stage, monkeypatch, tiny_data, tmp_path):
+    options = [f"optimizer={optimizer}", f"engine.zero_stage={stage}", "lr={by: step, warmup: 4st}"]
+    options += ["mixing={mixup: 0.2, cutmix: 1.0}", "loss.label_smoothing=0.1", "ema.decay=0.9"]
+    if stage == 0:
+        options += ["optimizer.clip_norm=1.0"]  # at ZeRO-1/2 the norm is read: DeepSpeed's own way
+    updates = []
+
+    def watch_updates(trainer):
+        update = trainer.averages.update
+
+        def watched():
+            updates.append([])
+            with Reads(updates[-1]):
+                update()
+
+        trainer.averages.update = watched
+
+    assert waits(monkeypatch, tiny_data, tmp_path, watch_updates, *options) == [[]] * 12
+    assert updates == [[]] * 12
+
+
 @pytest.mark.parametrize(
     ("read", "expected"),
     [

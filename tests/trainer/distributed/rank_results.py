@@ -53,13 +53,11 @@ def observe(trainer: Trainer) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def optimizer_of(run: str) -> Iterator[None]:
-    """Runs named adamw... train by AdamW, which no recipe can ask for; those named fp16... in fp16, which a
-    CPU may not, with a first scale that overflows for a few steps."""
+def precision_of(run: str) -> Iterator[None]:
+    """Runs named fp16... train in fp16, which a CPU may not, with a first scale that overflows for a few
+    steps."""
     scaler = torch.amp.GradScaler
     with pytest.MonkeyPatch.context() as patch:
-        if run.startswith("adamw"):
-            patch.setattr(build, "build_optimizer", lambda _, m: torch.optim.AdamW(m.parameters(), 0.01))
         if run.startswith("fp16"):
             patch.setattr(build, "check_precision", lambda *_: None)
             patch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, init_scale=2.0**21))
@@ -74,7 +72,7 @@ def main(runs: Path, out: Path) -> None:
     MODELS["small"] = SmallNet
     device = ranks.start()
     for name, overrides in json.loads(runs.read_text()).items():
-        with optimizer_of(name):
+        with precision_of(name):
             seen = observe(build.build_trainer(load_config("quickstart", overrides), device))
         torch.save(seen, out / f"{name}-rank{ranks.rank()}.pt")
     with pytest.raises(MaskError) as failure:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsity.kernels.unstructured.library import find_compiler
-from tests.trainer.distributed.rank_results import observe, optimizer_of
+from tests.trainer.distributed.rank_results import observe, precision_of
 from tests.trainer.distributed.small_net import WHOLE, evaluated_by_hand, small
 from tests.trainer.runs import execute, final_state, launcher
 from trainer.build import build_trainer
@@ -26,7 +26,13 @@ RUNS = {  # without BatchNorm and dropout, which depend on who computes what; an
     "plain1": ["engine.zero_stage=1", "data.batch_size=144"],  # of 320 images, so the third is incomplete
     "accumulated": ["engine.accumulation_steps=2"],
     "whole": [f"model.arguments={WHOLE}"],
-    "adamw1": ["engine.zero_stage=1", "sparsity.schedule=sparse 1, dense 1"],
+    "adamw1": [
+        "engine.zero_stage=1",
+        "sparsity.schedule=sparse 1, dense 1",
+        "optimizer={name: adamw, lr: 0.01, weight_decay: 0.01, clip_norm: 0.5}",
+        "optimizer.decay_norms_and_biases=false",
+    ],
+    "mixed": ["mixing={mixup: 0.8, cutmix: 1.0}", "ema.decay=0.8", "optimizer.clip_norm=0.5"],
     "fp16": ["engine.precision=fp16"],
     "kernels1": ["engine.zero_stage=1", f"sparsity.accelerate={'require' if find_compiler() else 'off'}"],
 }
@@ -34,7 +40,7 @@ RUNS = {  # without BatchNorm and dropout, which depend on who computes what; an
 
 def alone(root: Path, name: str, data: Path, *overrides: str):
     arguments = small(data, root / name, "{}", *RUNS[name], f"save.every={STEP}st", *overrides)
-    with optimizer_of(name):
+    with precision_of(name):
         trainer = build_trainer(load_config("quickstart", arguments), start())
     return trainer.run_dir.path, observe(trainer)
 
@@ -76,7 +82,7 @@ def records(folder: Path, kind: str) -> list[dict]:
     return [record for record in lines if record["kind"] == kind]
 
 
-@pytest.mark.parametrize("name", ["plain0", "plain1", "accumulated", "plain0-resumed", "kernels1"])
+@pytest.mark.parametrize("name", ["plain0", "plain1", "accumulated", "plain0-resumed", "kernels1", "mixed"])
 def test_two_ranks_train_what_one_trains(one, two, name):
     """Weights, momentum, masks, and every loss and score, to float32's rounding; two equal ranks."""
     (folder, sights), (other, _) = two[name], one[name.removesuffix("-resumed")]
@@ -86,6 +92,8 @@ def test_two_ranks_train_what_one_trains(one, two, name):
     assert len(ours["acdc"]["kernels"]) == (3 if name == "kernels1" and find_compiler() else 0)
     for key, value in ours["model"].items():
         assert torch.allclose(value.float(), theirs["model"][key].float(), rtol=1e-4, atol=1e-6), key
+    for key, value in ours.get("averages", {}).items():
+        assert torch.allclose(value, theirs["averages"][key], rtol=1e-4, atol=1e-6), key
     for key, value in ours["optimizer"].items():
         momentum, expected = value["momentum_buffer"], theirs["optimizer"][key]["momentum_buffer"]
         assert torch.allclose(momentum, expected, rtol=1e-3, atol=1e-5), key
@@ -97,8 +105,11 @@ def test_two_ranks_train_what_one_trains(one, two, name):
 
 
 def test_two_ranks_refill_the_second_moments_of_dropped_weights_as_one_does(one, two):
-    """AdamW, at ZeRO-1: the kept weights of a layer lie on both ranks."""
-    ours, theirs = (final_state(runs["adamw1"][0], 6)["optimizer"] for runs in (two, one))
+    """AdamW, at ZeRO-1: the kept weights of a layer lie on both ranks; its steps are counted, and clipped."""
+    states = [final_state(runs["adamw1"][0], 6) for runs in (two, one)]
+    assert [state["optimizer_steps"] for state in states] == [6, 6]
+    ours, theirs = (state["optimizer"] for state in states)
+    assert ours.keys() == theirs.keys()
     for name, state in ours.items():
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.allclose(state[key], theirs[name][key], rtol=1e-3, atol=1e-8), (name, key)
