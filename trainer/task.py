@@ -68,6 +68,7 @@ def build_task(config: Config, device: torch.device, weights: str | None) -> Tas
     with as_user_error("model"):
         check_convolutions(model, device)
         flops = RunFlops.count(model, config.data, loaders.info.shape)
+        _check_output(model, loaders.info)
     with as_user_error("sparsity"):
         _check_masks_hold(acdc, loaders.info, config.sparsity.exclude)
     return Task(config, device, loaders, acdc, model_info, flops, notes)
@@ -86,6 +87,21 @@ def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) 
         if layers := pattern.straddling(acdc.weights()):
             log.warning("%s without hardware support in %s", pattern, ", ".join(layers))
     return acdc
+
+
+@torch.no_grad()
+def _check_output(model: nn.Module, images: ImageInfo) -> None:
+    """Before the loss would fail over it in its own words: a network may be anybody's."""
+    training = model.training
+    with torch.random.fork_rng(devices=[]):
+        output = model.eval()(torch.zeros(1, *images.shape))
+    model.train(training)
+    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if shape != (1, images.num_classes):
+        raise ValueError(
+            f"it gives {shape} for one image, where logits of {images.num_classes} classes are "
+            f"(1, {images.num_classes})"
+        )
 
 
 def _check_masks_hold(acdc: ACDC, images: ImageInfo, excluded: list[str]) -> None:

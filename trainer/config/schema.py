@@ -32,7 +32,7 @@ _TRANSPOSABLE = "2:4 transposable"
 
 
 class ModelConfig(Section):
-    name: str = Field(description="a name in trainer.models")
+    name: str = Field(description="a network's name, or package.module:function of your own")
     arguments: dict[str, Scalar] = Field(
         default={}, description="what the model takes besides: depth, width, ..."
     )

@@ -2,6 +2,7 @@
 
 The names of MODELS are the paper's networks. "torchvision:NAME" is any classification model of torchvision,
 "timm:NAME" any model of timm (an optional extra); both freshly initialised as those libraries do it.
+"package.module:function" is a network of one's own, see trainer.models.factory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from trainer.errors import did_you_mean
+from trainer.models.factory import from_factory
 from trainer.models.mobilenet import MobileNetV1
 from trainer.models.resnet import BasicBlock, Bottleneck, ResNet
 from trainer.models.resnet_cifar import ResNetCIFAR
@@ -37,8 +39,8 @@ def get_model(name: str, num_classes: int, **arguments: Any) -> nn.Module:
     """Build a freshly initialised model with logits over num_classes.
 
     arguments: what the model takes besides (depth, width, dropout, in_channels). Raises ValueError for an
-    unknown name, an argument that the model does not take, or a value that it refuses; ModuleNotFoundError
-    without timm.
+    unknown name, an argument that the model does not take, a value that it refuses, or what fails in a
+    function of one's own; ModuleNotFoundError without timm.
     """
     library, _, inner = name.partition(":")
     build: Callable[..., nn.Module]
@@ -48,8 +50,10 @@ def get_model(name: str, num_classes: int, **arguments: Any) -> nn.Module:
         build, arguments = _from_timm(inner), {"in_chans": arguments.pop("in_channels", 3), **arguments}
     elif name in MODELS:
         build = MODELS[name]
+    elif library and inner:
+        return from_factory(name, num_classes, arguments)
     else:
-        known = ", ".join([*MODELS, "torchvision:NAME", "timm:NAME"])
+        known = ", ".join([*MODELS, "torchvision:NAME", "timm:NAME", "package.module:function"])
         raise ValueError(f"unknown model {name!r}{did_you_mean(name, MODELS)} One of: {known}")
     try:
         return build(num_classes=num_classes, **arguments)
