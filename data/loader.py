@@ -16,12 +16,14 @@ class ImageInfo:
     """What a model needs to know of the images it gets.
 
     shape: (channels, height, width) in evaluation. mean, std: per channel, of pixel values scaled to 0 .. 1.
+    classes: their names by number, empty where they have none.
     """
 
     shape: tuple[int, int, int]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
 
 
 class Batch(NamedTuple):

@@ -11,8 +11,10 @@ import atexit
 import signal
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -132,26 +134,37 @@ class _Images(Dataset[_Decoded]):
         raise OSError(f"no image below {self.files.root} can be decoded")
 
     def _eval(self, draw: Draw, i: int, bad: list[tuple[int, str]]) -> tuple[Tensor, int]:
-        functional = import_transforms().functional
         assert self.evaluation is not None
-        resize, size = self.evaluation
-        index = int(draw.indices[i])
+        index, size = int(draw.indices[i]), self.evaluation[1]
         image = self._decode(index, bad) if draw.counts[i] else None
         if image is None:
             return torch.zeros(3, size, size, dtype=torch.uint8), PADDING_LABEL
-        height, width, top, left = central(image.shape[1], image.shape[2], resize, size)
-        image = functional.resize(image, [height, width], antialias=True)
-        return functional.crop(image, top, left, size, size), int(self.files.labels[index])
+        return central_crop(image, self.evaluation), int(self.files.labels[index])
 
     def _decode(self, index: int, bad: list[tuple[int, str]]) -> Tensor | None:
-        """(3, height, width), uint8, in channels_last memory: torchvision resizes such tensors faster than
-        Pillow resizes its images."""
         if index in self.files.excluded:
             return None
         try:
-            # not by its path: Pillow would map the file, with the sides of a turned TIFF exchanged
-            with self.files.path(index).open("rb") as file, Image.open(file) as image:
-                return torch.from_numpy(to_rgb(image)).permute(2, 0, 1)
+            return decode(self.files.path(index))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             bad.append((index, str(error)))
             return None
+
+
+def decode(path: Path, grey: bool = False) -> Tensor:
+    """(3, height, width), or 1 where `grey`, uint8, in channels_last memory: torchvision resizes such tensors
+    faster than Pillow resizes its images. Raises what Pillow raises for damaged files, and OSError."""
+    # not by its path: Pillow would map the file, with the sides of a turned TIFF exchanged
+    with path.open("rb") as file, Image.open(file) as image:
+        pixels = to_rgb(image)
+    if grey:
+        return torch.from_numpy(np.array(Image.fromarray(pixels).convert("L")))[None]
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def central_crop(image: Tensor, evaluation: tuple[int, int]) -> Tensor:
+    """(channels, size, size) for evaluation (resize, size): its centre, its shorter side resized before."""
+    functional = import_transforms().functional
+    resize, size = evaluation
+    height, width, top, left = central(image.shape[1], image.shape[2], resize, size)
+    return functional.crop(functional.resize(image, [height, width], antialias=True), top, left, size, size)

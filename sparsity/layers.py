@@ -156,7 +156,7 @@ def mask_layers(
     for name, layer in chosen.items():
         layer.register_buffer("mask", torch.ones_like(layer.weight, dtype=torch.bool, requires_grad=False))
         if type(layer) not in _MASKED:
-            layer.plain_class = type(layer)
+            vars(layer)["plain_class"] = type(layer)
         _become(layer, _masked_kind(type(layer)))
         assert isinstance(layer, MaskedLayer)
         layer.kernel = None  # from the beginning: compiled code looks at which attributes there are

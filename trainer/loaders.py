@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from data.dali.files import DaliFileLoader
 from data.dali.records import DaliRecordLoader, count_records
 from data.datasets import imagenet
 from data.datasets.arrays import ImageArrays
+from data.datasets.classes import CLASSES
 from data.datasets.idx import Split
 from data.datasets.random_labels import randomise
 from data.datasets.sources import SOURCES
@@ -132,7 +133,8 @@ class Arrays:
         stream = TrainStream(len(train), **share, crop_padding=self.data.crop_padding, flip=self.data.flip)
         loader = DaliArrayLoader(train, stream, self.device, self.data.num_threads)
         evaluated = {name: self._evaluation(arrays) for name, arrays in watched.items()}
-        return Loaders(train.info, train.source, loader, self.test_loader(), evaluated)
+        info = replace(train.info, classes=CLASSES[self.data.name])
+        return Loaders(info, train.source, loader, self.test_loader(), evaluated)
 
     def test_loader(self) -> Loader:
         return self._evaluation(self._split("test"))
@@ -160,9 +162,11 @@ class _Images:
     def _in_order(self, num_images: int) -> EvalStream:
         return EvalStream(num_images, self.data.eval_batch_size, ranks.rank(), ranks.world_size())
 
-    def _loaders(self, source: str, num_classes: int, train: Loader, test: Loader) -> Loaders:
+    def _loaders(
+        self, source: str, num_classes: int, train: Loader, test: Loader, classes: tuple[str, ...] = ()
+    ) -> Loaders:
         size = self.data.eval_size
-        info = ImageInfo((3, size, size), num_classes, imagenet.MEAN, imagenet.STD)
+        info = ImageInfo((3, size, size), num_classes, imagenet.MEAN, imagenet.STD, classes)
         return Loaders(info, source, train, test, bad_files=self.bad_files)
 
     @property
@@ -214,7 +218,7 @@ class Folders(_Images):
         if files.excluded:
             source += f", {len(files.excluded)} of them excluded and replaced"
         train = self._loader(files, self._crops(len(files), share))
-        return self._loaders(source, files.num_classes, train, self.test_loader())
+        return self._loaders(source, files.num_classes, train, self.test_loader(), files.classes)
 
     def test_loader(self) -> Loader:
         files = load_image_files(self._root, "test", _path(self.data.val_labels))

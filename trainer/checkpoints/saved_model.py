@@ -27,6 +27,7 @@ def describe_model(config: Config, images: ImageInfo) -> dict[str, Any]:
         "input_shape": list(images.shape),
         "mean": list(images.mean),
         "std": list(images.std),
+        "classes": list(images.classes),
     }
 
 

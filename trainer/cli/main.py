@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.cli import commands, data_commands
+from trainer.cli import commands, data_commands, predict
 from trainer.errors import exit_code_of
 from trainer.monitor.terminal import lasting_output
 
@@ -45,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("path", metavar="PATH", help="a run folder, or a checkpoint folder in it")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/fashion-mnist")
     sub.add_argument("--fast", action="store_true", help="on a CPU: by sparse kernels where they are faster")
+    sub = command("predict", predict.predict)
+    sub.add_argument("path", metavar="RUN", help="a run folder, or a checkpoint folder in it")
+    sub.add_argument("images", nargs="+", metavar="IMAGE", help="files of images, of any size")
     sub = command("import", commands.import_original)
     sub.add_argument("file", metavar="FILE", help="a checkpoint (.ckpt) or a recipe (.yaml)")
     sub.add_argument("--arch", help="a name of trainer.models; default: what the file says")
