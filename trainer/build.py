@@ -42,14 +42,17 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
     """
     check_precision(config.engine, device)
     resumed = ranks.on_main(lambda: run_dir.find_resumed(config, path))
-    task = build_task(config, device, weights=config.model.weights if resumed is None else None)
+    branch = None
+    if resumed is None and config.checkpoint is not None:
+        branch = run_dir.read_branching_state(config.checkpoint)
+    weights = config.model.weights if resumed is None else None
+    began = resumed[1] if resumed is not None else branch[0] if branch is not None else None
+    task = build_task(config, device, weights, began)
     if config.sparsity.accelerate == "require":
         find_family(config, device)  # raises where this machine does not have them
     check_same_precision(config, device)
     settings = deepspeed_config(config, device)
-    branch = None
-    if resumed is None and config.checkpoint is not None:
-        branch = run_dir.read_branching_state(config.checkpoint)
+    if branch is not None:
         with as_user_error(f"checkpoint {branch[0]}"):
             check_branch(branch[1], task.acdc)
     folder = ranks.on_main(lambda: _open_folder(config, resumed, path))

@@ -24,8 +24,9 @@ from data.datasets.classes import CLASSES
 from data.datasets.idx import Split
 from data.datasets.random_labels import randomise
 from data.datasets.sources import SOURCES
-from data.images.files import ImageFiles, load_image_files
+from data.images.files import EXTENSIONS, FOLDERS, ImageFiles, count_of, load_image_files
 from data.images.records import RecordFiles, find_records
+from data.images.share import load_share
 from data.loader import ImageInfo, Loader
 from data.stream import EvalStream, Stream, TrainStream
 from data.synthetic import SyntheticLoader
@@ -213,16 +214,38 @@ class Folders(_Images):
     """Image files in class folders, by DALI or torch."""
 
     def loaders(self, share: Mapping[str, Any]) -> Loaders:
-        files = load_image_files(self._root, "train", keep_excluded=True)
+        files = self._files("train", keep_excluded=True)
         source = str(self._root)
+        if self.data.name == "imagefolder":
+            shown = ", ".join([*files.classes[:10], *["..."] * (files.num_classes > 10)])
+            source += f", {files.num_classes} classes ({shown})"
+        if self._is_shared:
+            percent = 100 * (self.data.val_share or 0)
+            source += f", no val folder: {percent:g} % of each class split off"
         if files.excluded:
             source += f", {len(files.excluded)} of them excluded and replaced"
         train = self._loader(files, self._crops(len(files), share))
         return self._loaders(source, files.num_classes, train, self.test_loader(), files.classes)
 
     def test_loader(self) -> Loader:
-        files = load_image_files(self._root, "test", _path(self.data.val_labels))
+        files = self._files("test")
         return self._loader(files, self._in_order(len(files)), self._evaluation)
+
+    def _files(self, split: Split, keep_excluded: bool = False) -> ImageFiles:
+        data, root = self.data, self._root
+        if data.val_share is not None and self._is_shared:
+            files = load_share(root, split, data.val_share, data.val_seed, keep_excluded)
+        else:
+            files = load_image_files(root, split, _path(data.val_labels), keep_excluded)
+        if files.left_out and not (self._is_shared and split == "test"):  # said of the other part already
+            read, found = ", ".join(EXTENSIONS), count_of(files.left_out)
+            log.warning("left out of %s, formats that are not read: %s; read are %s", root, found, read)
+        return files
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether validation images are split off the training ones."""
+        return self.data.val_share is not None and not (self._root / FOLDERS["test"]).is_dir()
 
     def _loader(
         self, files: ImageFiles, stream: Stream[Any], evaluation: tuple[int, int] | None = None

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from data.datasets import imagenet
 from data.loader import ImageInfo
 from sparsity import ACDC, NM, Transposable24, find_escaping
 from sparsity.layers import UnmaskableError, patterns_of
+from trainer.checkpoints.pretrained import Statistics, fetch, find_published, wanted_statistics
 from trainer.checkpoints.saved_model import build_model, describe_model
 from trainer.checkpoints.weights import load_weights
+from trainer.config.data import ImageNetData
 from trainer.config.schema import Config, SparsityConfig
 from trainer.distributed import ranks
 from trainer.engine import check_convolutions
@@ -25,6 +28,8 @@ from trainer.models.freeze import freeze
 from trainer.models.mixing import check_pairs
 from trainer.monitor.flops import RunFlops
 from trainer.optim.rates import check_warmup
+
+IMAGENET = (imagenet.MEAN, imagenet.STD)
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +48,24 @@ class Task:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def build_task(config: Config, device: torch.device, weights: str | None) -> Task:
-    """weights: a file to start from. Raises UserError and EnvironmentFailure."""
+def build_task(config: Config, device: torch.device, weights: str | None, began: Path | None = None) -> Task:
+    """weights: what to start from, as model.weights says it. began: a checkpoint that the run goes on from,
+    or branches off. Raises UserError and EnvironmentFailure."""
     loaders = build_loaders(config, device)
+    with as_user_error("model"):
+        loaders.info = _normalised(loaders.info, config, began)
     model_info = describe_model(config, loaders.info)
     notes: dict[str, str] = {}
     torch.manual_seed(config.seed)
     with as_user_error("model"):
         model = build_model(model_info)
         if weights is not None:
-            told = load_weights(model, Path(weights).expanduser(), config.model.weights_key, model_info)
+            published = find_published(config.model.name, weights)
+            path = fetch(published) if published else Path(weights).expanduser()
+            told = load_weights(model, path, config.model.weights_key, model_info)
             notes["weights"] = "; ".join([weights, *told])
+            if isinstance(config.data, ImageNetData) and (loaders.info.mean, loaders.info.std) != IMAGENET:
+                notes["pixels"] = f"mean {loaders.info.mean}, std {loaders.info.std}"
         if config.model.freeze:
             notes["frozen"] = freeze(model, config.model.freeze)
     steps_per_epoch = loaders.train.batches_per_epoch // config.engine.accumulation_steps
@@ -72,6 +84,17 @@ def build_task(config: Config, device: torch.device, weights: str | None) -> Tas
     with as_user_error("sparsity"):
         _check_masks_hold(acdc, loaders.info, config.sparsity.exclude)
     return Task(config, device, loaders, acdc, model_info, flops, notes)
+
+
+def _normalised(info: ImageInfo, config: Config, began: Path | None) -> ImageInfo:
+    """The images with the mean and standard deviation that the recipe says, or that the weights want."""
+    if not isinstance(config.data, ImageNetData):
+        return info  # small images have their data set's own
+    if config.data.mean is not None and config.data.std is not None:
+        wanted: Statistics | None = (tuple(config.data.mean), tuple(config.data.std))
+    else:
+        wanted = wanted_statistics(config.model, began)
+    return info if wanted is None else replace(info, mean=wanted[0], std=wanted[1])
 
 
 def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) -> ACDC:

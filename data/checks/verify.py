@@ -19,7 +19,8 @@ from PIL import ImageFile
 from data.atomic import write_text
 from data.checks.damage import diagnose
 from data.checks.processes import Died, apply
-from data.images.files import EXTENSIONS, FOLDERS, find_images
+from data.images.files import EXTENSIONS, FOLDERS, find_images, has_images
+from data.images.layout import HERE, subfolders
 
 BAD = ("empty", "truncated", "garbage", "changed", "unreadable")
 WARNINGS = ("wrong name", "cmyk")
@@ -154,13 +155,15 @@ def write_exclusions(path: Path, problems: Iterable[Problem]) -> None:
 def _find(root: Path) -> tuple[list[str], list[Problem]]:
     """Image files below the splits' folders, sorted, and the folders that cannot be listed."""
     folders = [name for name in FOLDERS.values() if (root / name).is_dir()]
+    if not folders and len([name for name in subfolders(root) if has_images(root / name)]) > 1:
+        folders = [HERE]  # class folders without further order
     if not folders:
         raise FileNotFoundError(
             f"{root} holds neither train nor val: expected are {root}/train/CLASS/*.JPEG and {root}/val"
         )
     failures: list[OSError] = []
     found = [here for folder in folders for here in find_images(root, folder, failures.append)]
-    files = [f"{here}/{name}" for here, names in found for name in names]
+    files = [f"{here}/{name}".removeprefix(f"{HERE}/") for here, names in found for name in names]
     if not files and not failures:
         raise FileNotFoundError(f"no images ({', '.join(EXTENSIONS)}) below {root}/train or {root}/val")
     return sorted(files), [

@@ -11,7 +11,8 @@ for in ROOT, ROOT/val, and where the distributed archives have it:
     LOC_val_solution.csv                      "ImageId,PredictionString" lines, as Kaggle distributes them
     ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt with meta.mat beside it (needs scipy)
 
-FILE is a path in ROOT/val, or just a file's name where only one file has it; suffixes do not matter.
+FILE is a path in ROOT/val, or just a file's name where only one file has it; suffixes do not matter. Where
+there is no `val`: data.images.share.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import csv
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,8 +30,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.datasets.idx import Split
+from data.images.layout import HERE, TRAIN, is_folder, meant_by, subfolders
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+NOT_READ = (  # images, too, and counted
+    *(".gif", ".jp2", ".j2k", ".jpx", ".jfif", ".jpe", ".avif", ".heic", ".heif", ".jxl", ".pgm", ".pbm"),
+    *(".tga", ".psd", ".svg", ".ico", ".pcx", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw", ".raw"),
+)
 FOLDERS = {"train": "train", "test": "val"}
 LABEL_FILES = ("val.txt", "val_labels.txt", "validation_labels.txt", "val_map.txt", "LOC_val_solution.csv")
 DEVKIT = Path("ILSVRC2012_devkit_t12", "data")
@@ -42,7 +48,8 @@ EXCLUSIONS = "excluded.txt"  # in ROOT; `acdc verify-data` writes it, loading ho
 class ImageFiles:
     """files: paths relative to `root`, with forward slashes, as `load_image_files` sorts them. labels: int64,
     (N,), numbers of `classes`. num_excluded: how many files an exclusion list left out, or names among those
-    that stayed. excluded: the numbers of the latter."""
+    that stayed. excluded: the numbers of the latter. left_out: how many image files there are of each format
+    that is not read, by suffix."""
 
     root: Path
     files: tuple[str, ...]
@@ -50,12 +57,24 @@ class ImageFiles:
     classes: tuple[str, ...]
     num_excluded: int = 0
     excluded: frozenset[int] = frozenset()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def path(self, number: int) -> Path:
         return self.root / self.files[number]
+
+    def take(self, numbers: NDArray[np.int64]) -> ImageFiles:
+        """The files of these numbers, in their order."""
+        names = tuple(self.files[number] for number in numbers.tolist())
+        excluded = frozenset(i for i, number in enumerate(numbers.tolist()) if number in self.excluded)
+        labels = self.labels[numbers]
+        return replace(self, files=names, labels=labels, num_excluded=len(excluded), excluded=excluded)
+
+    def without_excluded(self) -> ImageFiles:
+        kept = [number for number in range(len(self)) if number not in self.excluded]
+        return replace(self.take(np.array(kept, np.int64)), num_excluded=self.num_excluded)
 
     @property
     def num_classes(self) -> int:
@@ -70,27 +89,45 @@ class ImageFiles:
 
 
 def load_image_files(
-    root: Path, split: Split, label_file: Path | None = None, keep_excluded: bool = False
+    root: Path,
+    split: Split,
+    label_file: Path | None = None,
+    keep_excluded: bool = False,
+    training: str = TRAIN,
 ) -> ImageFiles:
     """The files of one split of `root`, without those that ROOT/excluded.txt names.
 
     Sorted by class, by folder within it, by name within that. label_file: for a `val` without class folders;
     else it is looked for, see above. keep_excluded: leave those files in and say which they are: excluding
-    one then moves no other in a shuffled order. Raises FileNotFoundError where a folder or the label file is
-    missing, ValueError for labels that do not fit the files or the training classes."""
-    folder = root / FOLDERS[split]
+    one then moves no other in a shuffled order. training: the folder in `root` that holds training's class
+    folders, "." for `root` itself. Raises FileNotFoundError where a folder or the label file is missing,
+    ValueError for labels that do not fit the files or the training classes."""
+    place = training if split == "train" else FOLDERS[split]
+    folder = root / place
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: expected are {root}/train/CLASS/*.JPEG and {root}/val")
-    classes, named = _folders(root / FOLDERS["train"]), _folders(folder)
+        meant = meant_by(root)
+        hint = f"; did you mean data.root={meant}?" if meant else ""
+        if split == "test" and (root / TRAIN).is_dir():
+            hint = "; data.val_share=0.2 splits validation images off the training ones"
+        raise FileNotFoundError(
+            f"no folder {folder}: expected are {root}/train/CLASS/*.JPEG and {root}/val{hint}"
+        )
+    classes, named = subfolders(root / training), subfolders(folder)
     if split == "train" and not named:
         raise FileNotFoundError(f"{folder} holds no class folders: expected are {folder}/CLASS/*.JPEG")
-    found = find_images(root, folder.name)
+    left_out: Counter[str] = Counter()
+    found = find_images(root, place, left_out=left_out)
+    if place == HERE:  # what else lies in ROOT is no class
+        found = [(here, files) for here, files in found if not here.startswith((HERE, "__MACOSX"))]
+        classes = named = sorted({here.split("/")[0] for here, files in found if files})
+        found = [(here, files) for here, files in found if here.split("/")[0] in classes]
     if set(named) & set(classes) or (named and not classes and label_file is None):
         classes = classes or named
         numbers = {name: number for number, name in enumerate(classes)}
         if unknown := [name for name in named if name not in numbers]:
             raise ValueError(f"{folder} has classes that training does not have: {_few(unknown)}")
-        by_class = sorted((here.split("/")[1], here, files) for here, files in found if "/" in here)
+        depth = 0 if place == HERE else 1
+        by_class = sorted((here.split("/")[depth], here, files) for here, files in found if here != place)
         pairs = [(f"{here}/{file}", numbers[name]) for name, here, files in by_class for file in files]
     else:
         label_file = label_file or _find_label_file(root)
@@ -105,24 +142,30 @@ def load_image_files(
     excluded = read_exclusions(root / EXCLUSIONS)
     kept = [(file, label) for file, label in pairs if file not in excluded]
     if not kept:
-        raise FileNotFoundError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
+        only = f"; there are {count_of(left_out)}, which are not read" if left_out else ""
+        raise FileNotFoundError(f"{folder} holds no images ({', '.join(EXTENSIONS)}){only}")
     num_excluded, numbers_of_excluded = len(pairs) - len(kept), frozenset[int]()
     if keep_excluded:
         kept = pairs
         numbers_of_excluded = frozenset(i for i, (file, _) in enumerate(pairs) if file in excluded)
     names, kept_labels = zip(*kept, strict=True)
     all_labels = np.asarray(kept_labels, np.int64)
-    return ImageFiles(root, names, all_labels, tuple(classes), num_excluded, numbers_of_excluded)
+    counts = num_excluded, numbers_of_excluded, dict(left_out)
+    return ImageFiles(root, names, all_labels, tuple(classes), *counts)
 
 
 def find_images(
-    root: Path, folder: str, on_error: Callable[[OSError], None] | None = None
+    root: Path,
+    folder: str,
+    on_error: Callable[[OSError], None] | None = None,
+    left_out: Counter[str] | None = None,
 ) -> list[tuple[str, list[str]]]:
     """`folder` and all folders in it, relative to `root`, each with the names of the image files directly in
     it: both sorted.
 
     Links to folders are followed, but none back to a folder that it lies in, which would never end. on_error:
-    called for a folder that cannot be listed; without it the error is raised."""
+    called for a folder that cannot be listed; without it the error is raised. left_out: counts image files of
+    formats that are not read, by suffix."""
     found = []
     waiting = [(folder, [os.path.realpath(root / folder)])]  # with the real paths from the first folder on
     while waiting:
@@ -136,13 +179,16 @@ def find_images(
             continue
         images = []
         for entry in entries:  # no call to the system for each: the listing tells files from folders
-            if _is_folder(entry):
+            if is_folder(entry):
                 linked = entry.is_symlink()
                 real = os.path.realpath(entry.path) if linked else f"{above[-1]}/{entry.name}"
                 if not linked or not any(os.path.commonpath((real, path)) == real for path in above):
-                    waiting.append((f"{here}/{entry.name}", [*above, real]))
+                    inner = entry.name if here == HERE else f"{here}/{entry.name}"
+                    waiting.append((inner, [*above, real]))
             elif entry.name.lower().endswith(EXTENSIONS):
                 images.append(entry.name)
+            elif left_out is not None and entry.name.lower().endswith(NOT_READ):
+                left_out[os.path.splitext(entry.name)[1].lower()] += 1
         found.append((here, sorted(images)))
     return sorted(found)
 
@@ -157,15 +203,14 @@ def read_exclusions(path: Path) -> frozenset[str]:
     return frozenset(line.partition("\t")[0] for line in lines if line and not line.startswith("#"))
 
 
-def _folders(parent: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(parent) if _is_folder(entry)) if parent.is_dir() else []
+def has_images(folder: Path) -> bool:
+    """Whether an image that is read lies directly in it."""
+    return any(name.lower().endswith(EXTENSIONS) for name in os.listdir(folder))
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+def count_of(left_out: Mapping[str, int]) -> str:
+    """ "4 .gif, 2 .jp2", for people."""
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(left_out.items()))
 
 
 def _find_label_file(root: Path) -> Path | None:

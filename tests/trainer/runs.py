@@ -61,7 +61,12 @@ def tiny_images(tree: Path, run_root: Path, *overrides: str) -> list[str]:
 
 def starts(recipe: str) -> list[str]:
     """What a recipe that goes on from something needs besides."""
-    return ["checkpoint=run"] * ("ftdense" in recipe) + ["model.weights=file"] * ("gmp" in recipe)
+    own_folder = recipe == "finetune" or recipe.startswith("imagefolder/")
+    return (
+        ["checkpoint=run"] * ("ftdense" in recipe)
+        + ["model.weights=file"] * ("gmp" in recipe)
+        + ["data.root=folder"] * own_folder
+    )
 
 
 def run_here(data: Path, run_root: Path, *overrides: str) -> Path:

@@ -37,10 +37,19 @@ class ArrayData(Section):
 class ImageNetData(Section):
     """ImageNet, or any data set of image files in its layout (see data.images.files)."""
 
-    name: Literal["imagenet"] = Field(description="the data set")
+    name: Literal["imagenet", "imagefolder"] = Field(
+        description="the data set; imagefolder: one of your own, in the folder root"
+    )
     root: str | None = Field(
         default=None, description="the folder with train and val; else $ACDC_DATA/imagenet"
     )
+    val_share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="where there is no val folder: the share of each class that is split off for it",
+    )
+    val_seed: int = Field(default=0, ge=0, description="which images val_share takes")
     batch_size: int = Field(ge=1, description="images per optimizer step, over all devices")
     eval_batch_size: int = Field(default=250, ge=1, description="images per evaluation step and device")
     image_size: int = Field(default=224, ge=8, description="side of the training images, in pixels")
@@ -51,6 +60,11 @@ class ImageNetData(Section):
     flip: bool = Field(default=True, description="mirror half of the training images")
     eval_resize: int = Field(default=256, ge=8, description="evaluation: shorter side after resizing")
     eval_size: int = Field(default=224, ge=8, description="evaluation: side of the crop from the centre")
+    mean: list[float] | None = Field(
+        default=None,
+        description="of red, green, blue, scaled to 0 .. 1; default: what the weights want, else ImageNet's",
+    )
+    std: list[float] | None = Field(default=None, description="their standard deviation, given with mean")
     val_labels: str | None = Field(default=None, description="label file of a flat val folder")
     format: Literal["folders", "webdataset", "tfrecord", "recordio"] = Field(
         default="folders", description="how images lie on the disk; see data.images, files and records"
@@ -79,6 +93,17 @@ class ImageNetData(Section):
         default="stop", description="a file that cannot be decoded ends the run, or another stands in for it"
     )
 
+    @model_validator(mode="after")
+    def _ones_own_folder_is_named(self) -> ImageNetData:
+        if self.name == "imagefolder" and self.root is None and self.backend != "synthetic":
+            raise ValueError(
+                "name the folder of your images, data.root=FOLDER: FOLDER/CLASS/*.jpg, or "
+                "FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"
+            )
+        if self.val_share is not None and self.format != "folders":
+            raise ValueError(f"val_share splits folders of images, not packed files of format {self.format}")
+        return self
+
     @field_validator("image_sizes")
     @classmethod
     def _rise(cls, pairs: list[list[int]]) -> list[list[int]]:
@@ -88,6 +113,16 @@ class ImageNetData(Section):
                 f"{pairs} is not a list of [epoch, side] pairs with rising epochs, the first of them 0"
             )
         return pairs
+
+    @model_validator(mode="after")
+    def _statistics_come_in_pairs(self) -> ImageNetData:
+        given = [values for values in (self.mean, self.std) if values is not None]
+        if len(given) == 1 or any(len(values) != 3 for values in given) or min(self.std or [1]) <= 0:
+            raise ValueError(
+                f"mean {self.mean} and std {self.std} are three numbers each, std above 0: "
+                "give both, or neither"
+            )
+        return self
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

@@ -101,8 +101,8 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, over that of its `base` (a path beside it). Raises UserError naming file
-    and line.
+    """The mapping in a YAML file, over that of its `base`: a path beside it, or a name under configs/. Raises
+    UserError naming file and line.
 
     below: the files that named this one as their base.
     """
@@ -117,12 +117,27 @@ def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = content.pop("base", None)
     if base is None:
         return content
-    if not isinstance(base, str) or not (path.parent / base).is_file():
-        raise UserError(f"{path}: base {base!r} is not a file beside it")
+    under = _find_base(path, base)
     chain = (*below, path.resolve())
-    if (path.parent / base).resolve() in chain:
+    if under.resolve() in chain:
         raise UserError(f"{path}: base {base!r} leads back to itself")
-    return _merge(read_recipe(path.parent / base, chain), content)
+    return _merge(read_recipe(under, chain), content)
+
+
+def _find_base(path: Path, base: Any) -> Path:
+    """The file that the recipe at `path` means by its base. Raises UserError."""
+    if not isinstance(base, str):
+        raise UserError(
+            f"{path}: base {base!r} is neither a path beside the recipe nor a name under configs/"
+        )
+    for candidate in (path.parent / base, RECIPES / base, RECIPES / f"{base}.yaml"):
+        if os.path.isfile(candidate):
+            return candidate
+    known = recipe_names()
+    raise UserError(
+        f"{path}: base {base!r} is neither a file beside it nor a name under configs/"
+        f"{did_you_mean(base, known)} One of: {', '.join(known)}"
+    )
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -29,11 +29,9 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> str:
     modules = [name for name, _ in model.named_modules() if name]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in (*modules, *parameters)):
+            hint = did_you_mean(pattern, [*modules, *parameters])
             top = ", ".join(name for name, _ in model.named_children())
-            raise ValueError(
-                f"freeze: {pattern!r} names no part of the model{did_you_mean(pattern, [*modules, *parameters])} "
-                f"Its parts: {top}"
-            )
+            raise ValueError(f"freeze: {pattern!r} names no part of the model{hint} Its parts: {top}")
     frozen = [name for name in parameters if any(_names(pattern, name) for pattern in patterns)]
     if len(frozen) == len(parameters):
         raise ValueError(f"freeze: {patterns} leave nothing to train")

@@ -166,7 +166,30 @@ def test_recipes_build_on_a_base(tmp_path):
     (tmp_path / "_base.yaml").write_text("base: mine.yaml\n")
     assert "leads back to itself" in failure(recipe=str(recipe))
     recipe.write_text("base: nothing.yaml\n")
-    assert "base 'nothing.yaml' is not a file beside it" in failure(recipe=str(recipe))
+    assert "base 'nothing.yaml' is neither a file beside it nor a name" in failure(recipe=str(recipe))
+
+
+def test_a_base_may_be_a_packaged_recipe(tmp_path):
+    recipe = tmp_path / "imagenet" / "resnet50_90.yaml"
+    recipe.parent.mkdir()
+    for base in ("imagenet/resnet50_90", "imagenet/resnet50_90.yaml"):
+        recipe.write_text(f"base: {base}\nsparsity: {{target: 0.85}}\n")
+        mine, packaged = load_config(str(recipe)), load_config("imagenet/resnet50_90")
+        assert mine.sparsity.target == 0.85
+        assert mine.optimizer == packaged.optimizer
+    recipe.write_text("base: resnet50_90.yaml\n")
+    assert "leads back to itself" in failure(recipe=str(recipe))
+    recipe.write_text("base: imagenet/resnet50_09\n")
+    assert "did you mean 'imagenet/resnet50_" in failure(recipe=str(recipe))
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "imagefolder/resnet18_80"])
+def test_ones_own_folder_has_to_be_named(recipe):
+    assert "data: name the folder of your images, data.root=FOLDER" in failure(recipe=recipe)
+    config = load_config(recipe, ["data.root=flowers"])
+    assert (config.data.root, config.data.val_share) == ("flowers", 0.2)
+    packed = failure("data.root=x", "data.format=webdataset", recipe=recipe)
+    assert "val_share splits folders of images" in packed
 
 
 def test_yaml_without_its_traps(tmp_path):
