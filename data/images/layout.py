@@ -23,7 +23,8 @@ def class_root(root: Path, has_images: Callable[[Path], bool]) -> str:
     meant or with what to rename, where neither is one.
     """
     folders = subfolders(root)
-    for name in folders:
+    has_train = any(_OTHER_NAMES.get(name.lower()) == TRAIN for name in folders)  # else they may be classes
+    for name in folders if has_train else ():
         right = _OTHER_NAMES.get(name.lower(), name)
         if right != name and right not in folders:
             raise FileNotFoundError(

@@ -32,6 +32,8 @@ def load_weights(
     """
     ours = model.state_dict()
     told: list[str] = []
+    if path.is_dir() and key is not None:
+        raise ValueError(f"weights {path}: weights_key={key} is for a torch file, and this is a folder")
     if path.is_dir():
         state = dict(load_model(find_model(path))[0].state_dict())
     elif path.is_file():

@@ -101,7 +101,10 @@ class ImageNetData(Section):
                 "FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"
             )
         if self.val_share is not None and self.format != "folders":
-            raise ValueError(f"val_share splits folders of images, not packed files of format {self.format}")
+            raise ValueError(
+                f"val_share splits folders of images, not packed files of format {self.format}; leave it "
+                "out, data.val_share=null"
+            )
         return self
 
     @field_validator("image_sizes")

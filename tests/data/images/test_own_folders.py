@@ -72,6 +72,7 @@ def test_what_else_lies_in_the_folder_is_no_class(tmp_path):
     touch(tmp_path / "__MACOSX" / "cat" / "._0.jpg")
     touch(tmp_path / "logo.jpg")
     assert parts(tmp_path)[0].classes == ("cat", "dog", "horse")
+    assert parts(make(tmp_path / "bottles", ("invalid", "valid")))[0].classes == ("invalid", "valid")
     make(tmp_path / "train")
     (tmp_path / "train" / "zebra").mkdir()
     with pytest.raises(ValueError, match="no images in zebra, which would count as a class"):

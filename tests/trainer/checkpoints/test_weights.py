@@ -125,6 +125,14 @@ def test_a_key_says_which_of_several(tmp_path, trained):
         load(tmp_path, {"nets": content["nets"]})
 
 
+def test_a_key_is_for_torch_files(tmp_path, trained):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    safetensors.save_file(trained.state_dict(), tmp_path / "w.safetensors")
+    for path, expected in ((tmp_path, "this is a folder"), (tmp_path / "w.safetensors", "leave weights_key")):
+        with pytest.raises(ValueError, match=expected):
+            load_weights(trained, path, "model_ema")
+
+
 class Custom:
     pass
 
