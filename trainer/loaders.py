@@ -277,3 +277,12 @@ class Packed(_Images):
 
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text).expanduser()
+
+
+def cure_of_bad_files(data: DataConfig) -> str:
+    """What to do where a file that cannot be decoded has ended a run."""
+    skip = "others stand in for such images with data.on_error=skip"
+    if getattr(data, "format", "folders") != "folders":
+        return f"Let {skip}"
+    root = getattr(data, "root", None) or "ROOT"
+    return f"Find and exclude all such files with acdc verify-data {root} --exclude, or let {skip}"

@@ -24,13 +24,12 @@ from trainer.engine import num_graphs, precision, precision_name
 from trainer.errors import Diverged, Stopped, UserError
 from trainer.evaluate import Interrupted, Metrics, evaluate, recompute_batch_norm
 from trainer.kernels import accelerate, choice_table
+from trainer.loaders import cure_of_bad_files
 from trainer.models.mixing import Mixer
 from trainer.monitor.clock import Clock
 from trainer.monitor.records import Monitor, kept_weights
 from trainer.optim import learning_rate
 from trainer.task import Task
-
-ASK_SECONDS = 3.0  # between ranks' questions whether one of them got a signal
 
 
 class Trainer:
@@ -60,8 +59,6 @@ class Trainer:
         self._sparsity: tuple[int, Sparsity] | None = None
         self._tuned = False
         self._stop_request = StopRequest()
-        self._ask_steps = self._until_asked = 1
-        self._asked_at = time.monotonic()
         self._began = time.monotonic() - position.seconds
 
     def fit(self) -> None:
@@ -316,21 +313,8 @@ class Trainer:
         self.acdc.check_masks()
 
     def should_stop(self, at_once: bool = False) -> bool:
-        """Whether a signal came to any rank. Several ranks ask each other every few seconds, all after the
-        same step: the launcher kills half a minute after its signal. at_once: ask in any case."""
-        asked = self._stop_request.number != 0 or self.loaders.bad_files.failure is not None
-        if ranks.world_size() == 1:
-            return asked
-        self._until_asked -= 1
-        if self._until_asked > 0 and not at_once:
-            return False
-        now = time.monotonic()
-        pace = (now - self._asked_at) / self._ask_steps
-        answers = ranks.sum_over_ranks(torch.tensor([float(asked), pace], device=self.device)).tolist()
-        steps = ASK_SECONDS * ranks.world_size() / max(answers[1], 1e-6)
-        self._ask_steps = self._until_asked = max(1, int(steps))
-        self._asked_at = now
-        return answers[0] > 0
+        """Whether a signal came to any rank, or a bad file where the recipe says to stop. See StopRequest."""
+        return self._stop_request.came(self.loaders.bad_files.failure is not None, self.device, at_once)
 
     def close(self) -> None:
         """Let go of the run's files and optimizer."""
@@ -344,16 +328,13 @@ class Trainer:
         return next(filter(None, ranks.all_gather(self.loaders.bad_files.failure)), None)
 
     def stop(self) -> NoReturn:
-        folder = self.run_dir.resumed_by
+        folder, step = self.run_dir.resumed_by, self.acdc.step
         if failure := self.failure():
-            root = getattr(self.config.data, "root", None) or "ROOT"
-            packed = getattr(self.config.data, "format", "folders") != "folders"
-            cure = f"Find and exclude all such files with acdc verify-data {root} --exclude, or let"
+            cure = cure_of_bad_files(self.config.data)
             raise UserError(
-                f"{failure}\na checkpoint is saved at step {self.acdc.step}. {'Let' if packed else cure} "
-                f"others stand in for such images with data.on_error=skip; then go on with resume={folder}"
+                f"{failure}\na checkpoint is saved at step {step}. {cure}; then go on with resume={folder}"
             )
         raise Stopped(
-            f"stopped at step {self.acdc.step}; a checkpoint is saved. Go on with resume={folder}",
+            f"stopped at step {step}; a checkpoint is saved. Go on with resume={folder}",
             self._stop_request.number or 15,
         )

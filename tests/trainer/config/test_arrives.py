@@ -196,7 +196,7 @@ def test_the_papers_figures_reach_the_optimizer(recipe, recorded, tmp_path):
     assert trainer.steps_per_epoch == 1
     steps = Steps(trainer)
     for epoch in epochs:
-        trainer.acdc.step = epoch
+        trainer.acdc.step, trainer.position.step = epoch, 0
         trainer.train_epoch(epoch)
     trainer.close()
     theirs = recorded[RECIPES[recipe]]
