@@ -60,6 +60,7 @@ def test_small_classes(tmp_path):
     train, val = parts(tmp_path, 0.9)
     assert np.bincount(train.labels).tolist() == [1, 1]
     assert val.labels.tolist() == [1]
+    assert parts(tmp_path, 0.01)[1].labels.tolist() == [1]
     make(tmp_path / "few" / "train", count=1)
     with pytest.raises(ValueError, match="no class has two images"):
         load_share(tmp_path / "few", "test", 0.5, 0)
