@@ -108,7 +108,7 @@ def speed(records: list[dict[str, Any]]) -> dict[str, float] | None:
     rates: dict[str, list[float]] = {"dense": [], "sparse": []}
     for record in records:
         if record["kind"] == "epoch":
-            rates[record["phase"]].append(record["images_per_second"])
+            rates[record["phase"]].append(record.get("images_per_second", 0.0))
     # 0: of an epoch whose rest, after a resume, was one step
     seen = {kind: [rate for rate in each[1:] if rate > 0] for kind, each in rates.items()}
     if not all(seen.values()):

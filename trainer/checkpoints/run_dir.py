@@ -40,7 +40,7 @@ EMA = "_ema"  # after one of these names: the model of averaged weights
 # Numbers that records must have to be used, by kind
 _NUMBERS = {
     "step": ("epoch", "step", "lr", "loss"),
-    "epoch": ("epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "sparsity", "images_per_second"),
+    "epoch": ("epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "sparsity"),
 }
 _ROW = ("epoch", "top1", "top5", "loss", "sparsity")
 

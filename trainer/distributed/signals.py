@@ -58,7 +58,7 @@ class StopRequest:
         return bool(answers[0] > 0)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
+        self.number = number
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt

@@ -127,12 +127,12 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (place,) = ctx.saved_tensors
-        gradient: Tensor = max_pool_gradient(*grads, place)
+        gradient: Tensor = stem_pool_gradient(*grads, place)
         return gradient
 
 
-@torch.library.custom_op("acdc::max_pool_gradient", mutates_args=())
-def max_pool_gradient(grad: Tensor, place: Tensor) -> Tensor:
+@torch.library.custom_op("acdc::stem_pool_gradient", mutates_args=())
+def stem_pool_gradient(grad: Tensor, place: Tensor) -> Tensor:
     """grad, place: (N, C, H, W), of each window's output and which of its 9 places, int8, is the greatest.
     Returns (N, C, 2 H, 2 W)."""
     images, channels, height, width = grad.shape
@@ -154,14 +154,14 @@ def max_pool_gradient(grad: Tensor, place: Tensor) -> Tensor:
     return whole.contiguous(memory_format=torch.channels_last)
 
 
-@max_pool_gradient.register_kernel("cuda")
+@stem_pool_gradient.register_kernel("cuda")
 def _(grad: Tensor, place: Tensor) -> Tensor:
     from trainer.models import pool_kernel
 
     return pool_kernel.max_pool_gradient(grad, place)
 
 
-@max_pool_gradient.register_fake
+@stem_pool_gradient.register_fake
 def _(grad: Tensor, place: Tensor) -> Tensor:
     images, channels, height, width = grad.shape
     whole = grad.new_empty((images, channels, 2 * height, 2 * width))

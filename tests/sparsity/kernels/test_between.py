@@ -206,11 +206,17 @@ def test_a_run_with_all_kernels_is_the_run_without(fused, backend, autocast, inp
             torch.testing.assert_close(
                 found, buffer, rtol=3e-2 if autocast else 1e-4, atol=1e-2 if autocast else 1e-5
             )
-    assert [name.removeprefix("acdc::") for name in fused] == [
+    whole = [
         *("to_innermost", "batch_norm", "max_pool"),
         *("gather", "batch_norm", "gather", "batch_norm"),
         *("gather", "batch_norm", "gather", "gather", "batch_norm", "batch_norm"),
-    ]  # fmt: skip
+    ]
+    names = [name.removeprefix("acdc::") for name in fused]
+    if autocast:  # without instructions for bf16 the shortcut's convolution is faster dense
+        shorter = [name for place, name in enumerate(whole) if place not in (10, 12)]
+        assert names in (whole, shorter)
+    else:
+        assert names == whole
 
 
 def test_other_graphs_stay_as_they_are(fused):

@@ -379,7 +379,7 @@ def test_a_copied_layer_has_a_plan_of_its_own():
 
 
 def test_a_kernel_that_offsets_do_not_reach_runs_dense():
-    layer = nn.Conv2d(2, 2, 3, padding=3000, dilation=3000)
+    layer = nn.Conv2d(2, 2, 3, padding=5000, dilation=5000)
     with pytest.raises(KernelUnavailableError, match="spans too many pixels"):
         sparse_layer(layer)
     choices = choose_kernels(SparseFamily(FP32), {"conv": layer}, {"conv": [Call(4, 2, 2)]}, 1)

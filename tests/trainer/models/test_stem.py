@@ -48,7 +48,7 @@ def test_pooling_is_the_pooling_in_ties_and_nan_too(shape, kind):
 def test_the_gradients_operator_is_sound():
     grad, place = torch.randn(2, 3, 4, 5), torch.randint(0, 9, (2, 3, 4, 5), dtype=torch.int8)
     checks = torch.library.opcheck(
-        stem.max_pool_gradient, (grad, place), test_utils=("test_schema", "test_faketensor")
+        stem.stem_pool_gradient, (grad, place), test_utils=("test_schema", "test_faketensor")
     )
     assert set(checks.values()) == {"SUCCESS"}
 
