@@ -60,7 +60,7 @@ def test_a_result_that_cannot_be_read_is_set_aside(run, content, tiny_data, tmp_
 def test_any_flipped_bit_in_the_result_leaves_a_report(run):
     generator, path = random.Random(0), run / "result.json"
     content = path.read_bytes()
-    for _ in range(25):
+    for _ in range(8):
         path.write_bytes(flipped(content, generator))
         write_report(RunDir(run))
 
@@ -69,7 +69,7 @@ def test_any_flipped_bit_in_the_metrics_leaves_the_other_records(run):
     generator, folder = random.Random(0), RunDir(run)
     content = folder.metrics.read_bytes()
     records = folder.read_metrics()
-    for _ in range(300):
+    for _ in range(150):
         folder.metrics.write_bytes(flipped(content, generator))
         found = folder.read_metrics()
         assert len(found) >= len(records) - 2  # a line feed lost joins two
