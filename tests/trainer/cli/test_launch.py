@@ -118,9 +118,16 @@ def test_a_failure_of_the_first_rank_alone_is_told_once(tiny_data, tmp_path):
     assert "Traceback" not in done.stderr + done.stdout
 
 
+# What a run in this process has left in the environment
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def start_and_wait(arguments: list[str], run_root: Path, step: int) -> subprocess.Popen[str]:
     """Start a run and return once its metrics have come to `step`."""
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    alone = {key: value for key, value in os.environ.items() if key not in OF_A_RANK}
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=alone
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         files = list(run_root.glob("quickstart/*/metrics.jsonl"))
@@ -148,15 +155,14 @@ def test_killed_at_any_moment_the_run_goes_on_where_it_was(uninterrupted, tiny_d
     assert newest_run(tmp_path) == run
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *slow(signal.SIGHUP, signal.SIGUSR1)], ids=["TERM", "HUP", "USR1"]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, *slow(signal.SIGUSR1)], ids=["TERM", "USR1"])
 def test_a_signal_saves_and_stops(uninterrupted, tiny_data, tmp_path, number):
     arguments = tiny(tiny_data, tmp_path, "save.every=7st")
     process = start_and_wait(command("train", *arguments, "--devices", "1"), tmp_path, 4)
     process.send_signal(number)
     if number != signal.SIGTERM:
-        process.send_signal(signal.SIGHUP)  # a terminal that closes says so more than once
+        time.sleep(0.3)  # Python handles signals that are pending together by number
+        process.send_signal(signal.SIGHUP)  # a second signal of this kind is no impatience
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "error: stopped at step " in output
@@ -170,20 +176,20 @@ def test_a_signal_saves_and_stops(uninterrupted, tiny_data, tmp_path, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-def test_a_process_without_our_launcher_saves_and_stops_too(tiny_data, tmp_path, number):
+def test_a_process_without_our_launcher_saves_and_stops_too(tiny_data, tmp_path):
     arguments = [sys.executable, "-m", "trainer.train", *tiny(tiny_data, tmp_path)]
     process = start_and_wait(arguments, tmp_path, 4)
-    process.send_signal(number)
+    process.send_signal(signal.SIGHUP)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + signal.SIGHUP
     assert "error: stopped at step " in output
 
 
 @pytest.mark.slow
 def test_a_reader_that_goes_does_not_end_the_run(tiny_data, tmp_path):
     """As with `acdc train ... 2>&1 | head -1`."""
-    arguments = command("train", *tiny(tiny_data, tmp_path), "--devices", "1")
+    short = ["epochs=2", "sparsity.schedule=dense 1, sparse 1", "lr.warmup_epochs=0"]
+    arguments = command("train", *tiny(tiny_data, tmp_path, *short), "--devices", "1")
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process.stdout.readline()
     process.stdout.close()
