@@ -11,7 +11,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PARALLEL = --numprocesses auto --dist loadfile --durations 10
+PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: setup train test test-slow lint docs sanitize claims gpu-check clean

@@ -57,3 +57,8 @@ def write_fashion_idx(folder: Path, num_train: int, num_test: int) -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fashion-MNIST with 320 training and 150 test images, as idx files."""
     return write_fashion_idx(tmp_path_factory.mktemp("tiny-fashion"), 320, 150)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: no process is left with one when the others are done."""
+    items.sort(key=lambda item: "tests/trainer/" not in item.path.as_posix())
