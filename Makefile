@@ -1,6 +1,7 @@
 # make train    set up, then train AC/DC on Fashion-MNIST
 # make test     set up, then run the tests that are not marked slow (about three minutes)
 # make test-slow  the slow tests: real launches, two ranks, damaged data (several minutes more)
+# make test-rare  the few slow ones that compile most
 # make setup    the set-up alone: .venv with pinned dependencies
 # make lint     ruff and mypy
 # make sanitize the C++ kernels' tests under address and undefined-behaviour sanitizers
@@ -14,7 +15,7 @@ INSTALLED := .venv/.installed
 PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: setup train test test-slow lint docs sanitize claims gpu-check clean
+.PHONY: setup train test test-slow test-rare lint docs sanitize claims gpu-check clean
 setup: $(INSTALLED)
 
 # First what one file serves on every machine, by its hash; then torch, whose build is the machine's; then the rest.
@@ -35,7 +36,10 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow $(PARALLEL)
+	$(BIN)/python -m pytest -m "slow and not rare" $(PARALLEL)
+
+test-rare: setup
+	$(BIN)/python -m pytest -m rare $(PARALLEL)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -62,6 +62,7 @@ def test_overhead(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_throughput(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(turns, "QUIET", 0.05)
     small = ["resnet20", "--batch", "8", "--turns", "2", "--steps", "3", "--warmup", "1", "--profile"]

@@ -103,6 +103,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.skipif(missing_for_compilation("cpu") is not None, reason="torch.compile does not work here")
 @pytest.mark.parametrize("name", [name for name, variant in variants.VARIANTS.items() if variant.inductor])
 def test_options_of_inductor_compute_the_same(name):

@@ -35,6 +35,7 @@ def test_evaluation_and_no_probability_change_nothing():
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_compiled_is_uncompiled():
     layer, x = Dropout(0.3), torch.randn(4, 16, 8, 8)
     torch.manual_seed(3)
