@@ -25,7 +25,6 @@ from trainer.errors import Finished, UserError, as_user_error
 from trainer.kernels import find_family
 from trainer.loop import Trainer
 from trainer.models.classifier import Classifier
-from trainer.models.freeze import leave_out_frozen
 from trainer.monitor.records import Monitor
 from trainer.monitor.screen import Screen
 from trainer.optim import build_optimizer
@@ -61,7 +60,6 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
         smoothing = config.loss.label_smoothing
         classifier = Classifier(task.acdc.model, info.mean, info.std, smoothing)
         optimizer = build_optimizer(config.optimizer, classifier)
-        leave_out_frozen(optimizer)
         engine = build_engine(classifier, optimizer, settings, config, device)
         task.acdc.attach(engine)
         if config.ema is not None:

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from trainer.checkpoints import checkpoint
+from trainer.config.load import load_config
+from trainer.errors import Stopped, UserError
 from trainer.train import main
 
 SCHEDULE = "dense 1, (sparse 1, dense 1) x2, sparse 1"
@@ -90,6 +93,24 @@ class StopAfter:
         self.before_step()
         if self.trainer.acdc.step == self.step:
             self.trainer._stop_request.number = 15
+
+
+def fit_and_close(trainer: Any, stop: int | None = None) -> None:
+    """Train to the end, or until it is stopped during step `stop`."""
+    if stop is None:
+        trainer.fit()
+    else:
+        trainer.acdc.before_step = StopAfter(trainer, stop)
+        with pytest.raises(Stopped):
+            trainer.fit()
+    trainer.close()
+
+
+def refusal(overrides: list[str]) -> str:
+    """What the quickstart says of overrides that it refuses."""
+    with pytest.raises(UserError) as failure:
+        load_config("quickstart", overrides)
+    return str(failure.value)
 
 
 def final_state(run: Path, step: int = NUM_STEPS) -> dict[str, Any]:

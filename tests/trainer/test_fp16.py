@@ -8,12 +8,12 @@ import torch
 
 from sparsity import num_leaked
 from tests.trainer.distributed.small_net import WHOLE, small
-from tests.trainer.runs import StopAfter, assert_equal_states, final_state, newest_run
+from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run
 from trainer import build, engine
 from trainer.build import build_trainer
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
-from trainer.errors import Stopped, UserError
+from trainer.errors import UserError
 from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -100,13 +100,7 @@ def test_a_resumed_run_has_the_scale_and_the_same_bits(tiny_data, tmp_path):
 
     for name, stop in (("whole", None), ("stopped", 2), ("later", 5)):
         trainer = build_trainer(load_config("quickstart", options(name)), start())
-        if stop is not None:
-            trainer.acdc.before_step = StopAfter(trainer, stop)
-            with pytest.raises(Stopped):
-                trainer.fit()
-        else:
-            trainer.fit()
-        trainer.close()
+        fit_and_close(trainer, stop)
     whole = final_state(newest_run(tmp_path / "whole"), 6)
     assert 0 < whole["loss_scaling"]["skipped"] < 6
     for name in ("stopped", "later"):

@@ -10,11 +10,13 @@ from tests.trainer.runs import StopAfter, assert_equal_states, final_state, newe
 from trainer.build import build_trainer
 from trainer.checkpoints.saved_model import load_model
 from trainer.config.load import load_config
+from trainer.config.optimization import OptimizerConfig
 from trainer.distributed.ranks import start
 from trainer.errors import Stopped
 from trainer.models import get_model
 from trainer.models.classifier import Classifier
-from trainer.models.freeze import freeze, leave_out_frozen
+from trainer.models.freeze import freeze
+from trainer.optim import build_optimizer
 from trainer.train import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
@@ -76,15 +78,11 @@ def test_a_frozen_batch_norm_keeps_its_statistics(resnet):
 
 def test_the_optimizer_has_no_frozen_parameters(resnet):
     freeze(resnet, ["layer*", "conv1", "bn1"])
-    groups = [
-        {"params": list(resnet.layer1.parameters())},
-        {"params": [resnet.conv1.weight, resnet.fc.weight]},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    leave_out_frozen(optimizer)
-    assert [[id(each) for each in group["params"]] for group in optimizer.param_groups] == [
-        [id(resnet.fc.weight)]
-    ]
+    for options in ({}, {"decay_norms_and_biases": False, "weight_decay": 0.1}):
+        groups = build_optimizer(OptimizerConfig(lr=0.1, **options), resnet).param_groups
+        assert {id(each) for group in groups for each in group["params"]} == set(
+            map(id, resnet.fc.parameters())
+        )
 
 
 @pytest.mark.parametrize("stage", [0, *slow(1), 2])

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from trainer.errors import did_you_mean
@@ -57,10 +56,3 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
         for norm in norms
         if list(norm.parameters()) and not any(each.requires_grad for each in norm.parameters())
     ]
-
-
-def leave_out_frozen(optimizer: torch.optim.Optimizer) -> None:
-    """Take frozen parameters, and groups of nothing else, out of a new optimizer."""
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -45,11 +45,11 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 
 
 def parameter_groups(config: OptimizerConfig, model: nn.Module) -> Any:
-    """What torch's optimizers take as parameters. Not decayed, where the recipe says so, as in timm: vectors
-    and scalars, whatever is called bias, and what a module names in its no_weight_decay() (timm's vision
-    transformers: embeddings of positions and classes)."""
+    """What torch's optimizers take as parameters, without frozen ones. Not decayed, where the recipe says so,
+    as in timm: vectors and scalars, whatever is called bias, and what a module names in its no_weight_decay()
+    (timm's vision transformers: embeddings of positions and classes)."""
     if config.decay_norms_and_biases or config.weight_decay == 0:
-        return model.parameters()
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
     named = {
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()

@@ -66,7 +66,7 @@ def _(rows: Tensor, compressed: Tensor, outputs: int, algorithm: Sequence[int] |
 
 
 @matmul24.register_fake
-def _(rows: Tensor, compressed: Tensor, outputs: int, algorithm: Sequence[int] | None = None) -> Tensor:
+def _(rows: Tensor, compressed: Tensor, outputs: int, *_: Any) -> Tensor:
     return rows.new_empty(rows.shape[0], outputs)
 
 
@@ -84,13 +84,7 @@ def mm24(
 
 
 @mm24.register_fake
-def _(
-    rows: Tensor,
-    weight: Tensor,
-    sparse_backward: bool,
-    algorithm: Sequence[int] | None = None,
-    gradient_algorithm: Sequence[int] | None = None,
-) -> Tensor:
+def _(rows: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
@@ -128,14 +122,7 @@ def conv24(
 
 
 @conv24.register_fake
-def _(
-    images: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    sparse_backward: bool,
-    algorithm: Sequence[int] | None = None,
-    gradient_algorithm: Sequence[int] | None = None,
-) -> Tensor:
+def _(images: Tensor, weight: Tensor, stride: Sequence[int], *_: Any) -> Tensor:
     height, width = images[:, :, :: stride[0], :: stride[1]].shape[2:]
     return images.new_empty(images.shape[0], height, width, weight.shape[0]).permute(0, 3, 1, 2)
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from tests.trainer.distributed.small_net import WHOLE, small
-from tests.trainer.runs import StopAfter, assert_equal_states, final_state
+from tests.trainer.runs import assert_equal_states, final_state, fit_and_close
 from trainer.build import build_trainer
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.state import restore, seed_generators
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
-from trainer.errors import Stopped
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -20,13 +19,7 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
 def train(overrides, stop_at=None):
     trainer = build_trainer(load_config("quickstart", overrides), start())
-    if stop_at is None:
-        trainer.fit()
-    else:
-        trainer.acdc.before_step = StopAfter(trainer, stop_at)
-        with pytest.raises(Stopped):
-            trainer.fit()
-    trainer.close()
+    fit_and_close(trainer, stop_at)
     return trainer.run_dir.path
 
 

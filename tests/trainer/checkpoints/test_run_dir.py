@@ -62,7 +62,9 @@ def test_any_flipped_bit_in_the_result_leaves_a_report(run):
     content = path.read_bytes()
     for _ in range(8):
         path.write_bytes(flipped(content, generator))
+        (run / "report.html").unlink()
         write_report(RunDir(run))
+        assert (run / "report.html").read_text().count("<svg") == 2
 
 
 def test_any_flipped_bit_in_the_metrics_leaves_the_other_records(run):

@@ -12,12 +12,12 @@ from data.loader import PADDING_LABEL
 from data.torchvision_import import import_torchvision
 from tests.trainer.distributed.small_net import small
 from tests.trainer.models.test_classifier import classifier
-from tests.trainer.runs import StopAfter, assert_equal_states, final_state, newest_run
+from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run, refusal
 from trainer.build import build_trainer
 from trainer.config.load import load_config
 from trainer.config.optimization import MixingConfig
 from trainer.distributed.ranks import start
-from trainer.errors import Stopped, UserError
+from trainer.errors import UserError
 from trainer.models.mixing import Mixer, mix
 
 IMAGES = torch.randint(0, 256, (8, 3, 20, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -122,13 +122,7 @@ def run(data, root, *overrides, stop=None):
     trainer = build_trainer(load_config("quickstart", options(data, root, *overrides)), start())
     draws = []
     trainer.engine.module.register_forward_pre_hook(lambda _, inputs: draws.append(inputs[2:]))
-    if stop is not None:
-        trainer.acdc.before_step = StopAfter(trainer, stop)
-        with pytest.raises(Stopped):
-            trainer.fit()
-    else:
-        trainer.fit()
-    trainer.close()
+    fit_and_close(trainer, stop)
     return [draw[0].tolist() for draw in draws if draw]  # evaluation gets none
 
 
@@ -162,9 +156,7 @@ def test_micro_batches_share_the_draw_of_their_step(tiny_data, tmp_path):
     ],
 )
 def test_mistakes(overrides, expected):
-    with pytest.raises(UserError) as failure:
-        load_config("quickstart", overrides)
-    assert expected in str(failure.value)
+    assert expected in refusal(overrides)
 
 
 @pytest.mark.usefixtures("_small")

@@ -9,13 +9,13 @@ from torch import nn
 from data.torchvision_import import import_torchvision
 from tests.slow import slow
 from tests.trainer.distributed.small_net import SmallNet, small
-from tests.trainer.runs import StopAfter, assert_equal_states, final_state, newest_run
+from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run, refusal
 from trainer.build import build_trainer
 from trainer.checkpoints import checkpoint
 from trainer.config.load import load_config
 from trainer.config.optimization import OptimizerConfig
 from trainer.distributed.ranks import start
-from trainer.errors import Stopped, UserError
+from trainer.errors import UserError
 from trainer.optim import build_optimizer
 from trainer.optim.optimizers import parameter_groups
 
@@ -119,9 +119,7 @@ def test_by_default_all_parameters_are_one_group_as_before():
     ],
 )
 def test_mistakes(overrides, expected):
-    with pytest.raises(UserError) as failure:
-        load_config("quickstart", overrides)
-    assert expected in str(failure.value)
+    assert expected in refusal(overrides)
 
 
 @pytest.fixture
@@ -142,13 +140,7 @@ def run(data, root, *overrides, stop=None):
         return counts
 
     trainer.train_batch = checked
-    if stop is not None:
-        trainer.acdc.before_step = StopAfter(trainer, stop)
-        with pytest.raises(Stopped):
-            trainer.fit()
-    else:
-        trainer.fit()
-    trainer.close()
+    fit_and_close(trainer, stop)
     return trainer
 
 

@@ -15,13 +15,12 @@ from torch.optim.lr_scheduler import (
 
 from data.torchvision_import import import_torchvision
 from tests.trainer.distributed.small_net import small
-from tests.trainer.runs import StopAfter, assert_equal_states, final_state, newest_run
+from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run, refusal
 from trainer.build import build_trainer
 from trainer.cli.main import main
 from trainer.config.load import load_config
 from trainer.config.optimization import LRConfig
 from trainer.distributed.ranks import start
-from trainer.errors import Stopped, UserError
 from trainer.optim import learning_rate
 from trainer.optim.rates import check_warmup
 
@@ -130,9 +129,7 @@ def test_within_an_epoch_the_rate_stays_unless_it_goes_by_steps():
     ],
 )
 def test_mistakes(overrides, expected):
-    with pytest.raises(UserError) as failure:
-        load_config("quickstart", overrides)
-    assert expected in str(failure.value)
+    assert expected in refusal(overrides)
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused():
@@ -164,13 +161,7 @@ def test_a_run_takes_each_step_at_its_rate_and_resumes_bit_for_bit(stage, tiny_d
         inner = getattr(trainer.engine.optimizer, "optimizer", trainer.engine.optimizer)
         rates = taken.setdefault(name, [])
         inner.register_step_pre_hook(lambda o, *_, rates=rates: rates.append(o.param_groups[0]["lr"]))
-        if stop is not None:
-            trainer.acdc.before_step = StopAfter(trainer, stop)
-            with pytest.raises(Stopped):
-                trainer.fit()
-        else:
-            trainer.fit()
-        trainer.close()
+        fit_and_close(trainer, stop)
     config = trainer.config
     expected = [learning_rate(config.lr, 0.05, epoch, 2, step, 3) for epoch in (0, 1) for step in range(3)]
     assert len(set(expected)) == 5  # the warm-up ends with the rate that the cosine begins with
