@@ -1,8 +1,9 @@
 """How fast image files become batches: DALI against the torch backend, on the same files in the same run.
 
-Both decode, crop, resize and flip the same windows of the same JPEGs into uint8 batches; nothing else runs.
-The backends take turns, so that whatever else the machine does meets both. What data cost a training step
-tells benchmarks.throughput.
+All decode, crop, resize and flip the same windows of the same JPEGs into uint8 batches; nothing else runs.
+They take turns, so that whatever else the machine does meets all. With a GPU there are more contenders, whose
+batches end up on it: decoded there, by shares of its decoder engines, or on the CPU. What data cost a step of
+training tells benchmarks.throughput.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.shared.machine import wait_for
 from benchmarks.shared.record import (
     Parser,
     console,
@@ -31,16 +33,18 @@ from benchmarks.shared.record import (
 )
 from benchmarks.shared.turns import cpu_seconds, endless, family, order, ratios, until_quiet
 from data.crops import CropStream
+from data.dali.decode import DeviceJpeg
 from data.dali.files import DaliFileLoader
 from data.dali.pipeline import PREFETCH
 from data.datasets import fashion_mnist
 from data.datasets.imagenet import NUM_CLASSES
 from data.images.files import ImageFiles, load_image_files
-from data.loader import Batch
+from data.loader import Batch, Loader
 from data.torch_files import TorchFileLoader
 
 QUALITY = 90
 SIZE = (500, 375)  # width and height: ImageNet's most frequent
+ENGINE_LOADS = (0.0, 0.3, 0.65, 1.0)  # shares of a batch for a GPU's JPEG engines
 
 
 def main() -> int:
@@ -108,10 +112,12 @@ def compare(files: ImageFiles, options: argparse.Namespace) -> dict[str, Any]:
     """Images per second and per CPU-second of each backend, which take turns, and DALI's ratio."""
     stream = CropStream(len(files), options.batch, seed=1, flip=True)
     cpu, threads = torch.device("cpu"), options.threads
-    loaders = {
+    loaders: dict[str, Loader] = {
         "dali": DaliFileLoader(files, stream, cpu, threads, "cpu", _refuse),
         "torch": TorchFileLoader(files, stream, cpu, threads, _refuse),
     }
+    if torch.cuda.is_available():
+        loaders |= _onto_gpu(files, stream, threads)
     batches = {name: endless(loader) for name, loader in loaders.items()}
     rates: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in loaders}
     for repeat in range(options.repeats + 1):  # the first warms up
@@ -128,6 +134,17 @@ def compare(files: ImageFiles, options: argparse.Namespace) -> dict[str, Any]:
     return {**table, "dali_over_torch_per_cpu_second": ratios(rates["dali"]["cpu"], rates["torch"]["cpu"])}
 
 
+def _onto_gpu(files: ImageFiles, stream: CropStream, threads: int) -> dict[str, Loader]:
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    loaders: dict[str, Loader] = {
+        f"gpu, engines {load:.0%}": DaliFileLoader(
+            files, stream, gpu, threads, "gpu", _refuse, None, DeviceJpeg(load)
+        )
+        for load in ENGINE_LOADS
+    }
+    return {**loaders, "cpu to gpu": DaliFileLoader(files, stream, gpu, threads, "cpu", _refuse)}
+
+
 def measure_loader(
     batches: Iterator[Batch], count: int, read_ahead: int = PREFETCH + 1
 ) -> tuple[float, float]:
@@ -139,7 +156,8 @@ def measure_loader(
     processes = family()
     begin, cpu = time.perf_counter(), cpu_seconds(processes)
     for _ in range(count):
-        next(batches)
+        batch = next(batches)
+    wait_for(batch.images.device)
     return time.perf_counter() - begin, cpu_seconds(processes) - cpu
 
 
@@ -150,7 +168,8 @@ def _refuse(file: str, reason: str) -> None:
 def show(measured: dict[str, Any]) -> None:
     rows = [
         (name, *(show_spread(measured[name][key]) for key in ("images_per_second", "images_per_cpu_second")))
-        for name in ("dali", "torch")
+        for name in measured
+        if "images_per_second" in measured[name]
     ]
     show_table(("backend", "images/s", "images per CPU-second"), rows, texts=("backend",))
     ratio = show_spread(measured["dali_over_torch_per_cpu_second"], 2)
