@@ -17,6 +17,7 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.gpu import real_run
 from benchmarks.gpu_check import Part
+from tests.trainer.runs import OF_A_RANK
 
 TREE = Path(gpu_check.__file__).parents[1]
 
@@ -188,8 +189,8 @@ def test_what_is_stopped_takes_its_part_with_it(tmp_path):
 def test_real_run(monkeypatch, tmp_path, capsys):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)  # of a run in this process
+    for name in OF_A_RANK:
+        monkeypatch.delenv(name, raising=False)
     small = ["model.name=mobilenetv1", "model.arguments={width: 0.25}", "data.image_size=64"]
     small += ["engine.compile=false", "sparsity.accelerate=off"]
     out = tmp_path / "record.json"

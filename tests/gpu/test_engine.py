@@ -1,9 +1,7 @@
 """The engine as a run builds it, on a GPU: waiting, precision, resuming."""
 
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
-from tests.trainer.runs import assert_equal_states, final_state, newest_run
+from tests.trainer.runs import assert_equal_states, execute, final_state, newest_run
 from trainer.build import build_trainer
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
@@ -39,6 +37,7 @@ def made(tmp_path):
     trainers = []
 
     def make(*overrides):
+        torch._dynamo.reset()  # else graphs of the tests before count against the limit of recompilations
         trainers.append(build_trainer(load_config("quickstart", options(tmp_path, *overrides)), start()))
         return trainers[-1]
 
@@ -128,7 +127,7 @@ def test_a_resumed_run_has_the_same_bits_with_deterministic_convolutions(precisi
         recipe = options(tmp_path / name, f"engine.precision={precision}", "engine.cudnn_benchmark=false")
         recipe += ["model.name=resnet20", "model.arguments={}", "save.every=2st", "save.keep=9", *overrides]
         command = [sys.executable, "-m", "trainer.train", "quickstart", *recipe]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path.cwd())
+        done = execute(command)
         assert done.returncode == 0, done.stderr[-3000:]
         return newest_run(tmp_path / name)
 

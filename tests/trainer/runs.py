@@ -148,8 +148,16 @@ def launcher(*arguments: str, devices: int = 1, module: str = "trainer.train") -
     return [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--module", module, *arguments]
 
 
+# What a run in this process leaves in the environment: another process would take itself for that rank
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment_of_its_own() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in OF_A_RANK}
+
+
 def execute(arguments: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "110"}
+    environment = {**environment_of_its_own(), "COLUMNS": "110"}
     return subprocess.run(
         arguments, capture_output=True, text=True, timeout=timeout, env=environment, check=False
     )

@@ -18,6 +18,7 @@ from tests.trainer.runs import (
     NUM_STEPS,
     assert_equal_states,
     command,
+    environment_of_its_own,
     execute,
     final_state,
     launcher,
@@ -118,15 +119,14 @@ def test_a_failure_of_the_first_rank_alone_is_told_once(tiny_data, tmp_path):
     assert "Traceback" not in done.stderr + done.stdout
 
 
-# What a run in this process has left in the environment
-OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
 def start_and_wait(arguments: list[str], run_root: Path, step: int) -> subprocess.Popen[str]:
     """Start a run and return once its metrics have come to `step`."""
-    alone = {key: value for key, value in os.environ.items() if key not in OF_A_RANK}
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=alone
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment_of_its_own(),
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
