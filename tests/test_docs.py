@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 from typing import Any, get_args
 
@@ -318,7 +319,32 @@ def test_figures_are_those_of_the_records():
     for found in variants.values():
         figures = f"{found['images_per_second']:,.0f} | {1000 * found['step_p50']:.1f}"
         assert f" | {found['batch']} | {figures} | {found['peak_memory_gb']:.1f} |" in page
-    assert f"{variants['as_is']['images_per_second']:,.0f} images/s, in dense and sparse phases" in readme
+    assert f"{variants['as_is']['images_per_second']:,.0f} images/s on noise" in readme
+    files = record("gpu/files")
+    decoders = {
+        "engines 1.0": "engines, all images",
+        "engines 0.65": "engines 65 %, kernels 35 %",
+        "engines 0.3": "engines 30 %, kernels 70 %",
+        "cpu": "CPU, 16 threads",
+    }
+    trained = {
+        name: median(turn["images_per_second"] for turn in turns) for name, turns in files["training"].items()
+    }
+    for name, text in decoders.items():
+        speeds = (
+            files["alone"][name]["images_per_second"],
+            trained[f"{name} | default"],
+            trained[f"{name} | own"],
+        )
+        assert f"| {text} | {' | '.join(f'{speed:,.0f}' for speed in speeds)} |" in page
+    assert f"| {trained['noise | default']:,.0f} | {trained['noise | own']:,.0f} |" in page
+    assert f"{trained['engines 1.0 | own']:,.0f} from JPEG files" in readme
+    for name, times in record("gpu/phase_switch")["seconds"].items():
+        made = " | ".join(f"{1000 * times[what]['median']:.0f}" for what in ("compress", "decompress"))
+        assert f"| {name} | {made} |" in page
+    for row in record("gpu/kernels24")["kernels"]:
+        for product in (row["forward"], row["gradient"]):
+            assert product["sparse"] > 0.979 * product["dense"]  # "no more than 2 %"
     profiled = record("gpu/step_profile")
     for kind in ("convolution", "element-wise", "BatchNorm", "copies", "optimizer"):
         assert f" | {profiled['milliseconds'][kind]:.1f} |" in page

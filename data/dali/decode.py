@@ -27,7 +27,7 @@ class DeviceJpeg:
     it has some; CUDA kernels decode the rest. width_hint, height_hint: in pixels, of the largest image that
     the engines' memory is allocated for at the start; 0: it grows as images come."""
 
-    engine_load: float = 0.65
+    engine_load: float = 1.0
     width_hint: int = 0
     height_hint: int = 0
 

@@ -81,7 +81,7 @@ class ImageNetData(Section):
         default=None, ge=1, description="threads or processes of the data pipeline per device"
     )
     decoder_engine_load: float = Field(
-        default=0.65, ge=0, le=1, description="share of JPEGs for the GPU's decoder engines, if it has some"
+        default=1.0, ge=0, le=1, description="share of JPEGs for the GPU's decoder engines, if it has some"
     )
     decoder_width_hint: int = Field(
         default=0, ge=0, le=65535, description="widest image to allocate engines' memory for at the start"
