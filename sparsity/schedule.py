@@ -110,6 +110,21 @@ class PhaseSchedule:
         at the end of last("sparse")."""
         return next((phase for phase in reversed(self.phases) if phase.kind == kind), None)
 
+    def scaled(self, num_epochs: int) -> PhaseSchedule:
+        """The same phases over another number of epochs, 1 or more: lengths in proportion, each 1 at least.
+        Of more phases than epochs the first ones are left, and the last."""
+        spans = self.spans
+        if len(spans) > num_epochs:
+            spans = (*spans[: num_epochs - 1], spans[-1])
+        total = sum(length for _, length in spans)
+        scaled, before, start = [], 0, 0
+        for left, (kind, length) in zip(reversed(range(len(spans))), spans, strict=True):
+            before += length
+            end = min(max(round(num_epochs * before / total), start + 1), num_epochs - left)
+            scaled.append((kind, end - start))
+            start = end
+        return PhaseSchedule(tuple(scaled))
+
     def __str__(self) -> str:
         """The shortest text with one level of "( ) xN" for pairs of phases; parse(str(s)) == s."""
         parts, i = [], 0

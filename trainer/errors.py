@@ -66,10 +66,20 @@ def exit_code_of(run: Callable[[], int]) -> int:
         return 130
 
 
+LOOK_ALIKE = str.maketrans("OoIl", "0011")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant, also where a letter stands for a digit, or None."""
+    looks = {each.translate(LOOK_ALIKE): each for each in known}
+    near = difflib.get_close_matches(name.translate(LOOK_ALIKE), looks, n=1)
+    return looks[near[0]] if near else None
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a sentence that says that there is no such name."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else "."
 
 
 @contextlib.contextmanager

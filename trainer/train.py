@@ -31,7 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG", help="a recipe's name under configs/, or a path")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=0.05")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        from trainer.config.mistakes import meant_by_options
+
+        unknown = f"unrecognized arguments: {' '.join(rest)}; keys of a recipe have no dashes"
+        parser.error(f"{unknown}: write {meant_by_options(rest)}")
     main_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
         level=logging.INFO if main_rank else logging.ERROR, format="%(levelname)s: %(message)s"

@@ -78,3 +78,25 @@ def test_errors_show_the_place(text, message, column):
     with pytest.raises(ValueError, match=message) as caught:
         PhaseSchedule.parse(text)
     assert str(caught.value).splitlines()[2] == "    " + " " * column + "^"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "scaled"),
+    [
+        (100, "dense 10, (sparse 5, dense 5) x6, sparse 5, dense 10, sparse 15"),
+        (200, "dense 20, (sparse 10, dense 10) x6, sparse 10, dense 20, sparse 30"),
+        (20, None),
+        (250, None),
+        (2, "dense 1, sparse 1"),
+        (3, "dense 1, sparse 2"),
+        (1, "sparse 1"),
+    ],
+)
+def test_a_schedule_over_other_epochs(epochs, scaled):
+    schedule = PhaseSchedule.parse("dense 10, (sparse 5, dense 5) x6, sparse 5, dense 10, sparse 15")
+    found = schedule.scaled(epochs)
+    assert found.num_epochs == epochs
+    if epochs >= len(schedule.spans):
+        assert [kind for kind, _ in found.spans] == [kind for kind, _ in schedule.spans]
+        assert abs(found.num_sparse / epochs - 0.5) < 0.1
+    assert scaled is None or str(found) == scaled

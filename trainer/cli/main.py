@@ -91,11 +91,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _hint(options: argparse.Namespace, rest: list[str]) -> str:
+    if not hasattr(options, "overrides"):
+        return ""
+    from trainer.config.mistakes import meant_by_options
+
+    return f"; keys of a recipe have no dashes: write {meant_by_options(rest)}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_hint(options, rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]  # overrides may follow options
     with lasting_output():

@@ -157,10 +157,14 @@ def recipe_names() -> list[str]:
 
 def override(content: dict[str, Any], assignments: Iterable[str]) -> None:
     """Apply "dotted.key=value" assignments in place; values are read as YAML. Raises UserError."""
-    for assignment in assignments:
+    assignments = list(assignments)
+    for i, assignment in enumerate(assignments):
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise UserError(f"{assignment!r} is not an override; write key=value, e.g. optimizer.lr=0.1")
+            key, *values = [assignment.rstrip(":="), *(each for each in assignments[i + 1 :] if each != "=")]
+            apart = bool(key and values) and "=" not in values[0]
+            meant = f"; did you mean {key}={values[0]}?" if apart else ", e.g. optimizer.lr=0.1"
+            raise UserError(f"{assignment!r} is not an override: write key=value{meant}")
         if not text.strip():
             raise UserError(f"{assignment!r} gives no value; for none write {key}=null")
         try:

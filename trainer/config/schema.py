@@ -252,8 +252,9 @@ class Config(Section):
             raise ValueError("checkpoint brings its weights along; leave model.weights out")
         if filled != self.epochs:
             raise ValueError(
-                f"sparsity.schedule {self.sparsity.schedule!r} fills {filled} epochs, "
-                f"but epochs is {self.epochs}"
+                f"sparsity.schedule {self.sparsity.schedule!r} fills {filled} epochs, but epochs is "
+                f"{self.epochs}: write epochs={filled}, or for {self.epochs} epochs "
+                f"'sparsity.schedule={schedule.scaled(self.epochs)}'"
             )
         warmup, key = self.lr.warmup_epochs, "warmup_epochs"
         if self.lr.warmup is not None and self.lr.warmup.endswith("ep"):

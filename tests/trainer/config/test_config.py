@@ -97,7 +97,7 @@ def test_resolved_configuration_loads_again(tmp_path):
         ("optimizer.momentum=0", "nesterov needs a momentum above 0"),
         ("name=../up", "name: "),
         ("epochs.more=1", "'epochs' holds 14, which has no keys below it"),
-        ("epochs", "'epochs' is not an override; write key=value"),
+        ("epochs", "'epochs' is not an override: write key=value"),
         ("epochs=[1", "the value of 'epochs=[1' cannot be read"),
         ("seed=1__0", "seed: should be a valid integer, not '1__0'"),
         ("seed=36893488147419103232", "seed: should be less than or equal to"),
