@@ -53,6 +53,7 @@ setup(
         "train": TRAIN,
         "onnx": ONNX,
         "timm": ["timm>=1.0"],
+        "wandb": ["wandb>=0.19"],
         "examples": ["pytorch-lightning>=2.5", "transformers>=5", "accelerate>=1.10"],
         "docs": DOCS,
         "dev": [*TRAIN, *ONNX, *DOCS, *DEV],

@@ -27,6 +27,7 @@ from trainer.loop import Trainer
 from trainer.models.classifier import Classifier
 from trainer.monitor.records import Monitor
 from trainer.monitor.screen import Screen
+from trainer.monitor.tracking import Tracking
 from trainer.optim import build_optimizer
 from trainer.optim.averages import Averages
 from trainer.task import Task, build_task
@@ -144,4 +145,6 @@ def _begin(folder: RunDir, task: Task, settings: dict[str, Any]) -> Monitor:
         checkpoint.set_aside(folder.checkpoints, step)
         folder.result.unlink(missing_ok=True)
         folder.write_config(config, settings)
-        return Monitor(folder, screen, step)
+        project = config.log.wandb
+        tracking = Tracking(project, folder, config.model_dump(mode="json")) if project else None
+        return Monitor(folder, screen, step, tracking)

@@ -192,7 +192,10 @@ class SaveConfig(Section):
 class LogConfig(Section):
     every: Duration = Field(default="50st", description="how often to read the loss from the device")
     weight_histograms: bool = Field(
-        default=False, description="TensorBoard histograms of each layer's kept weights, every epoch"
+        default=False, description="histograms of each layer's kept weights, every epoch"
+    )
+    wandb: str | None = Field(
+        default=None, description="a project of Weights & Biases that gets what TensorBoard gets"
     )
 
 

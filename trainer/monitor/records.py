@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl, TensorBoard, and the screen. Rank 0 has one; the other ranks have none."""
+"""Records of a run: metrics.jsonl, TensorBoard, Weights & Biases, and the screen. Only rank 0 has one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from data.atomic import write_text
 from sparsity import ACDC
 from trainer.checkpoints.run_dir import RunDir
 from trainer.monitor.screen import Screen
+from trainer.monitor.tracking import Tracking
 
 # record key -> TensorBoard tag
 TAGS = {
@@ -41,8 +42,11 @@ TAGS = {
 class Monitor:
     """start_step: optimizer steps done before; later records of an interrupted run are dropped."""
 
-    def __init__(self, run_dir: RunDir, screen: Screen, start_step: int) -> None:
+    def __init__(
+        self, run_dir: RunDir, screen: Screen, start_step: int, tracking: Tracking | None = None
+    ) -> None:
         self.screen = screen
+        self._tracking = tracking
         kept = [record for record in run_dir.read_metrics() if record["step"] <= start_step]
         self._tensorboard = SummaryWriter(
             str(run_dir.tensorboard), purge_step=start_step + 1 if kept else None
@@ -57,28 +61,39 @@ class Monitor:
 
     def epoch(self, record: dict[str, Any], layer_sparsity: dict[str, float]) -> None:
         self._record({"kind": "epoch", **record, "layer_sparsity": layer_sparsity})
-        for name, sparsity in layer_sparsity.items():
-            self._tensorboard.add_scalar(f"sparsity/layer/{name}", sparsity, record["step"])
+        self._scalars(
+            {f"sparsity/layer/{name}": each for name, each in layer_sparsity.items()}, record["step"]
+        )
         self._tensorboard.flush()
         self.screen.epoch(record)
 
     def histograms(self, step: int, weights: dict[str, Tensor]) -> None:
-        """Weights by layer name, as TensorBoard histograms."""
-        for name, values in weights.items():
-            self._tensorboard.add_histogram(f"weights/{name}", values, step)
+        """Of weights by layer name."""
+        tagged = {f"weights/{name}": values for name, values in weights.items()}
+        for tag, values in tagged.items():
+            self._tensorboard.add_histogram(tag, values, step)
+        if self._tracking:
+            self._tracking.histograms(tagged, step)
 
     def close(self) -> None:
         self.screen.close()
         self._file.close()
         self._tensorboard.close()
+        if self._tracking:
+            self._tracking.close()
 
     def _record(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         values = {**record, "sparse_phase": float(record["phase"] == "sparse")}
-        for key, tag in TAGS.items():
-            if (value := values.get(key)) is not None:
-                self._tensorboard.add_scalar(tag, value, record["step"])
+        known = {tag: values[key] for key, tag in TAGS.items() if values.get(key) is not None}
+        self._scalars(known, record["step"])
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self._tensorboard.add_scalar(tag, value, step)
+        if self._tracking:
+            self._tracking.scalars(values, step)
 
 
 def kept_weights(acdc: ACDC) -> dict[str, Tensor]:
