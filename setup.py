@@ -32,6 +32,7 @@ DEV = [
     "ruff==0.17.6",
     "scikit-image>=0.24",
     "setuptools>=77",
+    "timm>=1.0",
     "types-PyYAML",
 ]
 

@@ -128,6 +128,7 @@ def test_timms_tags(hub, monkeypatch):
 def test_real_timm(hub, tmp_path, monkeypatch):
     import_torchvision()  # which timm imports, and which needs help on some machines
     timm = pytest.importorskip("timm", reason="timm is not installed")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries again and again
     published = find_published("timm:vit_tiny_patch16_224", "timm:augreg_in21k_ft_in1k")
     assert published.source == timm.models.get_pretrained_cfg("vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     assert published.statistics == ((0.5,) * 3, (0.5,) * 3)
