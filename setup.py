@@ -47,6 +47,7 @@ setup(
         "configs": ["**/*.yaml"],
         "data.datasets.bundled": ["*.npz", "LICENSE*"],
         "sparsity.kernels.unstructured": ["native/*"],
+        "trainer.report": ["style.css", "hover.js"],
     },
     entry_points={"console_scripts": ["acdc=trainer.cli.main:main"]},
     install_requires=["torch>=2.11,<2.14"],

@@ -44,7 +44,7 @@ def test_a_wheel_holds_all_that_runs_and_no_tests(wheel):
     files = {
         path.relative_to(TREE).as_posix()
         for name in PACKAGES
-        for pattern in ("*.py", "*.yaml", "*.npz", "LICENSE*", "*.cpp", "*.h")
+        for pattern in ("*.py", "*.yaml", "*.npz", "LICENSE*", "*.cpp", "*.h", "*.css", "*.js")
         for path in (TREE / name).rglob(pattern)
     }
     with zipfile.ZipFile(wheel) as archive:

@@ -10,8 +10,8 @@ from trainer.checkpoints.run_dir import DENSE_TWIN, EMA, FINETUNED_DENSE, SPARSE
 from trainer.distributed import ranks
 from trainer.engine import num_graphs, precision_name
 from trainer.loop import Trainer
-from trainer.monitor.report import write_report
 from trainer.monitor.screen import Screen, closing_lines, closing_table
+from trainer.report.run import write_report
 
 
 def log_start(trainer: Trainer) -> None:

@@ -9,7 +9,7 @@ runs/<name>/<time>/  config.yaml     the resolved configuration
                      masks/          of every compression, where save.mask_history asks for them
                      finetuned_dense/  a run folder of its own: the dense twin, trained on (finetune_dense)
                      result.json     the closing table's figures
-                     report.html     curves
+                     report.html     a page of all that is worth looking at
                      kernels.json    sparse against dense, a layer each, where kernels were measured
 """
 

@@ -174,17 +174,25 @@ def schedule(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Draw a run's report.html again, or its accuracy curve as a picture."""
+    """Draw a run's report.html again, its accuracy curve as a picture, or several runs on one page."""
     from trainer.checkpoints.run_dir import RunDir
-    from trainer.monitor.report import write_picture, write_report
+    from trainer.report.compare import write_comparison
+    from trainer.report.picture import write_picture
+    from trainer.report.run import write_report
 
-    run_dir = RunDir(Path(options.run).expanduser())
+    runs = [RunDir(Path(run).expanduser()) for run in options.runs]
+    made = Path(options.picture or options.out)
     with as_user_error("report"):
-        if options.picture is None:
-            write_report(run_dir)
+        if options.picture is not None:
+            if len(runs) > 1:
+                raise UserError("--picture draws one run; leave it out to see several on one page")
+            write_picture(runs[0], made)
+        elif len(runs) > 1:
+            write_comparison(runs, made)
         else:
-            write_picture(run_dir, Path(options.picture))
-    print(options.picture or run_dir.report)
+            write_report(runs[0])
+            made = runs[0].report
+    print(made)
     return 0
 
 
