@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainer.errors import EnvironmentFailure, UserError, as_user_error
+from trainer.errors import UserError, as_user_error
 
 
 def train(options: argparse.Namespace) -> int:
@@ -196,46 +196,25 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
-BENCHMARKS = {
-    "compare": "benchmarks.compare",
-    "compilation": "benchmarks.compilation",
-    "data": "benchmarks.data_pipeline",
-    "host_memory": "benchmarks.host_memory",
-    "infer": "benchmarks.inference",
-    "kernels24": "benchmarks.kernels24",
-    "overhead": "benchmarks.overhead",
-    "peers": "benchmarks.peers",
-    "phase_switch": "benchmarks.phase_switch",
-    "sparse_kernels": "benchmarks.sparse_kernels",
-    "sparse_step": "benchmarks.sparse_step",
-    "throughput": "benchmarks.throughput",
-    "variants": "benchmarks.variants",
+BENCHMARKS = {  # name: (module, what it measures)
+    "compare": ("benchmarks.compare", "two trees or revisions, taking turns"),
+    "compilation": ("benchmarks.compilation", "what compiling costs, cold and cached"),
+    "data": ("benchmarks.data_pipeline", "how fast image files become batches"),
+    "host_memory": ("benchmarks.host_memory", "what kept memory saves a step on a CPU"),
+    "infer": ("benchmarks.inference", "saved sparse models against torch and ONNX Runtime"),
+    "kernels24": ("benchmarks.kernels24", "2:4 products on a GPU, by layer shape"),
+    "overhead": ("benchmarks.overhead", "what masks cost a step against stock layers"),
+    "peers": ("benchmarks.peers", "a step against other people's training loops"),
+    "phase_switch": ("benchmarks.phase_switch", "compressing and decompressing, graphs over phases"),
+    "sparse_kernels": ("benchmarks.sparse_kernels", "sparse products on a CPU, by layer shape"),
+    "sparse_step": ("benchmarks.sparse_step", "a sparse phase's step against a dense one's, on a CPU"),
+    "throughput": ("benchmarks.throughput", "training images per second, from files and on noise"),
+    "variants": ("benchmarks.variants", "what settings gain a step"),
 }
 
 
 def bench(options: argparse.Namespace) -> int:
     """Run a benchmark: a table on the screen, a JSON record beside it."""
-    name = BENCHMARKS[options.benchmark]
+    name, _ = BENCHMARKS[options.benchmark]
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in trainer.train
     return subprocess.run([sys.executable, "-m", name, *options.arguments], check=False).returncode
-
-
-def doctor(options: argparse.Namespace) -> int:
-    """What this machine has for training, and what is missing."""
-    from trainer.checkpoints.environment import environment
-
-    found = environment()
-    for key in ("python", "platform", "cpu", "cpu_cores", "gpus", "cuda"):
-        print(f"{key:22} {found[key]}")
-    auto = "bf16" if found["gpus"] or found["cpu_bf16"] else "fp32"
-    print(f"{'engine.precision=auto':22} {auto}")
-    for package, version in found["packages"].items():
-        print(f"{package:22} {version or 'missing'}")
-    if found["packages"]["torch"] is not None:
-        from trainer.engine import missing_for_compilation
-
-        needed = missing_for_compilation("cuda" if found["gpus"] else "cpu")
-        print(f"{'torch.compile':22} {f'needs a {needed}; models run uncompiled' if needed else 'works'}")
-    if missing := [package for package, version in found["packages"].items() if version is None]:
-        raise EnvironmentFailure(f"missing packages: {', '.join(missing)}; pip install {' '.join(missing)}")
-    return 0

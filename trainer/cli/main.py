@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.cli import commands, data_commands, predict
+from trainer.cli import commands, data_commands, doctor, predict
 from trainer.errors import exit_code_of
 from trainer.monitor.terminal import lasting_output
 
@@ -86,9 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--picture", metavar="FILE", help="write the accuracy curve there instead (.svg, .png)")
     sub.add_argument("--out", default="runs.html", metavar="FILE", help="of several; default: runs.html")
     sub = command("bench", commands.bench)
-    sub.add_argument("benchmark", choices=sorted(commands.BENCHMARKS))
+    sub.add_argument("benchmark", choices=sorted(commands.BENCHMARKS), metavar="NAME", help="see below")
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.epilog = "\n".join(f"{name:16} {about}" for name, (_, about) in sorted(commands.BENCHMARKS.items()))
     sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own; --help lists them")
-    command("doctor", commands.doctor)
+    command("doctor", doctor.doctor)
     return parser
 
 

@@ -105,16 +105,3 @@ def test_wrong_usage_ends_with_code_2(arguments, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert "usage: acdc" in capsys.readouterr().err
-
-
-def test_doctor_tells_what_is_there_and_what_is_missing(monkeypatch, capsys):
-    from trainer.checkpoints import environment
-
-    main(["doctor"])
-    out = capsys.readouterr().out
-    assert "cpu_cores" in out
-    assert "torch" in out
-    found = {**environment.environment(), "packages": {"torch": "2.13.0", "deepspeed": None}}
-    monkeypatch.setattr(environment, "environment", lambda: found)
-    assert main(["doctor"]) == 3
-    assert "missing packages: deepspeed; pip install deepspeed" in capsys.readouterr().err
