@@ -59,6 +59,15 @@ class Stream(Protocol[D]):
     def fingerprint(self) -> dict[str, Any]: ...
 
 
+def check_batch(global_batch: int, world_size: int, micro_batches: int) -> None:
+    """Raise ValueError where a batch cannot be shared by ranks and accumulation steps."""
+    if global_batch % (world_size * micro_batches):
+        raise ValueError(
+            f"a batch of {global_batch} does not divide by {world_size} devices x "
+            f"{micro_batches} accumulation steps"
+        )
+
+
 @dataclass(frozen=True)
 class TrainStream:
     """A new permutation every epoch. The last global batch, where it is incomplete, is filled up with repeats
@@ -79,11 +88,7 @@ class TrainStream:
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.global_batch % (self.world_size * self.micro_batches):
-            raise ValueError(
-                f"a batch of {self.global_batch} does not divide by {self.world_size} devices x "
-                f"{self.micro_batches} accumulation steps"
-            )
+        check_batch(self.global_batch, self.world_size, self.micro_batches)
         if self.num_images < self.global_batch:
             raise ValueError(
                 f"{self.num_images} training images are fewer than one batch of {self.global_batch}"

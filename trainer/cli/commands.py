@@ -22,12 +22,16 @@ def train(options: argparse.Namespace) -> int:
 
     import torch
 
-    from trainer.cli.launch import launch
+    from data.stream import check_batch
+    from trainer.cli.launch import count_devices, launch
     from trainer.engine import check_precision
 
+    devices = count_devices(options.devices)
+    with as_user_error("data" if options.devices is None else f"--devices {devices}"):
+        check_batch(config.data.batch_size, devices, config.engine.accumulation_steps)
     if not torch.cuda.is_available():  # a GPU is asked by the run itself: here it would keep memory there
         check_precision(config.engine, torch.device("cpu"))
-    return launch(["trainer.train", options.config, *options.overrides], options.devices)
+    return launch(["trainer.train", options.config, *options.overrides], devices)
 
 
 def evaluate(options: argparse.Namespace) -> int:

@@ -19,12 +19,28 @@ from trainer.errors import UserError
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def launch(module: list[str], devices: int | None = None) -> int:
-    """Run `module` (its name and arguments) on `devices` processes, default one per visible GPU, one on a
-    CPU.
+def count_devices(wanted: int | None) -> int:
+    """How many processes `--devices` means here, default one per visible GPU, one on a CPU. Raises UserError
+    for more than there are GPUs, or cores on a CPU."""
+    if wanted is not None and wanted < 1:
+        raise UserError(f"--devices {wanted}: 1 or more")
+    choose_accelerator()
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        available, kind, wanted = len(os.sched_getaffinity(0)), "cores", wanted or 1
+    else:
+        import torch
+
+        available, kind = torch.cuda.device_count(), "GPUs"
+    if wanted is not None and wanted > available:
+        raise UserError(f"--devices {wanted}: this machine shows {available} {kind}")
+    return wanted or available
+
+
+def launch(module: list[str], devices: int) -> int:
+    """Run `module` (its name and arguments) on `devices` processes here.
 
     The launcher runs in a process group of its own: a signal to us goes to all of it, and we end only when it
-    has. Returns the exit code. Raises UserError for a number of devices that there are not.
+    has. Returns the exit code.
     """
     environment = dict(os.environ)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
@@ -51,26 +67,17 @@ def launch(module: list[str], devices: int | None = None) -> int:
     return 128 + received[0] if received else code
 
 
-def _placement(devices: int | None, environment: dict[str, str]) -> list[str]:
+def _placement(devices: int, environment: dict[str, str]) -> list[str]:
     """The launcher's options for `devices`; changes `environment` where the launcher would misread it."""
-    choose_accelerator()
     environment["DS_ACCELERATOR"] = os.environ["DS_ACCELERATOR"]
-    if devices is not None and devices < 1:
-        raise UserError(f"--devices {devices}: 1 or more")
     if environment["DS_ACCELERATOR"] == "cpu":
         environment[VISIBLE] = ""  # "-1" hides GPUs from torch, but the launcher takes it for a device
-        return ["--num_gpus", str(devices or 1)]
-    import torch
-
-    available = torch.cuda.device_count()
-    if devices is not None and devices > available:
-        raise UserError(f"--devices {devices}: this machine shows {available} GPUs")
+        return ["--num_gpus", str(devices)]
     visible = environment.get(VISIBLE, "")
     if visible.replace(",", "").isdigit():  # the launcher would take the first GPUs, not the visible ones
         del environment[VISIBLE]
-        chosen = visible.split(",")[: devices or available]
-        return ["--include", f"localhost:{','.join(chosen)}"]
-    return ["--num_gpus", str(devices or available)]
+        return ["--include", f"localhost:{','.join(visible.split(',')[:devices])}"]
+    return ["--num_gpus", str(devices)]
 
 
 def _signal_group(group: int, number: int) -> None:

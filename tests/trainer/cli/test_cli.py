@@ -87,6 +87,7 @@ def test_report_of_an_unfinished_run(tmp_path, capsys):
         (["train", "quickstrat"], "did you mean 'quickstart'?"),
         (["train", "quickstart", "epochs=13"], "fills 14 epochs, but epochs is 13"),
         (["train", "quickstart", "--devices", "0"], "--devices 0: 1 or more"),
+        (["train", "quickstart", "--devices", "5000"], "--devices 5000: this machine shows "),
         (["schedule", "quickstart", "lr.kin=step"], "lr.kin: unknown key; did you mean lr.kind?"),
     ],
 )
@@ -95,6 +96,17 @@ def test_mistakes_end_with_code_2(arguments, expected, capsys):
     error = capsys.readouterr().err
     assert expected in error
     assert "Traceback" not in error
+
+
+def test_a_batch_that_devices_cannot_share_is_said_before_any_of_them_starts(monkeypatch, capsys):
+    monkeypatch.setattr("trainer.cli.launch.count_devices", lambda wanted: wanted)
+    monkeypatch.setattr("trainer.cli.launch.launch", lambda *_: pytest.fail("started"))
+    assert main(["train", "quickstart", "--devices", "5"]) == 2
+    expected = "error: --devices 5: a batch of 64 does not divide by 5 devices x 1 accumulation steps"
+    assert expected in capsys.readouterr().err
+    shared = ["data.batch_size=16", "engine.accumulation_steps=4"]
+    assert main(["train", "quickstart", *shared, "--devices", "8"]) == 2
+    assert "does not divide by 8 devices x 4 accumulation steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

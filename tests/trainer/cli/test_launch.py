@@ -240,10 +240,18 @@ def test_devices_are_the_visible_ones(visible, devices, options, left, monkeypat
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible.split(",")) if visible else 4)
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert launch._placement(devices, environment) == options
+    assert launch._placement(launch.count_devices(devices), environment) == options
     assert environment.get("CUDA_VISIBLE_DEVICES") == left
     with pytest.raises(UserError, match=r"--devices 9: this machine shows \d GPUs"):
-        launch._placement(9, dict(environment))
+        launch.count_devices(9)
+
+
+def test_devices_of_a_cpu_are_its_cores_at_most(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert [launch.count_devices(wanted) for wanted in (None, 2, 4)] == [1, 2, 4]
+    with pytest.raises(UserError, match="--devices 5: this machine shows 4 cores"):
+        launch.count_devices(5)
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
