@@ -5,7 +5,6 @@ is, and each kind makes its own loaders for training and evaluation.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -181,8 +180,8 @@ class _Images:
     @property
     def _threads(self) -> int:
         """On a CPU the model's own threads need the cores: they take far longer over an image."""
-        share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", 1))
-        return self.data.num_threads or max(1, share if self.device.type == "cuda" else share // 4)
+        share = ranks.num_cores()
+        return self.data.num_threads or (share if self.device.type == "cuda" else max(1, share // 4))
 
     def _dali(self, evaluation: tuple[int, int] | None = None) -> tuple[Any, ...]:
         """(device, num_threads, decode_on, on_bad, evaluation, jpeg) of a DaliImageLoader."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -334,7 +335,8 @@ class Trainer:
             raise UserError(
                 f"{failure}\na checkpoint is saved at step {step}. {cure}; then go on with resume={folder}"
             )
+        numbers = filter(None, ranks.all_gather(self._stop_request.number))  # a signal may reach some alone
         raise Stopped(
             f"stopped at step {step}; a checkpoint is saved. Go on with resume={folder}",
-            self._stop_request.number or 15,
+            next(numbers, signal.SIGTERM),
         )

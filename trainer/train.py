@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.distributed.slurm import read_step
 from trainer.errors import EnvironmentFailure, Finished, UserError, exit_code_of
 from trainer.monitor.terminal import lasting_output
 
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         unknown = f"unrecognized arguments: {' '.join(rest)}; keys of a recipe have no dashes"
         parser.error(f"{unknown}: write {meant_by_options(rest)}")
+    read_step()
     main_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
         level=logging.INFO if main_rank else logging.ERROR, format="%(levelname)s: %(message)s"

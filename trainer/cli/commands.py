@@ -11,14 +11,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+from trainer.distributed.slurm import num_tasks
 from trainer.errors import UserError, as_user_error
 
 
 def train(options: argparse.Namespace) -> int:
-    """Check the recipe, then hand over to the deepspeed launcher on a free port."""
+    """Check the recipe, then hand over to the deepspeed launcher on a free port.
+
+    A task of several that srun started becomes a rank itself.
+    """
     from trainer.config.load import load_config
 
     config = load_config(options.config, options.overrides)
+    if (tasks := num_tasks()) > 1:
+        if options.devices is not None:
+            raise UserError(
+                f"--devices {options.devices}: srun has started {tasks} processes, which are this run's; leave "
+                "it out, or let srun start one, by --ntasks=1"
+            )
+        arguments = ["-m", "trainer.train", options.config, *options.overrides]
+        os.execv(sys.executable, [sys.executable, *arguments])
 
     import torch
 

@@ -26,7 +26,7 @@ def count_devices(wanted: int | None) -> int:
         raise UserError(f"--devices {wanted}: 1 or more")
     choose_accelerator()
     if os.environ["DS_ACCELERATOR"] == "cpu":
-        available, kind, wanted = len(os.sched_getaffinity(0)), "cores", wanted or 1
+        available, kind, wanted = os.cpu_count() or 1, "cores", wanted or 1
     else:
         import torch
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data.places import data_home
+from trainer.distributed import slurm
 from trainer.distributed.host_memory import retain_freed_memory
 from trainer.errors import EnvironmentFailure, Failure
 
@@ -29,6 +30,18 @@ def world_size() -> int:
 
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_size() -> int:
+    """Ranks of this run on this machine, as the deepspeed launcher says it, or torchrun."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def num_cores() -> int:
+    """Cores that this rank has for itself. SLURM may have bound each task to its own, or none to any."""
+    usable = len(os.sched_getaffinity(0))
+    shared = int(os.environ.get("SLURM_CPUS_ON_NODE") or usable)
+    return max(1, min(usable, shared // local_size()))
 
 
 def is_main() -> bool:
@@ -50,6 +63,8 @@ def start() -> torch.device:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     _keep_compiled_graphs()
     if torch.cuda.is_available():
+        if slurm.sees_its_gpu_alone(torch.cuda.device_count()):
+            os.environ["LOCAL_RANK"] = "0"  # among the devices that it sees; DeepSpeed reads it as well
         if local_rank() >= torch.cuda.device_count():
             raise EnvironmentFailure(
                 f"this machine shows {torch.cuda.device_count()} GPUs, too few for device {local_rank()}; "
@@ -63,8 +78,7 @@ def start() -> torch.device:
     else:
         device = torch.device("cpu")
         retain_freed_memory()
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_SIZE", 1))))
+        torch.set_num_threads(num_cores())
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
         atexit.register(dist.destroy_process_group)
