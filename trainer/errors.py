@@ -1,9 +1,13 @@
-"""Failures that end a run with a message for people instead of a traceback, and the exit code of each."""
+"""Failures that end a run with a message for people instead of a traceback, and the exit code of each.
+
+docs/machines.md has the table of codes. 1 is left for what nobody foresaw, with its traceback.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -32,6 +36,12 @@ class Diverged(Failure):
     exit_code = 4
 
 
+class ProcessDied(Failure):
+    """A process of the run was killed or lost; what was saved before is whole."""
+
+    exit_code = 5
+
+
 class Finished(Failure):
     """There is nothing left to do."""
 
@@ -44,6 +54,26 @@ class Stopped(Failure):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too little, a GPU's or the machine's: libraries have no class in common."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in words)
+    )
+
+
+def out_of_memory(error: BaseException, then: str = "") -> EnvironmentFailure:
+    """then: what to do once it takes less."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return EnvironmentFailure(
+        "out of memory: more engine.accumulation_steps and a smaller data.eval_batch_size take less, or a "
+        f"smaller data.batch_size in a new run{then} ({first})"
+    )
 
 
 def missing_part(error: ModuleNotFoundError) -> str:
@@ -64,6 +94,11 @@ def exit_code_of(run: Callable[[], int]) -> int:
         return EnvironmentFailure.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {out_of_memory(error)}", file=sys.stderr, flush=True)
+        return EnvironmentFailure.exit_code
 
 
 LOOK_ALIKE = str.maketrans("OoIl", "0011")
@@ -90,4 +125,6 @@ def as_user_error(where: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise EnvironmentFailure(missing_part(error)) from error
     except (ValueError, OSError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
         raise UserError(f"{where}: {error}") from error

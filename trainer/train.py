@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.distributed.slurm import read_step
-from trainer.errors import EnvironmentFailure, Finished, UserError, exit_code_of
+from trainer.errors import (
+    EnvironmentFailure,
+    Finished,
+    ProcessDied,
+    UserError,
+    exit_code_of,
+    is_out_of_memory,
+    out_of_memory,
+)
 from trainer.monitor.terminal import lasting_output
 
 if TYPE_CHECKING:
@@ -32,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG", help="a recipe's name under configs/, or a path")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=0.05")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    parser.add_argument("--run_file", type=Path, help=argparse.SUPPRESS)  # see trainer.cli.restarts
     options, rest = parser.parse_known_args(arguments)
     if rest:
         from trainer.config.mistakes import meant_by_options
@@ -47,9 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> int:
         try:
-            train(options.config, options.overrides)
-        except Exception:
-            if not main_rank:
+            train(options.config, options.overrides, options.run_file)
+        except Exception as error:
+            if not main_rank or isinstance(error, ProcessDied):
                 time.sleep(5)  # the launcher ends all ranks when one ends: let the first say what is wrong
             raise
         return 0
@@ -58,8 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_code_of(run)
 
 
-def train(recipe: str, overrides: list[str]) -> None:
-    """Parse, build, fit, close; then the dense branch if asked for. Raises Failure for what users mend."""
+def train(recipe: str, overrides: list[str], run_file: Path | None = None) -> None:
+    """Parse, build, fit, close; then the dense branch if asked for. Raises Failure for what users mend.
+
+    run_file: the run's folder is written there once it is known.
+    """
     from trainer.config.load import load_config
 
     config = load_config(recipe, overrides)  # before the slow imports: a typing error is reported at once
@@ -69,7 +81,7 @@ def train(recipe: str, overrides: list[str]) -> None:
 
     device = ranks.start()
     try:
-        run = fit(config, device)
+        run = fit(config, device, run_file=run_file)
     except Finished:
         resumed = ranks.on_main(lambda: find_resumed(config))
         if resumed is None or not config.finetune_dense or is_finished(resumed[0], config):
@@ -113,15 +125,22 @@ def dense_branch(config: Config, run: RunDir) -> Config:
     )
 
 
-def fit(config: Config, device: torch.device, path: Path | None = None) -> RunDir:
+def fit(
+    config: Config, device: torch.device, path: Path | None = None, run_file: Path | None = None
+) -> RunDir:
     """One run to its end, in its own folder or in `path`."""
+    from data.atomic import write_text
     from sparsity import MaskError
     from trainer.build import build_trainer
+    from trainer.distributed.ranks import is_loss_of_another, is_main
     from trainer.summary import finish, log_start
 
     trainer = build_trainer(config, device, path)
     log_start(trainer)
     try:
+        if run_file is not None and is_main():
+            run_file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(run_file, str(trainer.run_dir.resumed_by.resolve()))
         trainer.fit()
         finish(trainer)
     except MaskError as error:
@@ -129,6 +148,13 @@ def fit(config: Config, device: torch.device, path: Path | None = None) -> RunDi
     except OSError as error:  # a full disk, a lost mount: what was saved before is whole
         folder = trainer.run_dir.resumed_by
         raise EnvironmentFailure(f"{error}; once that is mended, go on with resume={folder}") from error
+    except (RuntimeError, MemoryError) as error:
+        then = f"go on with resume={trainer.run_dir.resumed_by}"
+        if is_out_of_memory(error):
+            raise out_of_memory(error, f"; then {then}") from error
+        if is_loss_of_another(error):
+            raise ProcessDied(f"another process of this run has ended; {then}") from error
+        raise
     finally:
         trainer.close()
     return trainer.run_dir

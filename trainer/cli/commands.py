@@ -23,27 +23,43 @@ def train(options: argparse.Namespace) -> int:
     from trainer.config.load import load_config
 
     config = load_config(options.config, options.overrides)
+    if options.hostfile is not None and options.devices is not None:
+        raise UserError("--hostfile and --devices: the file's slots say how many processes a machine has")
     if (tasks := num_tasks()) > 1:
-        if options.devices is not None:
-            raise UserError(
-                f"--devices {options.devices}: srun has started {tasks} processes, which are this run's; leave "
-                "it out, or let srun start one, by --ntasks=1"
-            )
+        _check_task(options, tasks)
         arguments = ["-m", "trainer.train", options.config, *options.overrides]
         os.execv(sys.executable, [sys.executable, *arguments])
 
     import torch
 
     from data.stream import check_batch
-    from trainer.cli.launch import count_devices, launch
+    from trainer.cli.hosts import read_hosts
+    from trainer.cli.launch import Launcher, count_devices, launch
+    from trainer.cli.restarts import Restarts
     from trainer.engine import check_precision
 
-    devices = count_devices(options.devices)
-    with as_user_error("data" if options.devices is None else f"--devices {devices}"):
+    hostfile = options.hostfile and str(Path(options.hostfile).expanduser())
+    hosts = read_hosts(hostfile) if hostfile else {}
+    devices = sum(hosts.values()) or count_devices(options.devices)
+    given = "--hostfile" if hosts else f"--devices {devices}" if options.devices else "data"
+    with as_user_error(given):
         check_batch(config.data.batch_size, devices, config.engine.accumulation_steps)
-    if not torch.cuda.is_available():  # a GPU is asked by the run itself: here it would keep memory there
+    if not torch.cuda.is_available() and not hosts:  # a run asks its GPU itself: here that would keep memory
         check_precision(config.engine, torch.device("cpu"))
-    return launch(["trainer.train", options.config, *options.overrides], devices)
+    launcher = Launcher.on_hosts(hostfile, hosts) if hosts else Launcher.here(devices)
+    run_root = Path(config.run_root).expanduser()
+    return launch(launcher, Restarts(options.config, options.overrides, run_root, options.max_restarts or 0))
+
+
+def _check_task(options: argparse.Namespace, tasks: int) -> None:
+    """Raise UserError for options that start processes, where srun has."""
+    for name in ("devices", "hostfile", "max_restarts"):
+        if (value := getattr(options, name)) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} {value}: srun has started {tasks} processes, which are this run's; leave {option} "
+                "out, or let srun start one, by --ntasks=1"
+            )
 
 
 def evaluate(options: argparse.Namespace) -> int:

@@ -41,6 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
         if function is commands.train:
             devices = "processes on this machine; default: all GPUs"
             sub.add_argument("--devices", type=int, metavar="N", help=devices)
+            hosts = "machines to train on, by ssh and pdsh: lines HOST slots=PROCESSES"
+            sub.add_argument("--hostfile", metavar="FILE", help=hosts)
+            again = "how often to go on from the newest checkpoint when a process died; default: 0"
+            sub.add_argument("--max-restarts", type=_positive, metavar="N", help=again)
     sub = command("eval", commands.evaluate)
     sub.add_argument("path", metavar="PATH", help="a run folder, or a checkpoint folder in it")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/fashion-mnist")

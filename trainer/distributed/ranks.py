@@ -123,6 +123,14 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def is_loss_of_another(error: Exception) -> bool:
+    """Whether a collective call failed because another rank is gone; gloo has no class for that."""
+    words = ("Connection closed by peer", "Connection reset by peer", "gloo")
+    return world_size() > 1 and (
+        isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    )
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(values)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 
+_OWN_STEPS = 2**32 - 16
 _PORTS = range(15000, 30000)  # below those that Linux gives to outgoing connections
 
 
 def num_tasks() -> int:
     """Of the step that this process is a task of; 1 outside of one. In the script that sbatch runs, variables
-    as SLURM_NTASKS are set too, but it is one process: srun alone sets those of a step."""
-    if "SLURM_STEP_ID" not in os.environ:
+    as SLURM_NTASKS are set too, but it is one process: srun alone sets those of a step. SLURM numbers the
+    script, and a shell that salloc opens, as steps from 2**32 - 16 on; such a shell may have the job's tasks
+    in its variables."""
+    if int(os.environ.get("SLURM_STEP_ID", _OWN_STEPS)) >= _OWN_STEPS:
         return 1
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
 

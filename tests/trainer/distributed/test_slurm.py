@@ -57,7 +57,14 @@ def test_the_script_of_a_job_is_one_process(task):
     assert slurm.num_tasks() == 1
 
 
-@pytest.mark.parametrize("others", [{"SLURM_STEP_NUM_TASKS": "1"}, {"RANK": "0", "WORLD_SIZE": "4"}])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"SLURM_STEP_NUM_TASKS": "1"},
+        {"RANK": "0", "WORLD_SIZE": "4"},
+        {"SLURM_STEP_ID": str(2**32 - 6)},  # a shell that salloc opened
+    ],
+)
 def test_a_single_task_and_a_launchers_process_stay_what_they_are(task, others):
     task(STEP | others)
     before = ours()
