@@ -7,7 +7,9 @@ from sparsity.guard import MaskError, find_escaping
 from sparsity.kernels.interface import Kernel
 from sparsity.kernels.semi_structured.kernel import Run24
 from sparsity.kernels.unstructured.fusion import inductor
-from sparsity.layers import AveragedModel, MaskedConv2d, MaskedLinear, mask_layers, to_plain
+from sparsity.layers import AveragedModel, mask_layers, to_plain
+from sparsity.modules.attention import MaskedAttention
+from sparsity.modules.layers import MaskedConv2d, MaskedLinear
 from sparsity.patterns import NM, GlobalMagnitude, Pattern, UniformMagnitude
 from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import Sparsity, measure, num_leaked, relative_mask_difference
@@ -21,6 +23,7 @@ __all__ = [
     "GlobalMagnitude",
     "Kernel",
     "MaskError",
+    "MaskedAttention",
     "MaskedConv2d",
     "MaskedLinear",
     "ModelFlops",

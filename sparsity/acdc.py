@@ -31,8 +31,9 @@ from sparsity.execution import Execution, Wish, kernel_named, kernel_names
 from sparsity.gradual import CubicSparsity, actions_of
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
 from sparsity.kernels.interface import Kernel
-from sparsity.layers import MaskedLayer, UnmaskedConv2d, mask_layers, to_plain
+from sparsity.layers import mask_layers, to_plain
 from sparsity.masters import Masters, masters_of
+from sparsity.modules.layers import MaskedLayer, UnmaskedConv2d
 from sparsity.patterns import Pattern
 from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import relative_mask_difference

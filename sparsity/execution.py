@@ -18,7 +18,8 @@ from sparsity.kernels.semi_structured.operator import missing
 from sparsity.kernels.unstructured import kernel as unstructured
 from sparsity.kernels.unstructured.family import SparseFamily
 from sparsity.kernels.unstructured.library import BuildError, find_compiler, load
-from sparsity.layers import MaskedLayer, with_unmasked_between
+from sparsity.layers import with_unmasked_between
+from sparsity.modules.layers import MaskedLayer
 from sparsity.patterns import Pattern
 from sparsity.transposable import Transposable24, is_24
 

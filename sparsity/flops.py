@@ -1,11 +1,12 @@
 """FLOPs of a model for one image, dense and with masks, counted as the paper does.
 
 A multiply-add is 2 FLOPs. Counted are the matrix products and convolutions that a forward pass runs, whether
-by modules or by functions: of Conv2d and Linear layers one by one, so that density scales them; of the others
-(attention's two products, MultiheadAttention's input projection) together, dense. Of modules besides: one per
-output for a layer's bias, 2 per element for BatchNorm, 1 for a ReLU, k * k per output for pooling. What else
-works element by element is not counted: masks, LayerNorm, GELU, softmax, sums. Training one image costs three
-forward passes, at the sparsity in force (Peste et al., NeurIPS 2021, section 4).
+by modules or by functions: of Conv2d and Linear layers and both projections of MultiheadAttention one by one,
+so that density scales them; of the others (attention's two products of activations) together, dense. Of
+modules besides: one per output for a layer's bias, 2 per element for BatchNorm, 1 for a ReLU, k * k per
+output for pooling. What else works element by element is not counted: masks, LayerNorm, GELU, softmax, sums.
+Training one image costs three forward passes, at the sparsity in force (Peste et al., NeurIPS 2021, section
+4).
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def count_flops(model: nn.Module, input_shape: Sequence[int]) -> ModelFlops:
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts a forward pass of `model` within its context: products by operator, the rest by module.
 
-    A product within a layer's call is that layer's: its weight may come as another tensor, times its mask.
-    Any other product is the layer's whose weight, or a view of it, is an operand.
+    A product within a layer's call is that layer's. Any other product is the layer's whose weight is an
+    operand, or a view of it, or the weight times a mask.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -104,15 +105,31 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._other = {"norm": 0, "relu": 0, "pooling": 0}
         self._running: list[str] = []
         self._owners: dict[int, str] = {}
+        self._masked: list[Tensor] = []  # kept, as others would get their storage
+        self._projections: dict[str, int] = {}  # of attention with bias: inputs of an output
         for name, module in model.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, nn.MultiheadAttention):
+                self._own_attention(f"{name}.".lstrip("."), module)
             if isinstance(module, nn.Conv2d | nn.Linear):
+                if "weight" in own:
+                    self._owners[_storage(own["weight"])] = name
+                else:  # it is computed from others, or attention's
+                    name = self._owners.get(_storage(module.weight), name)
                 module.register_forward_pre_hook(partial(self._begin, name))
-                for key, parameter in module.named_parameters(recurse=False):
-                    if key == "weight":  # none if it is computed from others
-                        self._owners[_storage(parameter)] = name
             module.register_forward_hook(partial(self._end, name))
 
+    def _own_attention(self, prefix: str, attention: nn.MultiheadAttention) -> None:
+        """Its projections are called as layers only where they are masked, and not always then."""
+        if attention.in_proj_weight is not None:
+            self._owners[_storage(attention.in_proj_weight)] = f"{prefix}in_proj_weight"
+        if attention.in_proj_bias is not None:
+            names = (f"{prefix}in_proj_weight", f"{prefix}out_proj")
+            self._projections |= dict.fromkeys(names, attention.embed_dim)
+
     def counted(self) -> ModelFlops:
+        for name, inputs in self._projections.items():
+            self._bias[name] = self._products.get(name, 0) // (2 * inputs)
         layers = [
             LayerFlops(name, products, self._bias[name], tuple(self._calls[name]))
             for name, products in self._products.items()
@@ -131,6 +148,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if output is not NotImplemented:
                 return output
         output = func(*args, **kwargs)
+        by_mask = func is torch.ops.aten.mul.Tensor and getattr(args[1], "dtype", None) is torch.bool
+        if by_mask and (owner := self._owners.get(_storage(args[0]))) is not None:
+            self._masked.append(output)
+            self._owners[_storage(output)] = owner
         if formula is not None:
             self._products[self._layer(args)] += formula(*args, **kwargs, out_val=output)
         return output

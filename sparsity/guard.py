@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsity.layers import MaskedLayer, is_sharded
+from sparsity.layers import is_sharded
+from sparsity.modules.layers import MaskedLayer
 from sparsity.schedule import PhaseSchedule
 
 IDLE_CALLS = 4  # of before_step without an optimizer step in between: no accident of a gradient scaler

@@ -1,9 +1,7 @@
-"""Layers that multiply their weight by a keep-mask, and how a model's layers are chosen and converted.
+"""How a model's layers are chosen and converted to masked ones, see sparsity.modules, and back.
 
 A converted layer keeps its identity, its parameters and their names; it gains one persistent boolean buffer,
-`mask` (True: kept), of the weight's shape. The mask is all ones in dense phases and is only ever updated in
-place: the forward pass has no branch on the phase, so a compiled graph stays valid over phase switches, and
-autograd multiplies the weight's gradient by the mask.
+`mask`.
 """
 
 from __future__ import annotations
@@ -12,99 +10,34 @@ import copy
 import difflib
 import fnmatch
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.parameter import is_lazy
 from torch.optim import swa_utils
 
-from sparsity.kernels.interface import Kernel
+from sparsity.modules.attention import InProjection, MaskedAttention, become_masked
+from sparsity.modules.layers import (
+    MaskedConv2d,
+    MaskedConv2dSame,
+    MaskedLayer,
+    MaskedLinear,
+    RunsKernel,
+    UnmaskedConv2d,
+)
 
 log = logging.getLogger(__name__)
 
-
-class _RunsKernel(nn.Module):
-    """In training, what `kernel` says computes, else the dense product. Evaluation is always dense, so that
-    switching costs one further graph, not two."""
-
-    mask: Tensor
-    kernel: Kernel | None
-    dense: Callable[[Tensor], Tensor]
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and self.kernel is not None:
-            return self.kernel(self, input)
-        return self.dense(input)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script asks for."""
-        raise ValueError(
-            "torch.jit.script does not take masked layers: script acdc.export(), a copy without masks, or "
-            "use torch.compile on the model itself"
-        )
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        if self.kernel is not None:
-            self.kernel.prepare(self)  # the mask may be another
-
-
-class MaskedConv2d(_RunsKernel, nn.Conv2d):
-    """Conv2d of weight * mask. `mask`: bool, (out, in / groups, kh, kw)."""
-
-    weight: nn.Parameter
-
-    def dense(self, input: Tensor) -> Tensor:
-        """With weight * mask."""
-        return self._conv_forward(input, self.weight * self.mask, self.bias)
-
-
-class MaskedLinear(_RunsKernel, nn.Linear):
-    """Linear of weight * mask. `mask`: bool, (out_features, in_features)."""
-
-    weight: nn.Parameter
-
-    def dense(self, input: Tensor) -> Tensor:
-        """With weight * mask."""
-        return functional.linear(input, self.weight * self.mask, self.bias)
-
-
-class UnmaskedConv2d(_RunsKernel, nn.Conv2d):
-    """Conv2d between masked ones: it may compute in their kernels' memory format. `mask`: all ones, not
-    kept."""
-
-    dense = nn.Conv2d.forward
-
-    @property
-    def mask(self) -> Tensor:  # type: ignore[override]
-        return torch.ones_like(self.weight, dtype=torch.bool)
-
-
-class MaskedConv2dSame(MaskedConv2d):
-    """As timm's Conv2dSame, which pads its input by its size, as TensorFlow does. No kernel does that."""
-
-    def dense(self, input: Tensor) -> Tensor:
-        pads: list[int] = []
-        for side in (1, 0):  # functional.pad begins with the last dimension
-            stride, reach = self.stride[side], self.dilation[side] * (self.kernel_size[side] - 1) + 1
-            size = input.shape[2 + side]
-            missing = max((math.ceil(size / stride) - 1) * stride + reach - size, 0)
-            pads += [missing // 2, missing - missing // 2]
-        return super().dense(functional.pad(input, pads))
-
-
-MaskedLayer = MaskedConv2d | MaskedLinear
 _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {nn.Conv2d: MaskedConv2d, nn.Linear: MaskedLinear}
 # Subclasses with a forward pass of their own that is known
 _KNOWN: dict[str, type[MaskedLayer]] = {
     "timm.layers.conv2d_same.Conv2dSame": MaskedConv2dSame,
     "timm.layers.linear.Linear": MaskedLinear,
 }
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {**_MASKED, nn.MultiheadAttention: MaskedAttention}
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     UnmaskedConv2d: nn.Conv2d,
     **{masked: plain for plain, masked in _MASKED.items()},
@@ -119,49 +52,86 @@ class UnmaskableError(ValueError):
         self.reason, self.exclude = reason, exclude
 
 
+class Maskable(NamedTuple):
+    """A weight that may get a mask: of a Conv2d, a Linear, or the input projection of attention, whose layer
+    is the attention. parameter: its name there."""
+
+    layer: nn.Module
+    parameter: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return getattr(self.layer, self.parameter)
+
+
+def maskable(model: nn.Module) -> dict[str, Maskable]:
+    """By the names that patterns choose from, in the model's order: a layer's, and "NAME.in_proj_weight" in
+    attention, where query, key and value have one width."""
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.MultiheadAttention) and layer._qkv_same_embed_dim:
+            found[f"{name}.in_proj_weight".lstrip(".")] = Maskable(layer, "in_proj_weight")
+        elif isinstance(layer, nn.Conv2d | nn.Linear) and not isinstance(layer, InProjection):
+            found[name] = Maskable(layer, "weight")
+    return found
+
+
 def mask_layers(
     model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()
 ) -> dict[str, MaskedLayer]:
     """Convert the chosen layers of `model` in place and return them by name, in the model's order.
 
     include, exclude: shell-style patterns over the names of the model's Conv2d and Linear layers ("layer1.*",
-    "*.downsample.0", "fc"); chosen is what any include pattern matches and no exclude pattern does, without
-    frozen layers (requires_grad False), which cannot regain what a mask drops: a warning names them. Raises
-    ValueError, and converts nothing, for a pattern that matches no layer, when no layer is left, and for a
-    chosen layer whose weight a mask in its forward pass would not hold: of a subclass of Conv2d or Linear
+    "*.downsample.0", "fc") and of torch.nn.MultiheadAttention's input projections ("*.in_proj_weight");
+    chosen is what any include pattern matches and no exclude pattern does, without frozen layers
+    (requires_grad False), which cannot regain what a mask drops: a warning names them. Raises ValueError, and
+    converts nothing, for a pattern that matches no layer, when no layer is left, and for a chosen layer whose
+    weight a mask in its forward pass would not hold: of a subclass of Conv2d, Linear or MultiheadAttention
     that computes otherwise (UnmaskableError), masked already, computed from other parameters (weight_norm,
     spectral_norm, parametrizations), or shared with anything else in the model.
     """
-    layers = {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)
-    }
+    layers = maskable(model)
     chosen = {name: layers[name] for name in choose(list(layers), include, exclude)}
     users = _users_of_tensors(model)
     unknown = _unmaskable_kinds(model, chosen)
-    for name, layer in chosen.items():
-        if (reason := _reason_unmaskable(layer)) is not None:
+    for name, each in chosen.items():
+        if (reason := _reason_unmaskable(each)) is not None:
             raise ValueError(f"layer {name!r} {reason}")
         if name in unknown:
             raise UnmaskableError(f"layer {name!r} {unknown[name]}", patterns_of(list(unknown), list(layers)))
-        if others := [user for user in users[_place(layer.weight)] if user != f"{name}.weight"]:
+        own = name if each.parameter != "weight" else f"{name}.weight".lstrip(".")
+        if others := [user for user in users[_place(each.weight)] if user != own]:
             raise ValueError(
                 f"layer {name!r} shares its weight with {', '.join(others)}, past the mask; exclude it"
             )
-    if frozen := [name for name, layer in chosen.items() if not layer.weight.requires_grad]:
+    if frozen := [name for name, each in chosen.items() if not each.weight.requires_grad]:
         log.warning("frozen layers stay unmasked: %s", _shorten(frozen))
-        chosen = {name: layer for name, layer in chosen.items() if name not in frozen}
+        chosen = {name: each for name, each in chosen.items() if name not in frozen}
         if not chosen:
             raise ValueError("no layer is left to mask: all that are chosen are frozen (requires_grad False)")
+    owners = _attention_of(model)
     masked: dict[str, MaskedLayer] = {}
-    for name, layer in chosen.items():
-        layer.register_buffer("mask", torch.ones_like(layer.weight, dtype=torch.bool, requires_grad=False))
-        if type(layer) not in _MASKED:
-            vars(layer)["plain_class"] = type(layer)
-        _become(layer, _masked_kind(type(layer)))
-        assert isinstance(layer, MaskedLayer)
-        layer.kernel = None  # from the beginning: compiled code looks at which attributes there are
-        masked[name] = layer
+    for name, each in chosen.items():
+        attention = owners.get(id(each.layer))
+        if attention is not None and not isinstance(attention, MaskedAttention):
+            become_masked(attention)
+        masked[name] = _masked(each)
     return masked
+
+
+def _masked(chosen: Maskable) -> MaskedLayer:
+    """The layer, converted in place, or the new one of attention's input projection."""
+    layer: Any = chosen.layer
+    if isinstance(layer, MaskedAttention):
+        layer.in_proj = layer = InProjection(layer)
+    elif type(layer) not in _MASKED:
+        vars(layer)["plain_class"] = type(layer)
+    layer.register_buffer("mask", torch.ones_like(chosen.weight, dtype=torch.bool, requires_grad=False))
+    if not isinstance(layer, InProjection):
+        _become(layer, _masked_kind(type(layer)))
+    layer.kernel = None  # from the beginning: compiled code looks at which attributes there are
+    assert isinstance(layer, MaskedLayer)
+    return layer
 
 
 def with_unmasked_between(
@@ -169,26 +139,40 @@ def with_unmasked_between(
 ) -> dict[str, MaskedLayer | UnmaskedConv2d]:
     """The masked layers, and the plain convolutions between the first and the last of them in the model's
     order, which are converted in place to UnmaskedConv2d."""
-    masked = {name: layer for name, layer in masked.items() if not isinstance(layer, MaskedConv2dSame)}
-    if not masked:
+    names = {id(layer): name for name, layer in masked.items() if not isinstance(layer, MaskedConv2dSame)}
+    if not names:
         return {}
-    names = [name for name, layer in model.named_modules() if name in masked or type(layer) is nn.Conv2d]
-    places = [place for place, name in enumerate(names) if name in masked]
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names[places[0] : places[-1] + 1]}
-    for name, layer in layers.items():
-        if name not in masked:
+    found: dict[str, Any] = {
+        names.get(id(layer), name): layer
+        for name, layer in model.named_modules()
+        if id(layer) in names or type(layer) is nn.Conv2d
+    }
+    places = [place for place, layer in enumerate(found.values()) if id(layer) in names]
+    layers = dict(list(found.items())[places[0] : places[-1] + 1])
+    for layer in layers.values():
+        if id(layer) not in names:
             _become(layer, UnmaskedConv2d)
             layer.kernel = None
     return layers
 
 
-def _reason_unmaskable(layer: nn.Conv2d | nn.Linear) -> str | None:
+def _attention_of(model: nn.Module) -> dict[int, nn.MultiheadAttention]:
+    """id of a module -> the MultiheadAttention that uses its weights: itself and its output projection."""
+    owners: dict[int, nn.MultiheadAttention] = {}
+    for each in model.modules():
+        if isinstance(each, nn.MultiheadAttention):
+            owners |= {id(each): each, id(each.out_proj): each}
+    return owners
+
+
+def _reason_unmaskable(chosen: Maskable) -> str | None:
     """What makes a mask in the layer's forward pass fail, after "layer NAME"; or None."""
-    if is_sharded(layer.weight):
+    if is_sharded(chosen.weight):
         return "is sharded by FSDP, and masks are chosen over whole weights: use DDP or ZeRO 0 to 2"
-    if isinstance(layer, MaskedLayer):
+    attention = chosen.layer if isinstance(chosen.layer, MaskedAttention) else None
+    if isinstance(chosen.layer, MaskedLayer) or (attention is not None and attention.in_proj is not None):
         return "is masked already; one ACDC object owns a layer"
-    if "weight" not in dict(layer.named_parameters(recurse=False)):
+    if chosen.parameter not in dict(chosen.layer.named_parameters(recurse=False)):
         return (
             "computes its weight from other parameters (weight_norm, spectral_norm or another "
             "parametrization), past the mask; remove that before, or exclude the layer"
@@ -196,31 +180,32 @@ def _reason_unmaskable(layer: nn.Conv2d | nn.Linear) -> str | None:
     return None
 
 
-def _unmaskable_kinds(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def _unmaskable_kinds(model: nn.Module, layers: Mapping[str, Maskable]) -> dict[str, str]:
     """Layer -> why no mask is known for its kind, after "layer NAME"."""
-    projections = [each.out_proj for each in model.modules() if isinstance(each, nn.MultiheadAttention)]
+    owners = _attention_of(model)
     reasons = {}
-    for name, layer in layers.items():
-        if any(layer is projection for projection in projections):
-            reasons[name] = "belongs to torch.nn.MultiheadAttention, which uses its weight past the mask"
-        elif _masked_kind(type(layer)) is None:
-            kind = f"{type(layer).__module__}.{type(layer).__name__}"
-            reasons[name] = f"is a {kind}, a kind of its own that may use its weight past the mask"
+    for name, (layer, _) in layers.items():
+        attention = owners.get(id(layer), layer)
+        for each in (attention, layer):
+            if type(each) is not MaskedAttention and _masked_kind(type(each)) is None:
+                kind = f"{type(each).__module__}.{type(each).__name__}"
+                verb = "is" if each is layer and isinstance(layer, nn.Conv2d | nn.Linear) else "belongs to"
+                reasons[name] = f"{verb} a {kind}, a kind of its own that may use its weight past the mask"
     return reasons
 
 
 def _masked_kind(kind: type[nn.Module]) -> Any:
-    """The masked class for layers of `kind`, or None: for what computes otherwise than Conv2d and Linear."""
+    """The masked class for layers of `kind`, or None: for what computes otherwise than its base."""
     if known := _KNOWN.get(f"{kind.__module__}.{kind.__qualname__}"):
         return known
-    base = next(each for each in _MASKED if issubclass(kind, each))
+    base = next(each for each in _KINDS if issubclass(kind, each))
     own = {name for each in kind.__mro__ if each not in base.__mro__ for name in vars(each)}
     harmless = {name for name in own if name.startswith("__")} - {
         "__call__",
         "__getattr__",
         "__getattribute__",
     }
-    return _MASKED[base] if own <= harmless | {"reset_parameters", "extra_repr"} else None
+    return _KINDS[base] if own <= harmless | {"reset_parameters", "extra_repr"} else None
 
 
 def patterns_of(names: list[str], layers: list[str]) -> list[str]:
@@ -281,11 +266,13 @@ def to_plain(model: nn.Module) -> nn.Module:
     """A deep copy of the model as it was before mask_layers: masks multiplied into the weights, no mask
     buffers, the plain layer classes."""
     plain = copy.deepcopy(model)
-    for layer in plain.modules():
+    for layer in list(plain.modules()):
         if isinstance(layer, MaskedLayer):
             layer.weight.detach().mul_(layer.mask)
             del layer.mask
-        if isinstance(layer, _RunsKernel):
+        if isinstance(layer, MaskedAttention):
+            del layer.in_proj
+        if isinstance(layer, MaskedAttention | RunsKernel) and not isinstance(layer, InProjection):
             vars(layer).pop("kernel", None)
             _become(layer, vars(layer).pop("plain_class", None) or _PLAIN[type(layer)])
     return plain

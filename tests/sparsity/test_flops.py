@@ -60,7 +60,7 @@ def products(flops: ModelFlops) -> int:
 @pytest.mark.parametrize(
     "name",
     [
-        "vit_b_16",  # 17.56, of which 11.28 are in calls of layers
+        "vit_b_16",  # 17.56, of which 11.28 are in calls of layers, where they are not masked
         "swin_t",  # 4.49; 2.97
         "convnext_tiny",
         "resnet50",
@@ -73,14 +73,16 @@ def test_products_are_as_many_as_torchvision_states(name):
 
 
 def test_attention_is_dense_and_what_multiplies_a_layers_weight_is_the_layers():
-    """ViT-B/16: 12 blocks, 197 tokens, width 768. MultiheadAttention never calls its output projection."""
+    """ViT-B/16: 12 blocks, 197 tokens, width 768. MultiheadAttention never calls its projections."""
     model, side, _ = torchvisions("vit_b_16")
     flops = count_flops(model, (3, side, side))
     tokens, width = 197, 768
-    assert flops.products == 12 * (2 * tokens * width * 3 * width + 2 * 2 * tokens * tokens * width)
+    assert flops.products == 12 * 2 * 2 * tokens * tokens * width
     layers = {layer.name: layer for layer in flops.layers}
-    projection = layers["encoder.layers.encoder_layer_3.self_attention.out_proj"]
-    assert (projection.products, projection.calls) == (2 * tokens * width * width, ())
+    for name, outputs in (("in_proj_weight", 3 * width), ("out_proj", width)):
+        projection = layers[f"encoder.layers.encoder_layer_3.self_attention.{name}"]
+        assert (projection.products, projection.calls) == (2 * tokens * width * outputs, ())
+        assert projection.bias == tokens * outputs
     assert layers["encoder.layers.encoder_layer_3.mlp.0"].calls == ((tokens, 1, tokens),)
     assert layers["conv_proj"].products == 2 * 14 * 14 * 16 * 16 * 3 * width
 

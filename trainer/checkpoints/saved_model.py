@@ -79,8 +79,18 @@ def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = {name: value for name, value in state.items() if not name.endswith(MASK)}
     for name, mask in state.items():
         if name.endswith(MASK):
-            weight = name.removesuffix(MASK) + ".weight"
+            _, weight = layer_of_mask(name, plain)
             if weight not in plain or plain[weight].shape != mask.shape:
                 raise ValueError(f"another model: there is a mask, but no weight that fits it, for {weight}")
             plain[weight] = plain[weight] * mask
     return plain
+
+
+def layer_of_mask(name: str, state: Mapping[str, Tensor]) -> tuple[str, str]:
+    """The layer that a mask of a state_dict is of, by the name that ACDC has for it, and its weight: NAME and
+    NAME.weight, or for attention's NAME.in_proj twice NAME.in_proj_weight."""
+    layer = name.removesuffix(MASK)
+    of_attention = f"{layer}_weight"
+    if f"{layer}.weight" not in state and of_attention in state:
+        return of_attention, of_attention
+    return layer, f"{layer}.weight"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data.loader import Loader
 from sparsity import ACDC
 from sparsity.masters import masters_of
-from trainer.checkpoints.saved_model import MASK, plain_state
+from trainer.checkpoints.saved_model import MASK, layer_of_mask, plain_state
 from trainer.distributed import ranks
 from trainer.optim.optimizers import check_state
 
@@ -176,7 +176,8 @@ def _masks_in_force(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Keep-masks by layer name of a state from a sparse phase; none of one from a dense phase."""
     if state["acdc"]["phase"] != "sparse":
         return {}
-    return {name.removesuffix(MASK): v for name, v in state["model"].items() if name.endswith(MASK)}
+    values = state["model"]
+    return {layer_of_mask(name, values)[0]: values[name] for name in values if name.endswith(MASK)}
 
 
 def last_masks(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -211,8 +212,11 @@ def _check_same_model(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) 
         a, b = ours.get(name), theirs.get(name)
         if a is None or b is None or a.shape != b.shape:
             shapes = ["missing" if t is None else str(tuple(t.shape)) for t in (b, a)]
+            hint = ""
+            if b is None and name.endswith(f".in_proj{MASK}"):  # until attention was masked as a whole
+                hint = '; the run left it dense: add "*.in_proj_weight" to sparsity.exclude'
             raise ValueError(
-                f"another model: {name} is {shapes[0]} in the checkpoint, {shapes[1]} in the recipe"
+                f"another model: {name} is {shapes[0]} in the checkpoint, {shapes[1]} in the recipe{hint}"
             )
 
 

@@ -48,7 +48,7 @@ class RunFlops:
         size, of layers' calls alone. The share that masks saved is taken over to the sizes trained on.
         num_images: of an epoch."""
         layers, images = self.inference.layers, num_images * position.epoch
-        uncounted = self.inference.products + sum(layer.products for layer in layers if not layer.calls)
+        uncounted = self.inference.products + sum(layer.flops() for layer in layers if not layer.calls)
         dense = TRAINING_FACTOR * (self.inference.forward() - uncounted) * images
         saved = (dense - position.training_flops) / (self.inference.training() * images)
         position.dense_training_flops = num_images * sum(

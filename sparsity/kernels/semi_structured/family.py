@@ -31,7 +31,7 @@ from sparsity.kernels.semi_structured.operator import (
     reason_unsupported,
 )
 from sparsity.kernels.semi_structured.search import DEFAULT, Algorithm, algorithms, fastest, name_of, place
-from sparsity.layers import UnmaskedConv2d
+from sparsity.modules.layers import UnmaskedConv2d
 from sparsity.patterns import NM
 from sparsity.transposable import Transposable24
 

@@ -1,0 +1,2 @@
+"""Modules that compute with weight * mask: convolutions, linear layers, attention. Which of a model's become
+such: sparsity.layers."""
