@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,22 @@ def measure(model: nn.Module, masks: Mapping[str, Tensor]) -> Sparsity:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         by_layer={name: 1 - k / n for name, k, n in zip(masks, kept, sizes, strict=True)},
     )
+
+
+VECTORS = "biases, norms and other vectors"
+
+
+def shares_unpruned(model: nn.Module, masked: Iterable[str]) -> dict[str, float]:
+    """Parameter that has no mask -> its share of all parameters, the greatest first; those of one dimension
+    together, as VECTORS. masked: names of the layers that have one."""
+    of_layers = {own for name in masked for own in (name, f"{name}.weight".lstrip("."))}
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if name not in of_layers:
+            vector = sum(size > 1 for size in parameter.shape) < 2
+            counts[VECTORS if vector else name] += parameter.numel()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {name: count / total for name, count in counts.most_common()}
 
 
 def relative_mask_difference(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from statistics import median
 from typing import Any
 
 from sparsity import PhaseSchedule
+from sparsity.stats import shares_unpruned
 from trainer.checkpoints.run_dir import DENSE_TWIN, EMA, FINETUNED_DENSE, SPARSE, RunDir
 from trainer.distributed import ranks
 from trainer.engine import num_graphs, precision_name
@@ -33,12 +35,36 @@ def log_start(trainer: Trainer) -> None:
         f"device      {devices}, {computed}, ZeRO stage {config.engine.zero_stage}",
     ]
     lines[3:3] = [f"{about:<10}  {text}" for about, text in trainer.task.notes.items()]
+    if acdc.layers:
+        lines[3:3] = [f"not pruned  {unpruned_line(shares_unpruned(acdc.model, acdc.layers))}"]
     if trainer.position.epoch or trainer.position.step:
         lines.append(f"begins      at epoch {trainer.position.epoch}, step {trainer.position.step} of it")
     if trainer.engine.is_compiled:
         lines.append("compiling   at the first step; up to a minute, later runs find it cached")
     for line in lines:
         trainer.monitor.screen.say(line)
+
+
+def unpruned_line(shares: dict[str, float], most: int = 4) -> str:
+    """shares: as shares_unpruned gives them. Names that differ in numbers alone are put together."""
+    alike: dict[str, list[str]] = {}
+    for name in shares:
+        alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    groups = [
+        (sum(shares[name] for name in names), f"{len(names)} x {pattern}" if names[1:] else names[0])
+        for pattern, names in alike.items()
+    ]
+    groups.sort(reverse=True)
+    told = [f"{name.removesuffix('.weight')} {_percent(share)}" for share, name in groups[:most]]
+    if others := groups[most:]:
+        told.append(f"{len(others)} other {_percent(sum(share for share, _ in others))}")
+    return f"{_percent(sum(shares.values()))} of all weights: {', '.join(told)}"
+
+
+def _percent(share: float) -> str:
+    if share < 1e-4:
+        return "under 0.01 %"
+    return f"{100 * share:.{1 if share >= 0.01 else 2}f} %"
 
 
 def finish(trainer: Trainer) -> None:
@@ -71,17 +97,18 @@ def finish_both(run: RunDir) -> None:
 
 
 def build_result(trainer: Trainer) -> dict[str, Any]:
-    """Accuracies in percent, sparsity as a share, FLOPs of one image (inference, at evaluation's size) and of
-    the whole run (training, at the sizes trained on)."""
-    position, pair = trainer.position, trainer.position.pair
+    """Accuracies in percent, sparsity as a share, what is not pruned as shares of all weights, FLOPs of one
+    image (inference, at evaluation's size) and of the whole run (training, at the sizes trained on)."""
+    acdc, position, pair = trainer.acdc, trainer.position, trainer.position.pair
     dense = trainer.flops.inference.forward()
     sparse = pair.get(SPARSE)
     return {
         "name": trainer.config.name,
-        "schedule": str(trainer.acdc.schedule),
+        "schedule": str(acdc.schedule),
         "dense_twin": pair.get(DENSE_TWIN),
         "sparse": sparse,
         **{key: row for key, row in pair.items() if key.endswith(EMA)},
+        "not_pruned": shares_unpruned(acdc.model, acdc.layers) if acdc.layers else None,
         "flops": {
             "inference_dense": dense,
             "inference_sparse": sparse["inference_flops"] if sparse else None,
@@ -95,7 +122,7 @@ def build_result(trainer: Trainer) -> dict[str, Any]:
             "graphs": num_graphs() - trainer.graphs_before,
             "recompilations": num_graphs() - (trainer.graphs_at_first or 0),
         },
-        "kernels": len(trainer.acdc.kernels),  # layers that run one in sparse phases
+        "kernels": len(acdc.kernels),  # layers that run one in sparse phases
         "seconds": position.seconds,
         "run": str(trainer.run_dir.path),
     }
