@@ -54,10 +54,11 @@ class UnmaskableError(ValueError):
 
 class Maskable(NamedTuple):
     """A weight that may get a mask: of a Conv2d, a Linear, or the input projection of attention, whose layer
-    is the attention. parameter: its name there."""
+    is the attention. parameter: its name there. key: in the model."""
 
     layer: nn.Module
     parameter: str
+    key: str
 
     @property
     def weight(self) -> nn.Parameter:
@@ -70,9 +71,10 @@ def maskable(model: nn.Module) -> dict[str, Maskable]:
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.MultiheadAttention) and layer._qkv_same_embed_dim:
-            found[f"{name}.in_proj_weight".lstrip(".")] = Maskable(layer, "in_proj_weight")
+            key = f"{name}.in_proj_weight".lstrip(".")
+            found[key] = Maskable(layer, "in_proj_weight", key)
         elif isinstance(layer, nn.Conv2d | nn.Linear) and not isinstance(layer, InProjection):
-            found[name] = Maskable(layer, "weight")
+            found[name] = Maskable(layer, "weight", f"{name}.weight".lstrip("."))
     return found
 
 
@@ -99,8 +101,7 @@ def mask_layers(
             raise ValueError(f"layer {name!r} {reason}")
         if name in unknown:
             raise UnmaskableError(f"layer {name!r} {unknown[name]}", patterns_of(list(unknown), list(layers)))
-        own = name if each.parameter != "weight" else f"{name}.weight".lstrip(".")
-        if others := [user for user in users[_place(each.weight)] if user != own]:
+        if others := [user for user in users[_place(each.weight)] if user != each.key]:
             raise ValueError(
                 f"layer {name!r} shares its weight with {', '.join(others)}, past the mask; exclude it"
             )
@@ -184,7 +185,7 @@ def _unmaskable_kinds(model: nn.Module, layers: Mapping[str, Maskable]) -> dict[
     """Layer -> why no mask is known for its kind, after "layer NAME"."""
     owners = _attention_of(model)
     reasons = {}
-    for name, (layer, _) in layers.items():
+    for name, (layer, *_) in layers.items():
         attention = owners.get(id(layer), layer)
         for each in (attention, layer):
             if type(each) is not MaskedAttention and _masked_kind(type(each)) is None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from data.torchvision_import import import_torchvision
 from sparsity import ACDC, AveragedModel, GlobalMagnitude, MaskedAttention, PhaseSchedule, count_flops
 from sparsity.guard import find_escaping
+from sparsity.kernels.unstructured.library import find_compiler
 from sparsity.layers import UnmaskableError, mask_layers, to_plain
 
 WIDTH, HEADS, PLACES, BATCH = 12, 3, 5, 2
@@ -313,3 +315,68 @@ def test_flops_are_those_of_the_plain_model_and_scale_with_density(need_weights)
     assert masked.forward() - masked.forward(half) == 16 * 3 * WIDTH**2
     without = count_flops(net(need_weights=need_weights, bias=False), (3, 16, 16)).layers
     assert [each.bias for each in without[1:3]] == [0, 0]
+
+
+def train(accelerate, compiled=False):
+    """Losses of steps in a dense and a sparse phase, and the ACDC object."""
+    model = net()
+    acdc = ACDC(model, GlobalMagnitude(0.8), PhaseSchedule.parse("dense 1, sparse 1"), 2)
+    acdc.attach(optimizer := torch.optim.SGD(model.parameters(), 0.05, 0.9))
+    torch.manual_seed(5)
+    images = torch.randn(4, 3, 16, 16)
+    acdc.accelerate(accelerate, images)
+    losses = []
+    forward = torch.compile(model, backend="eager", dynamic=False) if compiled else model
+    for _ in range(4):
+        acdc.before_step()
+        loss = forward(images).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, acdc
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+def test_kernels_run_both_projections():
+    dense, _ = train("off")
+    sparse, acdc = train("require")
+    assert set(acdc.kernels) == set(NAMES)
+    assert sparse == pytest.approx(dense, rel=1e-4)
+    assert sparse != dense
+    acdc.check_masks()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+def test_kernels_of_both_projections_cost_one_graph_more():
+    dense, _ = train("off")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert train("require", compiled=True)[0] == pytest.approx(dense, rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "swin_tiny", "convnext_atto"]
+)
+def test_timms_transformers(name):
+    """All of their matrices and convolutions are masked, and none is used past its mask."""
+    import_torchvision()
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    sizes = {"img_size": 32, "depth": 2}
+    if name == "swin_tiny":
+        name, sizes = "swin_tiny_patch4_window7_224", {"img_size": 56, "depths": (1, 1, 1, 1)}
+    elif name == "convnext_atto":
+        sizes = {}
+    model = timm.create_model(name, num_classes=5, **sizes)
+    layers = mask_layers(model)
+    masked = {id(layer.weight) for layer in layers.values()}
+    left = [n for n, p in model.named_parameters() if id(p) not in masked and sum(s > 1 for s in p.shape) > 1]
+    assert all("pos_embed" in each or "relative_position_bias" in each for each in left)
+    x = torch.randn(1, 3, *[sizes.get("img_size", 32)] * 2)
+    assert find_escaping(model, layers, x) == []
+    for layer in layers.values():
+        layer.mask.copy_(torch.rand(layer.mask.shape) > 0.5)
+    torch.testing.assert_close(to_plain(model).eval()(x), model.eval()(x))

@@ -1,9 +1,9 @@
-"""N:M models on the disk without their zeros: a safetensors file that holds, of each 2:4 layer,
+"""N:M models on the disk without their zeros: a safetensors file that holds, of each 2:4 weight,
 
-    NAME.values   (out, kh * kw * in / 2)           the kept weights, as trained
-    NAME.places   uint8, (out, kh * kw * in / 8)    which two of every four they are
+    KEY.values    (out, kh * kw * in / 2)           the kept weights, as trained
+    KEY.places    uint8, (out, kh * kw * in / 8)    which two of every four they are
 
-in (out, kh, kw, in) order, and every other tensor as it is. The metadata tell the layers' shapes.
+in (out, kh, kw, in) order, and every other tensor as it is. The metadata tell the weights' shapes.
 See sparsity.kernels.semi_structured.packing.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsity.kernels.semi_structured.packing import Packed24, is_24, pack24, unpack24
+from sparsity.layers import maskable
 
 SHAPES = "sparse24"  # key of the metadata
 
@@ -24,14 +25,12 @@ SHAPES = "sparse24"  # key of the metadata
 def pack_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     """(tensors, shapes of the packed weights by name). Raises ValueError for a model without a 2:4 layer."""
     tensors, shapes = dict(model.state_dict()), {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
-            continue
-        weight = layer.weight.detach()
+    for each in maskable(model).values():
+        weight = each.weight.detach()
         matrix = weight.movedim(1, -1).flatten(1)
         if matrix.shape[1] % 8 or weight.shape[1] % 4 or not is_24(matrix):
             continue
-        key = f"{name}.weight"
+        key = each.key
         del tensors[key]
         packed = pack24(matrix)
         tensors[f"{key}.values"], tensors[f"{key}.places"] = packed

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from data.atomic import write_text
 from sparsity import ACDC
+from sparsity.layers import maskable
 from trainer.checkpoints.run_dir import RunDir
 from trainer.monitor.screen import Screen
 from trainer.monitor.tracking import Tracking
@@ -98,12 +99,8 @@ class Monitor:
 
 def kept_weights(acdc: ACDC) -> dict[str, Tensor]:
     """Layer name -> its kept weights, in one dimension, on the CPU. Of a model without masked layers, all
-    weights of convolutions and linear layers; a layer that has lost all is left out."""
+    weights that could have had masks; a layer that has lost all is left out."""
     masks = acdc.masks()
-    weights = acdc.weights() or {
-        name: layer.weight.detach()
-        for name, layer in acdc.model.named_modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-    }
+    weights = acdc.weights() or {name: each.weight.detach() for name, each in maskable(acdc.model).items()}
     kept = {name: weight[masks[name]] if masks else weight for name, weight in weights.items()}
     return {name: values.flatten().cpu() for name, values in kept.items() if values.numel()}

@@ -48,11 +48,14 @@ def _as_linear(layer: nn.Conv2d) -> nn.Linear:
 
 
 def packable(model: nn.Module) -> list[str]:
-    """Names of the linear layers and 1 x 1 convolutions whose weights are 2:4 and fit the kernels."""
+    """Names of the linear layers and 1 x 1 convolutions whose weights are 2:4 and fit the kernels. Attention
+    of torch uses its output projection's weight itself."""
+    attention = [each.out_proj for each in model.modules() if isinstance(each, nn.MultiheadAttention)]
     return [
         name
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
+        and not any(layer is projection for projection in attention)
         and reason_unsupported(layer, 0) is None
         and is_24(layer.weight.detach().flatten(1))
     ]

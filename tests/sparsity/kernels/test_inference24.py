@@ -46,3 +46,11 @@ def test_a_dense_layer_is_refused():
         pack_layers(net, ["6"], torch.float32)
     net[5].weight.data[0, 0:3] = 1.0
     assert packable(net) == ["0"]
+
+
+def test_attention_keeps_its_projections():
+    """Torch's function takes their weights, not the layers."""
+    net = nn.MultiheadAttention(32, 2).eval()
+    for weight in (net.in_proj_weight, net.out_proj.weight):
+        weight.data *= NM(2, 4)({"w": weight})["w"]
+    assert packable(net) == []

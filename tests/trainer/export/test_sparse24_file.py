@@ -35,6 +35,18 @@ def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
     assert packed_share(net) < 0.62
 
 
+def test_attentions_projections_are_packed(tmp_path):
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)})
+    for weight in (net["attention"].in_proj_weight, net["attention"].out_proj.weight):
+        weight.data *= NM(2, 4)({"w": weight})["w"]
+    export_sparse24(net, {}, path := tmp_path / "a.safetensors")
+    state = read_sparse24(path)
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+    with safe_open(path, "pt") as file:
+        packed = {"attention.in_proj_weight": [48, 16], "attention.out_proj.weight": [16, 16]}
+        assert json.loads(file.metadata()["sparse24"]) == packed
+
+
 def test_a_model_without_zeros_has_nothing_to_pack(tmp_path):
     with pytest.raises(ValueError, match=r"no layer is 2:4.*sparsity\.pattern=2:4"):
         export_sparse24(nn.Sequential(nn.Linear(32, 16)), {}, tmp_path / "a")
