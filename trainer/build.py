@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.atomic import write_text
+from data.loader import Loader
 from trainer.checkpoints import checkpoint, run_dir
 from trainer.checkpoints.run_dir import DENSE_TWIN, RunDir
 from trainer.checkpoints.state import Position, branch_off, check_branch, restore
+from trainer.config.changes import Change, changes, check_changes, with_beginning
 from trainer.config.schema import Config
 from trainer.distributed import ranks
 from trainer.engine import (
@@ -45,6 +49,11 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
     branch = None
     if resumed is None and config.checkpoint is not None:
         branch = run_dir.read_branching_state(config.checkpoint)
+    past: dict[str, Any] = {}  # info of the state that is resumed
+    if resumed is not None:
+        with as_user_error(f"resume {resumed[1]}"):
+            past = checkpoint.read_info(resumed[1])
+        config = with_beginning(config, past.get("config"))
     weights = config.model.weights if resumed is None else None
     began = resumed[1] if resumed is not None else branch[0] if branch is not None else None
     task = build_task(config, device, weights, began)
@@ -66,8 +75,11 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
         if config.ema is not None:
             engine.averages = Averages(task.acdc, config.ema.decay)
         position = _go_to(task, engine, branch, resumed)
+        changed = _changed(resumed, past, task, position)
         ranks.on_main(lambda: _check_folder(folder, position, config))
-        monitor = _begin(folder, task, settings) if ranks.is_main() else None
+        if ranks.is_main():
+            _tell(changed, past, task)
+        monitor = _begin(folder, task, settings, changed) if ranks.is_main() else None
     except BaseException:
         folder.release()
         raise
@@ -86,17 +98,39 @@ def _go_to(
         with as_user_error(f"resume {resumed[1]}"):
             state = checkpoint.read(resumed[1], checkpoint.STATE)
             position = restore(state, engine, task.acdc, task.loaders.train, task.config.seed)
-            if ranks.is_main():
-                _warn_of_precision(checkpoint.read_info(resumed[1]), task)
     if position.training_flops and not position.dense_training_flops:
         places = task.acdc.steps_per_epoch * task.config.data.batch_size
         task.flops.recount(position, min(places, task.loaders.train.num_images))
     return position
 
 
-def _warn_of_precision(info: dict[str, Any], task: Task) -> None:
-    """A resumed run whose precision is left to the machine may go on in another one than before."""
-    before = info.get("precision", "fp32")  # until it was recorded, "auto" was fp32 on every CPU
+def _changed(
+    resumed: tuple[RunDir, Path] | None, past: Mapping[str, Any], task: Task, position: Position
+) -> list[Change]:
+    """What is another than so far, in the recipe and in the images that a run is evaluated on. Raises
+    UserError for what may not be."""
+    found = changes(past.get("config"), task.config)
+    if resumed is not None:
+        with as_user_error(f"resume {resumed[1]}"):
+            check_changes(found, task.config, asdict(position))
+    now = _test_images(task.loaders.test)
+    if position.test_images not in (None, now):
+        found.append(Change("test images", position.test_images, now))
+    position.test_images = now
+    return found
+
+
+def _tell(changed: list[Change], past: Mapping[str, Any], task: Task) -> None:
+    """What a resumed run does otherwise than before."""
+    for change in changed:
+        if change.is_free:
+            log.info("%s", change)
+        else:
+            log.warning("%s, from step %d on", change, task.acdc.step)
+    if not past:
+        return
+    # A run whose precision is left to the machine may go on in another one than before
+    before = past.get("precision", "fp32")  # until it was recorded, "auto" was fp32 on every CPU
     now = precision_name(task.config, task.device)
     if task.config.engine.precision == "auto" and now != before:
         log.warning(
@@ -106,6 +140,12 @@ def _warn_of_precision(info: dict[str, Any], task: Task) -> None:
             now,
             before,
         )
+
+
+def _test_images(loader: Loader) -> str:
+    """Which they are: figures of others do not compare."""
+    said = loader.fingerprint()
+    return f"{loader.num_images:,} images, SHA-256 {said['data'][:16]}" if "data" in said else said["backend"]
 
 
 def _open_folder(config: Config, resumed: tuple[RunDir, Path] | None, path: Path | None) -> RunDir:
@@ -137,14 +177,15 @@ def _check_folder(folder: RunDir, position: Position, config: Config) -> None:
         )
 
 
-def _begin(folder: RunDir, task: Task, settings: dict[str, Any]) -> Monitor:
+def _begin(folder: RunDir, task: Task, settings: dict[str, Any], changed: list[Change]) -> Monitor:
     """Write what the run is, and set aside what a resumed run is about to do again."""
     config, step = task.config, task.acdc.step
     screen = Screen(config.epochs * task.acdc.steps_per_epoch, step, config.epochs)
     with as_user_error(f"run folder {folder.path}"):
         checkpoint.set_aside(folder.checkpoints, step)
         folder.result.unlink(missing_ok=True)
-        folder.write_config(config, settings)
+        told = {change.key: {"then": change.then, "now": change.now} for change in changed}
+        folder.write_config(config, settings, {"step": step, "ranks": ranks.world_size(), "changes": told})
         project = config.log.wandb
         tracking = Tracking(project, folder, config.model_dump(mode="json")) if project else None
         return Monitor(folder, screen, step, tracking)

@@ -95,7 +95,7 @@ def test_a_run_says_its_precision_and_warns_where_it_resumes_in_another(
         run = newest_run(tmp_path)
         manifests = [run / "checkpoints" / name / "manifest.json" for name in ("step-000000006", "sparse")]
         (kept,) = {json.loads(manifest.read_text())["info"]["precision"] for manifest in manifests}
-        return kept, capsys.readouterr().out, [line for line in caplog.messages if "engine.precision" in line]
+        return kept, capsys.readouterr().out, [line for line in caplog.messages if "so far and" in line]
 
     kept, shown, warnings = train(False)
     assert (kept, warnings) == ("fp32", [])

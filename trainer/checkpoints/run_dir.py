@@ -3,6 +3,7 @@
 runs/<name>/<time>/  config.yaml     the resolved configuration
                      deepspeed.json  what DeepSpeed was given
                      env.json        versions, hardware, revision, command
+                     history.jsonl   a line per start: from which step on, the recipe and what it changed
                      metrics.jsonl   a line per epoch and per logged step
                      tb/             the same for TensorBoard
                      checkpoints/    training states, dense_twin, sparse
@@ -18,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -51,6 +53,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tb"
         self.metrics = path / "metrics.jsonl"
+        self.history = path / "history.jsonl"
         self.result = path / "result.json"
         self.report = path / "report.html"
         self.kernels = path / "kernels.json"
@@ -104,10 +107,18 @@ class RunDir:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_lock": None}  # what other ranks get: the first alone holds the lock
 
-    def write_config(self, config: Config, deepspeed: dict[str, Any]) -> None:
-        write_text(self.path / "config.yaml", dump_recipe(config.model_dump(mode="json")))
+    def write_config(self, config: Config, deepspeed: dict[str, Any], start: Mapping[str, Any]) -> None:
+        """What the run is from now on. start: what history.jsonl is to say of it besides: these files say
+        only the last."""
+        recipe, made_on = config.model_dump(mode="json"), environment()
+        write_text(self.path / "config.yaml", dump_recipe(recipe))
         write_text(self.path / "deepspeed.json", json.dumps(deepspeed, indent=1) + "\n")
-        write_text(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
+        write_text(self.path / "env.json", json.dumps(made_on, indent=1) + "\n")
+        line = {"time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **start, "config": recipe, "env": made_on}
+        with self.history.open("ab+") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            cut_short = file.read(1) not in (b"", b"\n")  # by a crash
+            file.write(b"\n" * cut_short + json.dumps(line).encode() + b"\n")
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_text(self.result, json.dumps(result, indent=1) + "\n")

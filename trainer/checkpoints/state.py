@@ -32,6 +32,7 @@ class Position:
     trainer.models.classifier. training_flops: so far. dense_training_flops: of the same images without masks;
     0 in checkpoints from before it was counted, see RunFlops.recount. seconds: wall-clock time of the run so
     far, resumed parts added up. pair: what is known of dense twin and sparse model once they are saved.
+    test_images: those that it was evaluated on last, for people; None in checkpoints from before.
     """
 
     epoch: int = 0
@@ -41,6 +42,7 @@ class Position:
     dense_training_flops: float = 0.0
     seconds: float = 0.0
     pair: dict[str, dict[str, Any]] = field(default_factory=dict)
+    test_images: str | None = None
 
 
 def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict[str, Any]:

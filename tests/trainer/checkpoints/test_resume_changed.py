@@ -1,0 +1,101 @@
+"""A run that goes on with another recipe, other test images or another number of threads."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import yaml
+
+from tests.conftest import write_fashion_idx
+from tests.trainer.runs import fit_and_close, tiny
+from trainer.build import build_trainer
+from trainer.config.load import load_config
+from trainer.distributed.ranks import start
+from trainer.train import main
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+CUT = '{"cut short'
+SHORT = ("epochs=3", "sparsity.schedule=dense 1, sparse 1, dense 1", "lr.warmup_epochs=0", "save.keep=9")
+
+
+def build(data, run_root, *overrides):
+    return build_trainer(load_config("quickstart", tiny(data, run_root, *SHORT, *overrides)[1:]), start())
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_data, tmp_path_factory):
+    """Within the sparse epoch."""
+    trainer = build(tiny_data, tmp_path_factory.mktemp("runs"))
+    fit_and_close(trainer, stop=12)
+    return trainer.run_dir.path
+
+
+@pytest.fixture
+def run(stopped, tmp_path):
+    copy = tmp_path / "quickstart" / stopped.name
+    shutil.copytree(stopped, copy)
+    return copy
+
+
+def resume(data, run_root, *overrides):
+    """As far as to its next step."""
+    build(data, run_root, "resume=auto", *overrides).close()
+
+
+def history(run):
+    lines = (run / "history.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if not line.startswith(CUT)]
+
+
+def test_changes_are_told_and_kept(run, tiny_data, tmp_path, caplog):
+    before = yaml.safe_load((run / "config.yaml").read_text())
+    caplog.set_level(logging.INFO)
+    (run / "history.jsonl").write_text((run / "history.jsonl").read_text() + CUT)
+    trainer = build(tiny_data, tmp_path, "optimizer.lr=0.02", "save.keep=3", "resume=auto")
+    trainer.save_checkpoint()
+    trainer.close()
+    told = {record.message: record.levelname for record in caplog.records}
+    assert told["optimizer.lr was 0.05, is 0.02, from step 12 on"] == "WARNING"
+    assert told["save.keep was 9, is 3"] == "INFO"
+    first, last = history(run)
+    assert (first["step"], first["changes"]) == (0, {})
+    assert first["config"]["optimizer"] == before["optimizer"]
+    assert last["step"] == 12
+    assert last["changes"]["optimizer.lr"] == {"then": 0.05, "now": 0.02}
+    assert set(last["changes"]) == {"optimizer.lr", "save.keep", "run_root"}
+    assert last["config"] == yaml.safe_load((run / "config.yaml").read_text())
+    # what a later start compares with is the recipe of the checkpoint that it goes on from
+    caplog.clear()
+    resume(tiny_data, tmp_path, "optimizer.lr=0.02", "save.keep=3")
+    assert history(run)[-1]["changes"] == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["sparsity.schedule=dense 1, sparse 2"], "whose last dense phase ended with epoch 0"),
+        (["sparsity.target=0.5"], "sparsity.target was 0.9, is 0.5, and no compression follows"),
+        (["data.eval_batch_size=9", "lr.gamma=0.2", "sparsity.rule=original"], "sparsity.rule was 'exact'"),
+    ],
+)
+def test_what_contradicts_the_past_leaves_the_run_as_it_was(
+    run, overrides, expected, tiny_data, tmp_path, capsys
+):
+    before = {path: path.read_bytes() for path in run.rglob("*.[yj]*")}
+    assert main(tiny(tiny_data, tmp_path, *SHORT, "resume=auto", *overrides)) == 2
+    error = capsys.readouterr().err
+    assert "step-000000012: the recipe contradicts what was trained so far: " in error
+    assert expected in error
+    assert {path: path.read_bytes() for path in run.rglob("*.[yj]*")} == before
+
+
+def test_other_test_images_are_told(run, tmp_path, caplog):
+    other = write_fashion_idx(tmp_path / "other", 320, 120)
+    resume(other, tmp_path)
+    (told,) = [line for line in caplog.messages if "test images" in line]
+    assert told.startswith("test images was '150 images, SHA-256 ")
+    assert told.endswith(", from step 12 on")
+    assert "test images" in history(run)[-1]["changes"]
