@@ -75,6 +75,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
         if config.ema is not None:
             engine.averages = Averages(task.acdc, config.ema.decay)
         position = _go_to(task, engine, branch, resumed)
+        position.threads = position.threads or ranks.threads()
         changed = _changed(resumed, past, task, position)
         ranks.on_main(lambda: _check_folder(folder, position, config))
         if ranks.is_main():
@@ -185,7 +186,8 @@ def _begin(folder: RunDir, task: Task, settings: dict[str, Any], changed: list[C
         checkpoint.set_aside(folder.checkpoints, step)
         folder.result.unlink(missing_ok=True)
         told = {change.key: {"then": change.then, "now": change.now} for change in changed}
-        folder.write_config(config, settings, {"step": step, "ranks": ranks.world_size(), "changes": told})
+        start = {"step": step, "ranks": ranks.world_size(), "threads": ranks.threads(), "changes": told}
+        folder.write_config(config, settings, start)
         project = config.log.wandb
         tracking = Tracking(project, folder, config.model_dump(mode="json")) if project else None
         return Monitor(folder, screen, step, tracking)

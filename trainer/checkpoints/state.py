@@ -32,7 +32,8 @@ class Position:
     trainer.models.classifier. training_flops: so far. dense_training_flops: of the same images without masks;
     0 in checkpoints from before it was counted, see RunFlops.recount. seconds: wall-clock time of the run so
     far, resumed parts added up. pair: what is known of dense twin and sparse model once they are saved.
-    test_images: those that it was evaluated on last, for people; None in checkpoints from before.
+    test_images: those that it was evaluated on last, for people; None in checkpoints from before. threads:
+    that each rank computes with on a CPU, as the run began; 0 on a GPU and in checkpoints from before.
     """
 
     epoch: int = 0
@@ -43,6 +44,7 @@ class Position:
     seconds: float = 0.0
     pair: dict[str, dict[str, Any]] = field(default_factory=dict)
     test_images: str | None = None
+    threads: int = 0
 
 
 def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict[str, Any]:
@@ -87,12 +89,15 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader, s
     _check_optimizer(engine, model, state["optimizer"])
     _check_same_data(state["data"], loader.fingerprint())
     acdc.check_state(state["acdc"])
+    position = Position(**state["position"])
+    same_ranks = len(state["ranks"]) == ranks.world_size()
+    if same_ranks:
+        ranks.keep_threads(position.threads)  # before kernels are made for so many
     model.load_state_dict(state["model"])
     acdc.load_state_dict(state["acdc"])
     _load_masters(engine, model, state["model"], state)
     _load_scaling(engine, state)
-    position = Position(**state["position"])
-    if len(state["ranks"]) == ranks.world_size():
+    if same_ranks:
         mine = state["ranks"][ranks.rank()]
         position.totals = mine["totals"]
         loader.load_state(mine.get("data", {}))
@@ -102,6 +107,7 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader, s
             engine.averages.begin(state.get("averages", {}), mine.get("averages", {}))
     else:
         parts = state["ranks"]
+        position.threads = 0  # the sums are other ones anyway
         model.load_state_dict(_mean_statistics(parts, "buffers"), strict=False)
         _begin_averages(engine, state)
         acdc.accelerate({})  # chosen for another share of the batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import socket
 import warnings
@@ -18,6 +19,8 @@ from trainer.distributed.host_memory import retain_freed_memory
 from trainer.errors import EnvironmentFailure, Failure
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 def rank() -> int:
@@ -83,6 +86,31 @@ def start() -> torch.device:
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
         atexit.register(dist.destroy_process_group)
     return device
+
+
+def threads() -> int:
+    """That this rank computes with on a CPU: how many rounds its sums. 0 on a GPU."""
+    return 0 if torch.cuda.is_available() else torch.get_num_threads()
+
+
+def keep_threads(before: int) -> None:
+    """Compute with as many threads as a run did so far, where there are cores for them. 0: not known."""
+    here = threads()
+    if 0 < before < here:
+        torch.set_num_threads(before)
+        log.info(
+            "%d threads compute, as in the run so far, though there are cores for %d: another number rounds "
+            "sums otherwise",
+            before,
+            here,
+        )
+    elif 0 < here < before:
+        log.warning(
+            "the run computed with %d threads so far and goes on with %d, for which there are cores here: "
+            "sums round otherwise, so it will not equal the uninterrupted run bit for bit",
+            before,
+            here,
+        )
 
 
 def _keep_compiled_graphs() -> None:

@@ -5,11 +5,13 @@ import logging
 import shutil
 
 import pytest
+import torch
 import yaml
 
 from tests.conftest import write_fashion_idx
-from tests.trainer.runs import fit_and_close, tiny
+from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run, tiny
 from trainer.build import build_trainer
+from trainer.checkpoints import checkpoint
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
 from trainer.train import main
@@ -99,3 +101,41 @@ def test_other_test_images_are_told(run, tmp_path, caplog):
     assert told.startswith("test images was '150 images, SHA-256 ")
     assert told.endswith(", from step 12 on")
     assert "test images" in history(run)[-1]["changes"]
+
+
+def with_cores(monkeypatch, number):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(number)))
+
+
+@pytest.mark.parametrize(("before", "cores", "now"), [(2, 4, 2), (3, 2, 2), (2, 2, 2), (None, 2, 2)])
+def test_threads_are_kept_or_missed(run, before, cores, now, tiny_data, tmp_path, monkeypatch, caplog):
+    point = checkpoint.step_folder(run / "checkpoints", 12)
+    state = checkpoint.read(point, checkpoint.STATE)
+    if before is None:  # a state from before they were kept
+        del state["position"]["threads"], state["position"]["test_images"]
+    else:
+        state["position"]["threads"] = before
+    checkpoint.save(point, {checkpoint.STATE: state}, checkpoint.read_info(point))
+    with_cores(monkeypatch, cores)
+    caplog.set_level(logging.INFO)
+    trainer = build(tiny_data, tmp_path, "resume=auto")
+    trainer.close()
+    assert torch.get_num_threads() == now
+    told = [(record.levelname, record.message) for record in caplog.records if " threads " in record.message]
+    expected = {
+        (2, 4): ("INFO", "2 threads compute, as in the run so far, though there are cores for 4: "),
+        (3, 2): ("WARNING", "the run computed with 3 threads so far and goes on with 2, for which "),
+    }.get((before, cores))
+    assert len(told) == (expected is not None)
+    assert not told or (told[0][0] == expected[0] and told[0][1].startswith(expected[1]))
+    assert trainer.position.threads == (before or now)  # with cores enough it goes back to its own
+
+
+def test_a_run_moved_to_more_cores_is_the_uninterrupted_one(tiny_data, tmp_path, monkeypatch):
+    with_cores(monkeypatch, 1)
+    whole = build(tiny_data, tmp_path / "whole")
+    fit_and_close(whole, stop=8)
+    fit_and_close(build(tiny_data, tmp_path), stop=4)
+    with_cores(monkeypatch, 2)
+    fit_and_close(build(tiny_data, tmp_path, "resume=auto"), stop=8)
+    assert_equal_states(*(final_state(newest_run(root), 8) for root in (tmp_path / "whole", tmp_path)))
