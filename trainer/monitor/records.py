@@ -12,6 +12,7 @@ from data.atomic import write_text
 from sparsity import ACDC
 from sparsity.layers import maskable
 from trainer.checkpoints.run_dir import RunDir
+from trainer.monitor.event_files import keep_until
 from trainer.monitor.screen import Screen
 from trainer.monitor.tracking import Tracking
 
@@ -49,9 +50,10 @@ class Monitor:
         self.screen = screen
         self._tracking = tracking
         kept = [record for record in run_dir.read_metrics() if record["step"] <= start_step]
-        self._tensorboard = SummaryWriter(
-            str(run_dir.tensorboard), purge_step=start_step + 1 if kept else None
-        )
+        logged = keep_until(run_dir.tensorboard, start_step)
+        # for a TensorBoard that is running, and has read what was taken out
+        purge_step = start_step + 1 if logged else None
+        self._tensorboard = SummaryWriter(str(run_dir.tensorboard), purge_step=purge_step)
         write_text(run_dir.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = run_dir.metrics.open("a", encoding="utf-8")
 
