@@ -25,6 +25,7 @@ from data.crops import CropDraw, central, window
 from data.images.files import ImageFiles
 from data.images.pixels import to_rgb
 from data.loader import PADDING_LABEL, Batch
+from data.parent import end_with_parent
 from data.stream import Draw, Stream
 from data.torchvision_import import import_transforms
 
@@ -69,7 +70,7 @@ class TorchFileLoader(AheadLoader):
                 num_workers=self.num_workers,
                 pin_memory=self.device.type == "cuda",
                 multiprocessing_context="forkserver" if self.num_workers else None,
-                worker_init_fn=_outlive_signals,
+                worker_init_fn=_start_worker,
             )
         )
 
@@ -92,9 +93,10 @@ def _close(loader: weakref.ref[TorchFileLoader]) -> None:
         alive.close()
 
 
-def _outlive_signals(_: int) -> None:
+def _start_worker(_: int) -> None:
     """The launcher signals all processes, and the training process needs its workers until it has saved. They
-    end with it, or for themselves soon after the signal."""
+    end with it, killed or not, or for themselves soon after the signal."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 

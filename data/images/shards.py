@@ -14,9 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import suppress
@@ -30,6 +28,7 @@ import numpy as np
 
 from data.atomic import PARTIAL, whole
 from data.images.files import EXTENSIONS, ImageFiles
+from data.parent import end_with_parent
 
 FORMAT = 1
 PLAN, MANIFEST = "plan.json", "manifest.json"
@@ -273,10 +272,4 @@ def _write(path: Path, data: bytes) -> None:
 def _start_worker() -> None:
     """Ctrl-C is the parent's to answer, and no worker outlives the parent, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-    os._exit(1)
+    end_with_parent()

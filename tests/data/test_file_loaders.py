@@ -1,10 +1,13 @@
 """Image files through DALI and through torch: pixels, order, resumption, bad files."""
 
 import itertools
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -318,3 +321,39 @@ def test_a_process_ends_though_its_loader_is_in_use(tree):
         [sys.executable, "-c", program, str(tree)], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout) == (0, "torch.Size([8])\n"), done.stderr
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+from data.crops import CropStream
+from data.images.files import load_image_files
+from data.torch_files import TorchFileLoader
+
+if __name__ == "__main__":
+    files = load_image_files(Path(sys.argv[1]), "train")
+    loader = TorchFileLoader(files, CropStream(len(files), 8, seed=5), torch.device("cpu"), 2, print)
+    next(loader.epoch(0))
+    print("decoding", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_when_the_trainer_is_killed(tree, tmp_path):
+    """Two that decode, and the two processes that multiprocessing has beside them."""
+    program = tmp_path / "program.py"
+    program.write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, program, tree], env=environment, stdout=subprocess.PIPE)
+    with process.stdout as said:
+        assert said.readline() == b"decoding\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for child in alive:
+        child.kill()
+    assert len(children) == 4
+    assert not alive

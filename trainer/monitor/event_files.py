@@ -10,7 +10,6 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
 from data.atomic import whole
@@ -47,7 +46,7 @@ def _records(content: bytes) -> Iterator[tuple[bytes, int]]:
             return
         try:
             step = Event.FromString(content[place + _HEAD : end - _TAIL]).step
-        except DecodeError:
+        except Exception:  # protobuf's own, which differ between its versions
             return
         yield content[place:end], step
         place = end
