@@ -111,10 +111,13 @@ def _read_python(variant: Variant, path: Path) -> tuple[NDArray[np.uint8], NDArr
     labels = batch.get(variant.label_key) if isinstance(batch, dict) else None
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (PIXELS,):
         raise ValueError(f"{path}: not a {variant.name} batch: it holds no uint8 images (N, {PIXELS})")
+    known = range(variant.num_classes)
     if not isinstance(labels, list) or len(labels) != len(images):
         raise ValueError(
             f"{path}: not a {variant.name} batch: it holds no label for each of {len(images)} images"
         )
+    if strange := [label for label in labels if not isinstance(label, int) or label not in known]:
+        raise ValueError(f"{path}: not a {variant.name} batch: {strange[0]!r:.40} is no label")
     return images, np.asarray(labels, np.int64)
 
 

@@ -6,8 +6,6 @@ idx files; otherwise the subset bundled here: the first 1,200 training and 200 t
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,8 +64,13 @@ def write_archive(path: Path, arrays: Mapping[str, NDArray[np.uint8]]) -> Path:
 
 
 def _read_archive(path: Path, split: Split) -> dict[str, NDArray[np.uint8]]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in (f"{split}_images", f"{split}_labels")}
-    except (KeyError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a complete Fashion-MNIST archive: {error}") from error
+    keys = (f"{split}_images", f"{split}_labels")
+    with path.open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = {key: archive[key] for key in keys}
+        except Exception as error:  # zipfile, zlib and numpy each have several for a damaged or absurd file
+            raise ValueError(f"{path}: not a complete Fashion-MNIST archive: {error}") from error
+    if not all(isinstance(array, np.ndarray) and array.dtype == np.uint8 for array in arrays.values()):
+        raise ValueError(f"{path}: not a Fashion-MNIST archive: images and labels are not unsigned bytes")
+    return arrays

@@ -7,6 +7,7 @@ dimensions, then each dimension's size as a big-endian 32-bit integer, then the 
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 from typing import Literal
@@ -39,7 +40,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     if len(content) < header:
         raise ValueError(f"{path}: cut short within its header of {header} bytes")
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", count=content[3], offset=4))
-    expected = header + int(np.prod(shape, dtype=np.int64))
+    expected = header + math.prod(shape)
     if len(content) != expected:
         raise ValueError(f"{path}: {len(content)} bytes where its header, shape {shape}, asks for {expected}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -111,3 +112,16 @@ def test_a_missing_part_is_named(tmp_path):
     (write_binary(tmp_path, CIFAR10) / "data_batch_3.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is incomplete: .*data_batch_3\.bin is missing"):
         cifar.load(CIFAR10, tmp_path, "train")
+
+
+@pytest.mark.parametrize("label", [None, "x", [1], 10**30, 1.5, b"1", 10, -1])
+def test_labels_that_are_none_are_named(tmp_path, label):
+    write_python(tmp_path, CIFAR10)
+    path = tmp_path / CIFAR10.python_folder / "test_batch"
+    batch = pickle.loads(path.read_bytes(), encoding="bytes")
+    batch[b"labels"][3] = label
+    path.write_bytes(pickle.dumps(batch, 2))
+    with pytest.raises(
+        ValueError, match=f"test_batch: not a CIFAR-10 batch: {re.escape(repr(label))} is no label"
+    ):
+        cifar.load(CIFAR10, tmp_path, "test")
