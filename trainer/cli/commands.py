@@ -23,6 +23,10 @@ def train(options: argparse.Namespace) -> int:
     from trainer.config.load import load_config
 
     config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        from trainer.cli.dry_run import dry_run
+
+        return dry_run(config)
     if options.hostfile is not None and options.devices is not None:
         raise UserError("--hostfile and --devices: the file's slots say how many processes a machine has")
     if (tasks := num_tasks()) > 1:

@@ -45,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--hostfile", metavar="FILE", help=hosts)
             again = "how often to go on from the newest checkpoint when a process died; default: 0"
             sub.add_argument("--max-restarts", type=_positive, metavar="N", help=again)
+            dry = "show what would be trained, on which data and layers, and end"
+            sub.add_argument("--dry-run", action="store_true", help=dry)
     sub = command("eval", commands.evaluate)
     sub.add_argument("path", metavar="PATH", help="a run folder, or a checkpoint folder in it")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=/data/fashion-mnist")

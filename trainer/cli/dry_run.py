@@ -1,0 +1,64 @@
+"""What a run would do, without doing it: the resolved recipe, its phases, what is pruned and what is not."""
+
+from __future__ import annotations
+
+import torch
+from rich.table import Table
+
+from sparsity.stats import shares_unpruned
+from trainer.checkpoints.run_dir import find_resumed
+from trainer.config.recipes import dump_recipe
+from trainer.config.schema import Config
+from trainer.engine import check_precision
+from trainer.monitor.screen import Screen
+from trainer.task import Task, build_task
+
+
+def dry_run(config: Config) -> int:
+    """Data, model and masks are built as for a run, and so whatever is wrong with them is found; no folder is
+    made and nothing is trained."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_precision(config.engine, device)
+    resumed = find_resumed(config)
+    began = None if resumed is None else resumed[1]
+    task = build_task(config, device, None if began else config.model.weights, began)
+    console = Screen(0, 0, 0).console
+    console.print(dump_recipe(config.model_dump(mode="json")), markup=False)
+    console.print(f"data        {task.loaders.describe()}", markup=False, soft_wrap=True)
+    console.print(f"steps       {task.acdc.steps_per_epoch:,} an epoch", markup=False, soft_wrap=True)
+    for about, text in task.notes.items():
+        console.print(f"{about:<10}  {text}", markup=False, soft_wrap=True)
+    if began is not None:
+        console.print(f"resumes     {began}", markup=False, soft_wrap=True)
+    console.print(_phases(task), _pruned(task), _left_dense(task))
+    console.print(
+        f"nothing was trained; without --dry-run a new run goes to {config.run_root}/{config.name}/"
+    )
+    return 0
+
+
+def _phases(task: Task) -> Table:
+    table = Table("phase", "epochs", title="phases", title_justify="left")
+    for phase in task.acdc.schedule.phases:
+        table.add_row(phase.kind, f"{phase.start + 1} to {phase.end}")
+    return table
+
+
+def _pruned(task: Task) -> Table:
+    table = Table("layer", "shape", title=f"pruned, {task.acdc.pattern}", title_justify="left")
+    table.add_column("weights", justify="right")
+    weights = task.acdc.weights()
+    for name, weight in weights.items():
+        table.add_row(name, " x ".join(map(str, weight.shape)), f"{weight.numel():,}")
+    table.add_row("all", "", f"{sum(weight.numel() for weight in weights.values()):,}")
+    return table
+
+
+def _left_dense(task: Task) -> Table:
+    table = Table("parameter", title="not pruned", title_justify="left")
+    table.add_column("of all weights", justify="right")
+    shares = shares_unpruned(task.acdc.model, task.acdc.layers)
+    for name, share in shares.items():
+        table.add_row(name, f"{100 * share:.2f} %")
+    table.add_row("all", f"{100 * sum(shares.values()):.2f} %")
+    return table
