@@ -13,6 +13,7 @@ from trainer.distributed import ranks
 from trainer.engine import num_graphs, precision_name
 from trainer.loop import Trainer
 from trainer.monitor.screen import Screen, closing_lines, closing_table
+from trainer.report.records import recipe_of
 from trainer.report.run import write_report
 
 
@@ -28,7 +29,7 @@ def log_start(trainer: Trainer) -> None:
     masked = f"{len(acdc.layers)} masked layers with {num_weights:,} weights"
     devices = f"{ranks.world_size()} x {trainer.device.type}"
     lines = [
-        f"run folder  {trainer.run_dir.path}    (tensorboard --logdir {trainer.run_dir.tensorboard})",
+        f"run folder  {trainer.run_dir.path}    (acdc board {trainer.run_dir.path})",
         f"data        {trainer.loaders.describe()}",
         f"model       {config.model.name}, {masked}, {acdc.pattern}",
         f"phases      {acdc.schedule}",
@@ -74,6 +75,7 @@ def finish(trainer: Trainer) -> None:
         return
     result = build_result(trainer)
     write_report(trainer.run_dir, result)
+    trainer.monitor.scores(recipe_of(trainer.run_dir), result)
     trainer.run_dir.write_result(result)
     screen = trainer.monitor.screen
     screen.close()

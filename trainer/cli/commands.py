@@ -9,6 +9,7 @@ import argparse
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from trainer.distributed.slurm import num_tasks
@@ -229,6 +230,19 @@ def report(options: argparse.Namespace) -> int:
             write_report(runs[0])
             made = runs[0].report
     print(made)
+    return 0
+
+
+def board(options: argparse.Namespace) -> int:
+    """Open TensorBoard on the runs of a folder, without smoothing, which would turn phases into ramps."""
+    folder = Path(options.runs).expanduser()
+    if not next(folder.glob("**/events.out.tfevents.*"), None):
+        raise UserError(f"board: no run under {folder} has records for TensorBoard")
+    port = str(options.port)
+    print(f"http://localhost:{port}/?smoothing=0#custom_scalars   (Ctrl-C ends it)", flush=True)
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", port]
+    with suppress(KeyboardInterrupt):
+        return subprocess.run(command, check=False).returncode
     return 0
 
 

@@ -91,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; several come onto one page")
     sub.add_argument("--picture", metavar="FILE", help="write the accuracy curve there instead (.svg, .png)")
     sub.add_argument("--out", default="runs.html", metavar="FILE", help="of several; default: runs.html")
+    sub = command("board", commands.board)
+    sub.add_argument("runs", nargs="?", default="runs", metavar="RUNS", help="a folder; default: runs")
+    sub.add_argument("--port", type=_positive, default=6006, metavar="N", help="default: 6006")
     sub = command("bench", commands.bench)
     sub.add_argument("benchmark", choices=sorted(commands.BENCHMARKS), metavar="NAME", help="see below")
     sub.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -6,14 +6,13 @@ import json
 from typing import Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from data.atomic import write_text
 from sparsity import ACDC
 from sparsity.layers import maskable
-from trainer.checkpoints.run_dir import RunDir
-from trainer.monitor.event_files import keep_until
+from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE, RunDir
 from trainer.monitor.screen import Screen
+from trainer.monitor.tensorboard import Board
 from trainer.monitor.tracking import Tracking
 
 # record key -> TensorBoard tag
@@ -50,10 +49,9 @@ class Monitor:
         self.screen = screen
         self._tracking = tracking
         kept = [record for record in run_dir.read_metrics() if record["step"] <= start_step]
-        logged = keep_until(run_dir.tensorboard, start_step)
-        # for a TensorBoard that is running, and has read what was taken out
-        purge_step = start_step + 1 if logged else None
-        self._tensorboard = SummaryWriter(str(run_dir.tensorboard), purge_step=purge_step)
+        texts = {"recipe": run_dir.path / "config.yaml", "environment": run_dir.path / "env.json"}
+        self._board = Board(run_dir.tensorboard, start_step, texts)
+        self._phase = kept[-1]["phase"] if kept else "dense"
         write_text(run_dir.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = run_dir.metrics.open("a", encoding="utf-8")
 
@@ -67,21 +65,28 @@ class Monitor:
         self._scalars(
             {f"sparsity/layer/{name}": each for name, each in layer_sparsity.items()}, record["step"]
         )
-        self._tensorboard.flush()
+        if record["phase"] == "sparse" != self._phase:
+            self._board.kept(layer_sparsity, record["step"])
+        self._phase = record["phase"]
+        self._board.flush()
         self.screen.epoch(record)
 
     def histograms(self, step: int, weights: dict[str, Tensor]) -> None:
         """Of weights by layer name."""
         tagged = {f"weights/{name}": values for name, values in weights.items()}
-        for tag, values in tagged.items():
-            self._tensorboard.add_histogram(tag, values, step)
+        self._board.histograms(tagged, step)
         if self._tracking:
             self._tracking.histograms(tagged, step)
+
+    def scores(self, recipe: dict[str, Any], result: dict[str, Any]) -> None:
+        """Of a finished run. recipe: by dotted keys. result: as result.json has it."""
+        pair = {key: result.get(key) for key in (DENSE_TWIN, SPARSE)}
+        self._board.scores(recipe, {f"result/{key}_top1": row["top1"] for key, row in pair.items() if row})
 
     def close(self) -> None:
         self.screen.close()
         self._file.close()
-        self._tensorboard.close()
+        self._board.close()
         if self._tracking:
             self._tracking.close()
 
@@ -90,11 +95,12 @@ class Monitor:
         self._file.flush()
         values = {**record, "sparse_phase": float(record["phase"] == "sparse")}
         known = {tag: values[key] for key, tag in TAGS.items() if values.get(key) is not None}
+        if "val_top1" in record:
+            known[f"test/top1_{record['phase']}"] = record["val_top1"]
         self._scalars(known, record["step"])
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self._tensorboard.add_scalar(tag, value, step)
+        self._board.scalars(values, step)
         if self._tracking:
             self._tracking.scalars(values, step)
 
