@@ -55,8 +55,17 @@ PARTS = (
         TRAINER,
         60,
         200,
-        "benchmarks.throughput resnet50 --turns 3 --warmup 3 --profile",
+        "benchmarks.throughput resnet50 --images 2048 --turns 3 --warmup 3 --profile",
         "images/s, and where a step's time goes",
+    ),
+    Part(
+        "data",
+        DATA,
+        40,
+        100,
+        "benchmarks.data_pipeline --images 2048 --batches 64 --repeats 2",
+        "which decoder is fastest",
+        small=True,
     ),
     Part("kernels24", ("rich",), 20, 75, "benchmarks.kernels24", "2:4 kernels"),
     Part(
