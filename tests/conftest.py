@@ -14,12 +14,17 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # gw0, gw1, ...
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
 
+import hypothesis
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 # Tests leave schedules unfinished, and the garbage collector would say so within another test
 logging.getLogger("sparsity.guard.end").disabled = True
+
+# No test asserts a time: the machine may be busy
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 GOLDEN = Path(__file__).parent / "golden"
 

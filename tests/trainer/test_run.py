@@ -197,7 +197,9 @@ def test_a_run_says_how_fast_its_phases_were(finished):
     )
     (line,) = (line for line in closing_lines(result) if line.startswith("speed "))
     assert line.endswith(f"training took {share:.2f} of a dense run's time")
-    assert str(dense) in (finished / "report.html").read_text()
+    page = (finished / "report.html").read_text()
+    assert f"{dense:,.0f} images/s" in page
+    assert f"{share:.2f} of as many dense epochs" in page
 
 
 @pytest.mark.parametrize(

@@ -126,16 +126,15 @@ def _cost(epochs: list[Record], result: Record | None) -> str:
     for record in epochs:
         seconds[record["phase"]] += max(record.get("seconds", before) - before, 0)
         before = record.get("seconds", before)
-    for phase, spent in seconds.items():
+    measured = (result or {}).get("speed") or {}  # without the epochs that compile
+    for phase, key in (("dense", "dense_images_per_second"), ("sparse", "compressed_images_per_second")):
         those = [record for record in epochs if record["phase"] == phase]
         if those:
-            speed = median(record.get("images_per_second", 0) for record in those)
-            rows.append(
-                (f"{phase} phases", f"{len(those)} epochs, {_duration(spent)}, {speed:,.0f} images/s")
-            )
-    measured = (result or {}).get("speed") or {}
-    if measured.get("of_dense"):
-        rows.append(("time of training", f"{measured['of_dense']:.2f} of as many dense epochs"))
+            speed = measured.get(key) or median(record.get("images_per_second", 0) for record in those)
+            spent = _duration(seconds[phase])
+            rows.append((f"{phase} phases", f"{len(those)} epochs, {spent}, {speed:,.0f} images/s"))
+    if share := measured.get("time_of_dense"):
+        rows.append(("time of training", f"{share:.2f} of as many dense epochs"))
     return "<h2>What it cost</h2>" + table(("", ""), rows) if rows else ""
 
 
