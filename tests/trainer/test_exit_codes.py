@@ -15,6 +15,7 @@ from trainer import train
 from trainer.checkpoints import checkpoint
 from trainer.cli import launch
 from trainer.cli.restarts import Restarts
+from trainer.distributed import ranks
 from trainer.distributed.signals import SIGNALS
 from trainer.errors import EnvironmentFailure, Failure, as_user_error, exit_code_of
 
@@ -60,6 +61,20 @@ def test_failures_of_a_run(place, error, code, said, tiny_data, tmp_path, monkey
     assert f"error: {said}" in message
     if place == EVALUATE and error is not LEAK:
         assert f"go on with resume={newest_run(tmp_path)}" in message
+
+
+def test_ranks_that_cannot_meet(tiny_data, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise torch.distributed.DistNetworkError("EADDRINUSE: address already in use\nand a trace of C++")
+
+    for key, value in {"RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(ranks.import_deepspeed(), "init_distributed", fail)
+    assert train.main(tiny(tiny_data, tmp_path)) == 3
+    message = capsys.readouterr().err
+    assert "cannot meet at node1, port 29500: EADDRINUSE: address already in use\n" in message
+    assert "C++" not in message
 
 
 def test_what_nobody_foresaw_keeps_its_traceback():

@@ -83,7 +83,13 @@ def start() -> torch.device:
         retain_freed_memory()
         torch.set_num_threads(num_cores())
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        try:
+            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        except dist.DistError as error:
+            place = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+            raise EnvironmentFailure(
+                f"the ranks of this run cannot meet at {place}: {str(error).splitlines()[0]}"
+            ) from error
         atexit.register(dist.destroy_process_group)
     return device
 
