@@ -1,8 +1,9 @@
 """Commands of clusters that test machines lack, as scripts on PATH: they start the processes here.
 
 srun: a task on each of two machines, the loopback addresses 127.0.0.1 and 127.0.0.2, with the variables that
-SLURM sets; signals go to all tasks, the exit code is the highest. ssh and pdsh: a shell here, for hosts that
-begin with 127. scontrol writes down what it was asked. acdc and torchrun: this interpreter's.
+SLURM sets; a signal goes to the last task alone, of which the others have to hear; the exit code is the
+highest. ssh and pdsh: a shell here, for hosts that begin with 127. scontrol writes down what it was asked.
+acdc and torchrun: this interpreter's.
 """
 
 from __future__ import annotations
@@ -19,12 +20,10 @@ while words[0].startswith("-"):
 step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.[1-2]"}
 step |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
 tasks = []
-signal.signal(signal.SIGUSR1, lambda number, _: [task.send_signal(number) for task in tasks])
+signal.signal(signal.SIGUSR1, lambda number, _: tasks[-1].send_signal(number))
 for number in ("0", "1"):
     task = {"SLURM_PROCID": number, "SLURM_NODEID": number}
     tasks.append(subprocess.Popen(words, env={**os.environ, **step, **task}))
-with open(os.environ["STAND_INS"] + "/tasks", "w") as file:
-    file.write(" ".join(str(task.pid) for task in tasks))
 codes = [task.wait() for task in tasks]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
@@ -67,4 +66,4 @@ def install(folder: Path) -> dict[str, str]:
     for name, text in scripts.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    return {"PATH": f"{folder}:{os.environ['PATH']}", "STAND_INS": str(folder)}
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
