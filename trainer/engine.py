@@ -23,6 +23,7 @@ from trainer.config.schema import Config, EngineConfig, EvalConfig
 from trainer.distributed import ranks
 from trainer.errors import EnvironmentFailure, UserError
 from trainer.models import stem
+from trainer.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def deepspeed_config(config: Config, device: torch.device) -> dict[str, Any]:
     if config.optimizer.clip_norm:
         generated["gradient_clipping"] = config.optimizer.clip_norm
     if config.engine.deepspeed is not None:
-        path = Path(config.engine.deepspeed).expanduser()
+        path = user_path(config.engine.deepspeed)
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -34,6 +34,7 @@ from trainer.config.data import ArrayData, DataConfig, ImageNetData
 from trainer.config.schema import Config
 from trainer.distributed import ranks
 from trainer.errors import as_user_error
+from trainer.paths import user_path
 
 SYNTHETIC_EVAL_BATCHES = 2  # there is no accuracy to be found in noise
 
@@ -275,7 +276,7 @@ class Packed(_Images):
 
 
 def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text).expanduser()
+    return None if text is None else user_path(text)
 
 
 def cure_of_bad_files(data: DataConfig) -> str:

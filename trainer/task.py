@@ -28,6 +28,7 @@ from trainer.models.freeze import freeze
 from trainer.models.mixing import check_pairs
 from trainer.monitor.flops import RunFlops
 from trainer.optim.rates import check_warmup
+from trainer.paths import user_path
 
 IMAGENET = (imagenet.MEAN, imagenet.STD)
 
@@ -61,7 +62,7 @@ def build_task(config: Config, device: torch.device, weights: str | None, began:
         model = build_model(model_info)
         if weights is not None:
             published = find_published(config.model.name, weights)
-            path = fetch(published) if published else Path(weights).expanduser()
+            path = fetch(published) if published else user_path(weights)
             told = load_weights(model, path, config.model.weights_key, model_info)
             notes["weights"] = "; ".join([weights, *told])
             if isinstance(config.data, ImageNetData) and (loaders.info.mean, loaders.info.std) != IMAGENET:

@@ -21,6 +21,7 @@ from trainer.checkpoints.saved_model import find_model
 from trainer.config.schema import ModelConfig
 from trainer.distributed import ranks
 from trainer.errors import EnvironmentFailure, did_you_mean
+from trainer.paths import user_path
 
 ALIKE = ("resnet18", "resnet34", "resnet50", "resnet101")  # ours, named and built as in both libraries
 TIMEOUT = 30.0  # seconds without an answer
@@ -82,7 +83,7 @@ def wanted_statistics(model: ModelConfig, began: Path | None) -> Statistics | No
     published = None
     if began is None and model.weights is not None:
         published = find_published(model.name, model.weights)
-        path = Path(model.weights).expanduser()
+        path = user_path(model.weights)
         if published is None and path.is_dir():
             began = find_model(path)
         elif published is None and model.name.startswith("timm:"):

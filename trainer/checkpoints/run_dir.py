@@ -33,6 +33,7 @@ from trainer.checkpoints.environment import environment
 from trainer.config.recipes import dump_recipe, read_yaml
 from trainer.config.schema import Config
 from trainer.errors import UserError
+from trainer.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ def create(config: Config, path: Path | None = None) -> RunDir:
         except OSError as error:
             raise UserError(f"the run folder {path} cannot be written: {error}") from error
         return RunDir(path)
-    parent = Path(config.run_root).expanduser() / config.name
+    parent = user_path(config.run_root) / config.name
     stamp = time.strftime("%Y%m%d-%H%M%S")
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +218,7 @@ def find_resumed(config: Config, path: Path | None = None) -> tuple[RunDir, Path
         return None if state is None else (RunDir(path), state)
     if config.resume is None:
         return None
-    path = Path(config.resume).expanduser()
+    path = user_path(config.resume)
     if config.resume == "auto":
         return _newest_unfinished(config)
     if path.name.startswith("step-"):
@@ -236,7 +237,7 @@ def _newest_unfinished(config: Config) -> tuple[RunDir, Path] | None:
     """Of the runs of this name that have a whole training state, the one that was trained last. By when its
     states were written: a clock may have been wrong as a folder got its name. Raises UserError where that run
     is still being trained: a second one beside it is not what was asked for."""
-    states = (Path(config.run_root).expanduser() / config.name).glob("*/checkpoints/step-*")
+    states = (user_path(config.run_root) / config.name).glob("*/checkpoints/step-*")
     newest: dict[Path, float] = {}
     for state in states:
         with suppress(OSError):
@@ -274,7 +275,7 @@ def _other_beginning(run: RunDir, config: Config) -> str | None:
 def read_branching_state(checkpoint: str) -> tuple[Path, dict[str, Any]]:
     """The folder and the training state that `checkpoint` names: a checkpoint, or a run folder, which means
     its dense twin. Raises UserError."""
-    path = Path(checkpoint).expanduser()
+    path = user_path(checkpoint)
     twin = path / "checkpoints" / DENSE_TWIN
     path = twin if twin.is_dir() else path
     if not path.is_dir():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trainer.distributed.slurm import num_tasks
 from trainer.errors import UserError, as_user_error
+from trainer.paths import user_path
 
 
 def train(options: argparse.Namespace) -> int:
@@ -84,7 +85,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from trainer.loaders import build_test_loader
     from trainer.models.classifier import Classifier
 
-    path = Path(options.path).expanduser()
+    path = user_path(options.path)
     kept = (DENSE_TWIN, SPARSE, DENSE_TWIN + EMA, SPARSE + EMA)
     pair = [path / "checkpoints" / key for key in kept]
     folders = [folder for folder in pair if folder.is_dir()] or [path]
@@ -122,10 +123,10 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def import_original(options: argparse.Namespace) -> int:
     """Turn a checkpoint or a recipe of the paper's implementation into one of ours."""
-    path = Path(options.file).expanduser()
+    path = user_path(options.file)
     is_recipe = path.suffix in (".yaml", ".yml")
     default = path.with_suffix(".acdc.yaml") if is_recipe else path.with_suffix("")
-    out = Path(options.out).expanduser() if options.out else default
+    out = user_path(options.out) if options.out else default
     with as_user_error("import"):
         if out.exists():
             raise ValueError(f"{out} exists already; name another with --out")
@@ -173,11 +174,11 @@ def export(options: argparse.Namespace) -> int:
     from trainer.checkpoints.saved_model import find_model, load_model
     from trainer.export.formats import FORMATS, export_model
 
-    path = Path(options.path).expanduser()
+    path = user_path(options.path)
     with as_user_error("export"):
         folder = find_model(path)
         default = folder.resolve().name + FORMATS[options.format][1]
-        out = Path(options.out or default).expanduser()
+        out = user_path(options.out or default)
         model, info = load_model(folder)
         export_model(options.format, model, info, out)
     print(f"{folder} stored in {out}")
@@ -217,7 +218,7 @@ def report(options: argparse.Namespace) -> int:
     from trainer.report.picture import write_picture
     from trainer.report.run import write_report
 
-    runs = [RunDir(Path(run).expanduser()) for run in options.runs]
+    runs = [RunDir(user_path(run)) for run in options.runs]
     made = Path(options.picture or options.out)
     with as_user_error("report"):
         if options.picture is not None:
@@ -235,7 +236,7 @@ def report(options: argparse.Namespace) -> int:
 
 def board(options: argparse.Namespace) -> int:
     """Open TensorBoard on the runs of a folder, without smoothing, which would turn phases into ramps."""
-    folder = Path(options.runs).expanduser()
+    folder = user_path(options.runs)
     if not next(folder.glob("**/events.out.tfevents.*"), None):
         raise UserError(f"board: no run under {folder} has records for TensorBoard")
     port = str(options.port)

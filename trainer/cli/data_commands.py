@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from trainer.errors import as_user_error
+from trainer.paths import user_path
 
 
 def prepare_fashion_mnist(options: argparse.Namespace) -> int:
@@ -14,7 +14,7 @@ def prepare_fashion_mnist(options: argparse.Namespace) -> int:
     from data.datasets import fashion_mnist
     from data.places import data_home
 
-    source = None if options.source is None else Path(options.source).expanduser()
+    source = None if options.source is None else user_path(options.source)
     with as_user_error("prepare fashion-mnist"):
         print(f"stored in {fashion_mnist.prepare(source, data_home())}")
     return 0
@@ -26,7 +26,7 @@ def prepare_shards(options: argparse.Namespace) -> int:
     from data.images.shards import write_shards
     from trainer.cli.progress import progress
 
-    source, destination = Path(options.source).expanduser(), Path(options.destination).expanduser()
+    source, destination = user_path(options.source), user_path(options.destination)
     with as_user_error("prepare shards"):
         for split, folder in FOLDERS.items():
             if options.split not in (folder, "both"):
@@ -54,9 +54,9 @@ def verify_data(options: argparse.Namespace) -> int:
     from data.images.files import EXCLUSIONS, read_exclusions
     from trainer.cli.progress import progress
 
-    root, workers = Path(options.root).expanduser(), _workers(options.workers)
+    root, workers = user_path(options.root), _workers(options.workers)
     with as_user_error("verify-data"):
-        manifest = None if options.manifest is None else read_manifest(Path(options.manifest).expanduser())
+        manifest = None if options.manifest is None else read_manifest(user_path(options.manifest))
         with progress("decoding") as on_progress:
             problems = verify(root, manifest=manifest, workers=workers, on_progress=on_progress)
         for problem in problems:
@@ -73,7 +73,7 @@ def verify_data(options: argparse.Namespace) -> int:
                 raise ValueError("no manifest written: it would vouch for bad files; use --exclude first")
             with progress("SHA-256") as on_progress:
                 sums = make_manifest(root, workers, on_progress)
-            write_manifest(Path(options.write_manifest).expanduser(), sums)
+            write_manifest(user_path(options.write_manifest), sums)
             print(f"SHA-256 of {len(sums):,} files in {options.write_manifest}")
     return 2 if open_ones else 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import UserError, as_user_error
+from trainer.paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ def predict(options: argparse.Namespace) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with as_user_error("predict"):
-        folder = find_model(Path(options.path).expanduser())
+        folder = find_model(user_path(options.path))
         model, info = load_model(folder)
     content = {key: info["config"][key] for key in ("data", "engine") if key in info["config"]}
     config = parse(EvalConfig, content, str(folder))
@@ -38,7 +39,7 @@ def predict(options: argparse.Namespace) -> int:
     for name in dict.fromkeys(options.images):
         try:
             resize = getattr(config.data, "eval_resize", described["input_shape"][1])
-            images[name] = _read(Path(name).expanduser(), described["input_shape"], resize)
+            images[name] = _read(user_path(name), described["input_shape"], resize)
         except (OSError, ValueError, SyntaxError) as error:
             bad.append(f"{name}: {error}")
     mean, std = (255 * torch.tensor(described[key]).view(1, -1, 1, 1) for key in ("mean", "std"))

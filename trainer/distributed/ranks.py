@@ -123,8 +123,8 @@ def _keep_compiled_graphs() -> None:
     """Let torch.compile keep its results beside the data sets, where they outlast a restart, unlike /tmp. By
     the CPU's vector instructions: torch 2.13 takes code for wider ones from a shared home, and fails in
     it."""
-    folder = data_home() / "compiled" / torch.backends.cpu.get_cpu_capability().replace(" ", "-")
     try:
+        folder = data_home() / "compiled" / torch.backends.cpu.get_cpu_capability().replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
