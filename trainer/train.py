@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,8 @@ def finetune_dense(config: Config, run: RunDir, device: torch.device) -> None:
         with contextlib.suppress(Finished):  # but not yet concluded
             fit(dense_branch(config, run), device, run.finetuned_dense)
         if ranks.is_main():
-            finish_both(run)
+            with refused_by_disk(run):
+                finish_both(run)
     finally:
         run.release()
 
@@ -138,16 +140,14 @@ def fit(
     trainer = build_trainer(config, device, path)
     log_start(trainer)
     try:
-        if run_file is not None and is_main():
-            run_file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(run_file, str(trainer.run_dir.resumed_by.resolve()))
-        trainer.fit()
-        finish(trainer)
+        with refused_by_disk(trainer.run_dir):
+            if run_file is not None and is_main():
+                run_file.parent.mkdir(parents=True, exist_ok=True)
+                write_text(run_file, str(trainer.run_dir.resumed_by.resolve()))
+            trainer.fit()
+            finish(trainer)
     except MaskError as error:
         raise UserError(f"sparsity: {error}") from error
-    except OSError as error:  # a full disk, a lost mount: what was saved before is whole
-        folder = trainer.run_dir.resumed_by
-        raise EnvironmentFailure(f"{error}; once that is mended, go on with resume={folder}") from error
     except (RuntimeError, MemoryError) as error:
         then = f"go on with resume={trainer.run_dir.resumed_by}"
         if is_out_of_memory(error):
@@ -158,6 +158,23 @@ def fit(
     finally:
         trainer.close()
     return trainer.run_dir
+
+
+@contextlib.contextmanager
+def refused_by_disk(run: RunDir) -> Iterator[None]:
+    """Turn an OSError, of a full disk or a lost mount, into an EnvironmentFailure."""
+    try:
+        yield
+    except OSError as error:
+        if not run.path.is_dir():
+            raise EnvironmentFailure(
+                f"the run folder {run.path} is gone: it was removed, or its disk, while the run was going "
+                f"({error}). Nothing of the run is left there to go on with"
+            ) from error
+        # what was saved before is whole
+        raise EnvironmentFailure(
+            f"{error}; once that is mended, go on with resume={run.resumed_by}"
+        ) from error
 
 
 if __name__ == "__main__":

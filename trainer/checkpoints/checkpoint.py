@@ -35,9 +35,10 @@ def save(folder: Path, contents: Mapping[str, Any], info: Mapping[str, Any]) -> 
     """Write `contents` (file name -> what torch.save takes) and the manifest with `info` as `folder`, at
     once.
 
-    Raises OSError when the disk refuses; what was at `folder` before is then still there.
+    Raises OSError when the disk refuses; what was at `folder` before is then still there. The folder that it
+    is in is made, but not those above: a run whose folder was removed must not go on in a new one.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

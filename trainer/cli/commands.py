@@ -160,6 +160,7 @@ def _import_checkpoint(path: Path, out: Path, arch: str | None) -> int:
 
     model, masks = load_original(path, arch)
     info = describe_original(path, arch, model)
+    out.parent.mkdir(parents=True, exist_ok=True)
     save_model(out, model, info)
     sparsity = measure(model, masks)
     print(f"{info['model']['name']} of epoch {info['epoch']}, {len(masks)} sparse layers")

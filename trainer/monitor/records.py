@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +16,8 @@ from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE, RunDir
 from trainer.monitor.screen import Screen
 from trainer.monitor.tensorboard import Board
 from trainer.monitor.tracking import Tracking
+
+log = logging.getLogger(__name__)
 
 # record key -> TensorBoard tag
 TAGS = {
@@ -50,6 +54,7 @@ class Monitor:
         self._tracking = tracking
         kept = [record for record in run_dir.read_metrics() if record["step"] <= start_step]
         texts = {"recipe": run_dir.path / "config.yaml", "environment": run_dir.path / "env.json"}
+        self._excepthook, threading.excepthook = threading.excepthook, self._in_thread
         self._board = Board(run_dir.tensorboard, start_step, texts)
         self._phase = kept[-1]["phase"] if kept else "dense"
         write_text(run_dir.metrics, "".join(json.dumps(record) + "\n" for record in kept))
@@ -84,11 +89,21 @@ class Monitor:
         self._board.scores(recipe, {f"result/{key}_top1": row["top1"] for key, row in pair.items() if row})
 
     def close(self) -> None:
+        """Raises nothing: what ends the run is said already, or it has ended well."""
         self.screen.close()
-        self._file.close()
-        self._board.close()
+        for file in (self._file, self._board):
+            try:
+                file.close()
+            except OSError as error:
+                log.warning("the last records may be missing: %s", error)
+        threading.excepthook = self._excepthook
         if self._tracking:
             self._tracking.close()
+
+    def _in_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread; the next record raises what the disk said there."""
+        if not isinstance(failure.exc_value, OSError):
+            self._excepthook(failure)
 
     def _record(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
