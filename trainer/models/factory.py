@@ -22,6 +22,9 @@ from torch import nn
 
 from trainer.errors import did_you_mean
 
+# A checkpoint names its function, too, and some that are on every machine run any code: torch.hub.load
+_NOT_ONES_OWN = {"torch", *sys.stdlib_module_names}
+
 
 def from_factory(name: str, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
     """The model that the function `name` makes. Raises ValueError that says what is wrong: no such module or
@@ -52,6 +55,11 @@ def from_factory(name: str, num_classes: int, arguments: dict[str, Any]) -> nn.M
 
 def _find(name: str) -> Callable[..., Any]:
     module_name, _, function = name.partition(":")
+    if module_name.partition(".")[0] in _NOT_ONES_OWN:
+        raise ValueError(
+            f"model.name {name!r}: a network of one's own is a function of a module of one's own, "
+            "not of torch or of Python itself"
+        )
     module = _import(name, module_name)
     make = getattr(module, function, None)
     if not callable(make):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.trainer.runs import final_state, run_here, tiny
+from trainer.checkpoints import checkpoint
+from trainer.checkpoints.saved_model import load_model
 from trainer.cli.main import main as acdc
 from trainer.models import get_model
 from trainer.train import main
@@ -62,7 +64,7 @@ def test_a_function_is_called_with_what_it_takes(networks):
         ("own_networks:fails", {}, r"failed: KeyError: 'weights' \(\S+own_networks.py, line 18\)"),
         ("own_networks:functional", {}, "has no function 'functional'"),
         ("own_networks:table", {}, "gives a dict, not a torch.nn.Module"),
-        ("builtins:dict", {}, "a function in Python is needed"),
+        ("builtins:dict", {}, "not of torch or of Python itself"),
         ("own_broken:net", {}, r"importing own_broken failed: ModuleNotFoundError: No module .*line 2\)"),
         (".net:small", {}, "write package.module:function"),
         ("resnet51", {}, "One of: .*package.module:function"),
@@ -71,6 +73,24 @@ def test_a_function_is_called_with_what_it_takes(networks):
 def test_mistakes_are_named(networks, name, arguments, message):
     with pytest.raises(ValueError, match=message):
         get_model(name, 7, in_channels=1, **arguments)
+
+
+def test_a_checkpoint_cannot_name_what_runs_any_code(tmp_path):
+    """torch.hub.load takes any keyword, and runs the hubconf.py of a folder or of a repository."""
+    done = tmp_path / "executed"
+    (tmp_path / "hubconf.py").write_text(f"open({str(done)!r}, 'w').close()\ndef net(**_): ...")
+    model = {
+        "name": "torch.hub:load",
+        "num_classes": 10,
+        "input_shape": [1, 28, 28],
+        "mean": [0.5],
+        "std": [0.5],
+    }
+    model["arguments"] = {"repo_or_dir": str(tmp_path), "model": "net", "source": "local"}
+    checkpoint.save(tmp_path / "sparse", {checkpoint.MODEL: {}}, {"model": model, "config": {}})
+    with pytest.raises(ValueError, match="not of torch or of Python itself"):
+        load_model(tmp_path / "sparse")
+    assert not done.exists()
 
 
 def test_a_model_that_gives_no_logits_is_refused_before_the_run(networks, tiny_data, capsys):
