@@ -14,16 +14,17 @@ from tensorboard.compat.proto.event_pb2 import Event
 
 from data.atomic import whole
 
-_NAME = "events.out.tfevents."
+_NAME, _KEPT = "events.out.tfevents.", ".kept"
 _HEAD, _TAIL = 12, 4  # bytes around a record: its length and a checksum of that, a checksum of the record
 
 
 def keep_until(folder: Path, step: int) -> bool:
     """Leave only the events up to `step` in the files of `folder`, and give them names that come before
     those of later files, whatever the clock says. Whether there was any file. Raises OSError."""
-    files = sorted(path for path in folder.glob(f"{_NAME}*") if path.is_file())
-    for number, path in enumerate(files):
-        kept = folder / f"{_NAME}{number:010}.kept"
+    files = [path for path in folder.glob(f"{_NAME}*") if path.is_file()]
+    in_order = sorted(files, key=lambda path: (path.suffix != _KEPT, path.name))
+    for number, path in enumerate(in_order):
+        kept = folder / f"{_NAME}{0:010}.{number:04}{_KEPT}"
         path.rename(kept)
         content = kept.read_bytes()
         records = [record for record, at in _records(content) if at <= step]
