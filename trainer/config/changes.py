@@ -158,10 +158,14 @@ def with_beginning(config: Config, past: Any) -> Config:
     changes."""
     if not isinstance(past, dict):
         return config
-    model = past.get("model")
-    weights = {key: model.get(key) for key in ("weights", "weights_key")} if isinstance(model, dict) else {}
-    began = {"checkpoint": past.get("checkpoint"), "model": config.model.model_copy(update=weights)}
-    return config.model_copy(update=began)
+    weights = {key: _text(past.get("model"), key) for key in ("weights", "weights_key")}
+    model = config.model.model_copy(update=weights)
+    return config.model_copy(update={"checkpoint": _text(past, "checkpoint"), "model": model})
+
+
+def _text(section: Any, key: str) -> str | None:
+    value = section.get(key) if isinstance(section, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def _against_past(change: Change, begun: int, position: Mapping[str, Any]) -> list[str]:

@@ -161,3 +161,6 @@ def test_how_the_run_began_may_be_left_out():
     weights = recipe("model.weights=file.pt", "model.weights_key=ema").model_dump(mode="json")
     model = with_beginning(recipe(), weights).model
     assert (model.weights, model.weights_key) == ("file.pt", "ema")
+    assert (
+        with_beginning(recipe(), {"checkpoint": {"every": "1ep"}, "model": []}) == recipe()
+    )  # of early recipes
