@@ -103,12 +103,16 @@ def test_other_test_images_are_told(run, tmp_path, caplog):
     assert "test images" in history(run)[-1]["changes"]
 
 
-def with_cores(monkeypatch, number):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(number)))
+@pytest.fixture
+def with_cores(monkeypatch):
+    """Sets how many cores there seem to be, for this test alone."""
+    before = torch.get_num_threads()
+    yield lambda number: monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(number)))
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("before", "cores", "now"), [(2, 4, 2), (3, 2, 2), (2, 2, 2), (None, 2, 2)])
-def test_threads_are_kept_or_missed(run, before, cores, now, tiny_data, tmp_path, monkeypatch, caplog):
+def test_threads_are_kept_or_missed(run, before, cores, now, tiny_data, tmp_path, with_cores, caplog):
     point = checkpoint.step_folder(run / "checkpoints", 12)
     state = checkpoint.read(point, checkpoint.STATE)
     if before is None:  # a state from before they were kept
@@ -116,7 +120,7 @@ def test_threads_are_kept_or_missed(run, before, cores, now, tiny_data, tmp_path
     else:
         state["position"]["threads"] = before
     checkpoint.save(point, {checkpoint.STATE: state}, checkpoint.read_info(point))
-    with_cores(monkeypatch, cores)
+    with_cores(cores)
     caplog.set_level(logging.INFO)
     trainer = build(tiny_data, tmp_path, "resume=auto")
     trainer.close()
@@ -131,11 +135,11 @@ def test_threads_are_kept_or_missed(run, before, cores, now, tiny_data, tmp_path
     assert trainer.position.threads == (before or now)  # with cores enough it goes back to its own
 
 
-def test_a_run_moved_to_more_cores_is_the_uninterrupted_one(tiny_data, tmp_path, monkeypatch):
-    with_cores(monkeypatch, 1)
+def test_a_run_moved_to_more_cores_is_the_uninterrupted_one(tiny_data, tmp_path, with_cores):
+    with_cores(1)
     whole = build(tiny_data, tmp_path / "whole")
     fit_and_close(whole, stop=8)
     fit_and_close(build(tiny_data, tmp_path), stop=4)
-    with_cores(monkeypatch, 2)
+    with_cores(2)
     fit_and_close(build(tiny_data, tmp_path, "resume=auto"), stop=8)
     assert_equal_states(*(final_state(newest_run(root), 8) for root in (tmp_path / "whole", tmp_path)))
