@@ -168,6 +168,7 @@ def test_checkpoints_load_both_ways():
     assert type(plain.blocks[0].attention) is nn.MultiheadAttention
     assert type(plain.blocks[0].attention.out_proj) is type(model.blocks[0].attention.out_proj)
     assert vars(plain.blocks[0].attention).keys() == vars(model.blocks[0].attention).keys()
+    assert [name for name, _ in plain.named_modules()] == [name for name, _ in model.named_modules()]
     model.load_state_dict(plain.state_dict())
     torch.testing.assert_close(model(x), other(x))
     again = Net()
