@@ -147,8 +147,17 @@ def _load() -> ctypes.CDLL:
 
 
 def _cache_folder() -> Path:
-    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    return Path(given) if given else Path(tempfile.gettempdir()) / f"acdc-kernels-{os.getuid()}"
+    """What is in it is loaded and run. Raises BuildError where another user has put it there before."""
+    if given := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(given)
+    folder = Path(tempfile.gettempdir()) / f"acdc-kernels-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise BuildError(
+            f"{folder} belongs to another user: set TORCHINDUCTOR_CACHE_DIR to a folder of yours"
+        )
+    folder.chmod(0o700)
+    return folder
 
 
 def _digest(command: list[str]) -> str:

@@ -446,6 +446,17 @@ def test_what_hinders_a_build_is_said_so(name, value, message, monkeypatch, tmp_
         library._load_once.cache_clear()
 
 
+def test_nothing_is_loaded_from_a_folder_that_another_user_made(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(library.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = library._cache_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(library.os, "getuid", lambda: 12345)
+    folder.rename(tmp_path / "acdc-kernels-12345")
+    with pytest.raises(library.BuildError, match="belongs to another user: set TORCHINDUCTOR_CACHE_DIR"):
+        library._cache_folder()
+
+
 LINEAR = Shape(33, 8, 16, *(1, 1) * 2, 0, 0, 1, 1, 1, 1, 1, 20)
 SHAPE = Shape(33, 8, 16, 3, 3, 2, 2, 1, 1, 1, 1, 1, 9, 9, 20)
 
