@@ -2,6 +2,7 @@
 # make test     set up, then run the tests that are not marked slow (about three minutes)
 # make test-slow  the slow tests: real launches, two ranks, damaged data (several minutes more)
 # make test-rare  the few slow ones that compile most
+# make torture    runs killed, stopped, damaged and fed with nonsense, counted; KILLS=100 and 25 minutes
 # make setup    the set-up alone: .venv with pinned dependencies
 # make lint     ruff and mypy
 # make sanitize the C++ kernels' tests under address and undefined-behaviour sanitizers
@@ -15,7 +16,7 @@ INSTALLED := .venv/.installed
 PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: setup train test test-slow test-rare lint docs sanitize claims gpu-check clean
+.PHONY: setup train test test-slow test-rare torture lint docs sanitize claims gpu-check clean
 setup: $(INSTALLED)
 
 # First what one file serves on every machine, by its hash; then torch, whose build is the machine's; then the rest.
@@ -33,13 +34,17 @@ train: setup
 	$(BIN)/acdc train quickstart --devices 1
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+	$(BIN)/python -m pytest -m "not slow and not rare" $(PARALLEL)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not rare" $(PARALLEL)
 
 test-rare: setup
 	$(BIN)/python -m pytest -m rare $(PARALLEL)
+
+KILLS = 100
+torture: setup
+	$(BIN)/python -m tests.torture --kills $(KILLS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -154,6 +154,7 @@ def test_without_the_option_nothing_starts_again(codes, tmp_path):
 def test_it_goes_on_from_the_newest_whole_checkpoint_of_this_very_run(codes, tmp_path, capsys):
     """Which the run has written down; another run of the name may be newer."""
     run = tmp_path / "quickstart" / "one"
+    run.mkdir(parents=True)
     for step, whole in ((7, True), (14, False)):
         point = checkpoint.step_folder(run / "checkpoints", step)
         checkpoint.save(point, {checkpoint.STATE: {"a": torch.ones(2)}}, {"step": step})

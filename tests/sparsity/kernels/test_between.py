@@ -194,7 +194,8 @@ def eager(graph, inputs):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own look
 @pytest.mark.parametrize(("backend", "autocast", "inplace"), [
-    (eager, False, True), (eager, False, False), (inductor, False, True), (inductor, True, True)
+    (eager, False, True), (eager, False, False), (inductor, False, True),
+    pytest.param(inductor, True, True, marks=pytest.mark.rare),
 ])  # fmt: skip
 def test_a_run_with_all_kernels_is_the_run_without(fused, backend, autocast, inplace):
     net, other = network(inplace), network(inplace)

@@ -57,6 +57,7 @@ def small_stem(*layers):
     return nn.Sequential(*layers, nn.ReLU(), nn.MaxPool2d(3, 2, 1)).to(memory_format=torch.channels_last)
 
 
+@pytest.mark.rare
 def test_a_compiled_network_is_the_uncompiled_one():
     torch.manual_seed(0)
     plain = small_stem(nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8))

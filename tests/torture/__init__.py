@@ -1,0 +1,1 @@
+"""What must never lose or change a run: kills, signals, damaged and hostile files, nonsense in recipes."""
