@@ -131,7 +131,7 @@ def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
     assert [record["bad_files"] for record in records if record["kind"] == "epoch"] == [1, 1]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_bad_packed_image_saves_and_stops_and_can_be_skipped(tree, tmp_path, capsys):
     packed = tmp_path / "packed"
     assert acdc_command(["prepare", "shards", str(tree), str(packed), "--workers", "1"]) == 0

@@ -9,7 +9,6 @@ from torch import nn
 
 from sparsity import ACDC, PhaseSchedule, UniformMagnitude
 from sparsity.kernels.unstructured import fusion, library
-from tests.slow import slow
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
 from trainer import kernels
 from trainer.checkpoints import checkpoint
@@ -31,7 +30,11 @@ def _home(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [("engine.precision=fp32",), *slow(("engine.precision=bf16", "engine.zero_stage=1"))]
+    "options",
+    [
+        ("engine.precision=fp32",),
+        pytest.param(("engine.precision=bf16", "engine.zero_stage=1"), marks=pytest.mark.rare),
+    ],
 )
 def test_a_run_is_resumed_bit_for_bit_and_equals_the_dense_one(tiny_data, tmp_path, capsys, options):
     run = run_here(tiny_data, tmp_path / "runs", *SHORT, *options)

@@ -159,8 +159,16 @@ def with_beginning(config: Config, past: Any) -> Config:
     if not isinstance(past, dict):
         return config
     weights = {key: _text(past.get("model"), key) for key in ("weights", "weights_key")}
-    model = config.model.model_copy(update=weights)
-    return config.model_copy(update={"checkpoint": _text(past, "checkpoint"), "model": model})
+    began: dict[str, Any] = {
+        "checkpoint": _text(past, "checkpoint"),
+        "model": config.model.model_copy(update=weights),
+    }
+    data, pixels = past.get("data"), ("mean", "std")  # of images: the checkpoint's model carries them along
+    if isinstance(data, dict) and all(
+        getattr(config.data, key, 0) is None and data.get(key) for key in pixels
+    ):
+        began["data"] = config.data.model_copy(update={key: data[key] for key in pixels})
+    return config.model_copy(update=began)
 
 
 def _text(section: Any, key: str) -> str | None:

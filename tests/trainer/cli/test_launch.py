@@ -68,7 +68,7 @@ def test_two_ranks(stage, two_ranks):
         assert seen["num_kept"] == 1946
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_acdc_train_with_two_devices_and_all_options(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # the usual way to ask for the CPU
     options = ["finetune_dense=true", "engine.zero_stage=1", "save.mask_history=true"]
@@ -85,7 +85,7 @@ def test_acdc_train_with_two_devices_and_all_options(tiny_data, tmp_path, monkey
     assert len(list((run / "masks").iterdir())) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_one_of_two_ranks_meets_a_bad_file(tmp_path):
     root = make_tree(tmp_path / "tree", 2, 16, 4, around=40)
     bad = sorted((root / "train").glob("*/*.JPEG"))[5]
