@@ -116,7 +116,7 @@ def test_logits_are_those_of_the_dense_model(net, forced, tmp_path, images):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.rare
 def test_compiled_logits_are_the_same(net, forced):
     batch = torch.randn(16, 3, 12, 12)
     fast = accelerated(net, batch)

@@ -147,6 +147,7 @@ def test_kernels_of_another_machine_run_dense(tiny_data, tmp_path, monkeypatch, 
     assert final_state(run, LAST)["acdc"]["kernels"] == {}
 
 
+@pytest.mark.rare
 def test_kernels_of_another_precision_are_chosen_anew(tiny_data, tmp_path, caplog):
     run = run_here(tiny_data, tmp_path / "runs", *SHORT)
     within = checkpoint.step_folder(run / "checkpoints", 4)

@@ -87,6 +87,7 @@ def finished(runs: Path) -> Path:
     return run
 
 
+@pytest.mark.rare
 def test_torchrun_on_two_machines(start, tiny_data, tmp_path):
     arguments = tiny(tiny_data, tmp_path / "runs", *SHORT)
     changes = {"--nproc-per-node=8": "--nproc-per-node=1", "node1": "127.0.0.1", "29500": str(free_port())}

@@ -111,7 +111,7 @@ def test_mistakes_keep_their_exit_code_through_the_launcher(tiny_data, tmp_path)
     assert "Traceback" not in done.stderr + done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_failure_of_the_first_rank_alone_is_told_once(tiny_data, tmp_path):
     done = execute(command("train", *tiny(tiny_data, tmp_path, "run_root=/dev/null/runs"), "--devices", "2"))
     assert done.returncode == 2
@@ -198,7 +198,7 @@ def test_a_reader_that_goes_does_not_end_the_run(tiny_data, tmp_path):
     assert (newest_run(tmp_path) / "report.html").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_killed_launcher_is_no_success(tiny_data, tmp_path):
     """DeepSpeed's runner reports success then, and leaves the rank running."""
     process = start_and_wait(command("train", *tiny(tiny_data, tmp_path), "--devices", "1"), tmp_path, 4)
