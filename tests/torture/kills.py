@@ -56,7 +56,7 @@ def killed(
             _kill(process)
         equal = code == 0 and _is_equal(newest_run(place), whole)
         yield from [equal] * kills
-        done += max(kills, 1)
+        done += kills
 
 
 def stopped(data: Path, root: Path, whole: Path, seconds: float, generator: random.Random) -> Iterator[bool]:
@@ -65,10 +65,10 @@ def stopped(data: Path, root: Path, whole: Path, seconds: float, generator: rand
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         place = root / f"signal-{number}"
         process = _start(data, place, 1)
-        # not before the run can hear it
-        while process.poll() is None and not list(place.glob("*/*/metrics.jsonl")):
-            time.sleep(0.05)
-        time.sleep(generator.uniform(0, 0.3) * seconds)
+        # not before it trains: until then there is nothing to save, and no one to hear it
+        while process.poll() is None and not any(f.stat().st_size for f in place.glob("*/*/metrics.jsonl")):
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.1) * seconds)
         process.send_signal(number)
         code = _wait(process, LONGEST)
         _kill(process)
