@@ -73,7 +73,7 @@ def test_a_folder_and_a_pretrained_network_are_enough(folder, weights, backend, 
     assert f"{result['sparse']['top1']:.2f}" in capsys.readouterr().out  # on the same images
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_statistics_go_along_with_the_run(folder, weights):
     """Through a resume without the weights' file, and to a run that starts from this one."""
     half = ["data.mean=[0.5, 0.5, 0.5]", "data.std=[0.25, 0.25, 0.25]"]
