@@ -49,9 +49,9 @@ def test_in_the_environment(monkeypatch):
         data_home()
 
 
-def test_homes_that_there_are(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert user_path("~/runs") == Path("/home/me/runs")
+def test_homes_that_there_are(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/runs") == tmp_path / "runs"
     assert user_path("runs/~x") == Path("runs/~x")
     with pytest.raises(UserError, match="write the path without it"):
         user_path(NOBODY)

@@ -6,10 +6,13 @@ import torch
 from rich.table import Table
 
 from sparsity.stats import shares_unpruned
+from trainer.checkpoints import checkpoint
 from trainer.checkpoints.run_dir import find_resumed
+from trainer.config.changes import with_beginning
 from trainer.config.recipes import dump_recipe
 from trainer.config.schema import Config
 from trainer.engine import check_precision
+from trainer.errors import as_user_error
 from trainer.monitor.screen import Screen
 from trainer.task import Task, build_task
 
@@ -21,6 +24,9 @@ def dry_run(config: Config) -> int:
     check_precision(config.engine, device)
     resumed = find_resumed(config)
     began = None if resumed is None else resumed[1]
+    if began is not None:
+        with as_user_error(f"resume {began}"):
+            config = with_beginning(config, checkpoint.read_info(began).get("config"))
     task = build_task(config, device, None if began else config.model.weights, began)
     console = Screen(0, 0, 0).console
     console.print(dump_recipe(config.model_dump(mode="json")), markup=False)
@@ -28,12 +34,9 @@ def dry_run(config: Config) -> int:
     console.print(f"steps       {task.acdc.steps_per_epoch:,} an epoch", markup=False, soft_wrap=True)
     for about, text in task.notes.items():
         console.print(f"{about:<10}  {text}", markup=False, soft_wrap=True)
-    if began is not None:
-        console.print(f"resumes     {began}", markup=False, soft_wrap=True)
     console.print(_phases(task), _pruned(task), _left_dense(task))
-    console.print(
-        f"nothing was trained; without --dry-run a new run goes to {config.run_root}/{config.name}/"
-    )
+    goes = f"a new run goes to {config.run_root}/{config.name}/" if began is None else f"it resumes {began}"
+    console.print(f"nothing was trained; without --dry-run {goes}", markup=False, soft_wrap=True)
     return 0
 
 

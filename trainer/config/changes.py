@@ -1,7 +1,7 @@
 """What of a recipe may change when a run goes on: the written list, and how two recipes are compared by it.
 
 A resumed run is the one that began. What its past was trained with stays; what is still to come may be
-another, and each change is told and kept in the run folder's history.
+another, and each change is logged and kept in the run folder's history.
 """
 
 from __future__ import annotations

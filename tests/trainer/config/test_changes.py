@@ -41,6 +41,7 @@ def accept(position, *overrides, before=()):
     found, config = changed(*overrides, before=before)
     assert found
     check_changes(found, config, position)
+    return {change.key for change in found}
 
 
 def test_every_field_is_in_one_list():
@@ -133,7 +134,7 @@ def test_a_schedule_with_another_past_is_refused(position, schedule, expected):
 
 
 def test_a_schedule_may_change_where_it_has_not_been():
-    accept(at(1), "sparsity.schedule=dense 3, sparse 3")
+    assert accept(at(1), "sparsity.schedule=dense 3, sparse 3") == {"sparsity.schedule"}
     accept(at(0, step=9), "sparsity.schedule=dense 3, sparse 3")
     longer = "sparsity.schedule=dense 1, (sparse 1, dense 1) x3, sparse 3"
     accept(at(6, dense_twin=4, sparse=5), longer, "epochs=10")
