@@ -2,7 +2,7 @@
 
 from sparsity.acdc import ACDC
 from sparsity.flops import ModelFlops, count_flops
-from sparsity.gradual import CubicSparsity
+from sparsity.gradual import CubicSparsity, Regrowth
 from sparsity.guard import MaskError, find_escaping
 from sparsity.kernels.interface import Kernel
 from sparsity.kernels.semi_structured.kernel import Run24
@@ -10,10 +10,16 @@ from sparsity.kernels.unstructured.fusion import inductor
 from sparsity.layers import AveragedModel, mask_layers, to_plain
 from sparsity.modules.attention import MaskedAttention
 from sparsity.modules.layers import MaskedConv2d, MaskedLinear
-from sparsity.patterns import NM, GlobalMagnitude, Pattern, UniformMagnitude
+from sparsity.patterns import (
+    NM,
+    GlobalMagnitude,
+    Pattern,
+    RandomMask,
+    Transposable24,
+    UniformMagnitude,
+)
 from sparsity.schedule import Phase, PhaseSchedule
 from sparsity.stats import Sparsity, measure, num_leaked, relative_mask_difference
-from sparsity.transposable import Transposable24
 
 __all__ = [
     "ACDC",
@@ -30,6 +36,8 @@ __all__ = [
     "Pattern",
     "Phase",
     "PhaseSchedule",
+    "RandomMask",
+    "Regrowth",
     "Run24",
     "Sparsity",
     "Transposable24",

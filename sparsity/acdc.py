@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.execution import Execution, Wish, kernel_named, kernel_names
-from sparsity.gradual import CubicSparsity, actions_of
+from sparsity.gradual import CubicSparsity, Regrowth, actions_of
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
 from sparsity.kernels.interface import Kernel
 from sparsity.layers import mask_layers, to_plain
@@ -53,7 +53,8 @@ class ACDC:
     steps_per_epoch: optimizer steps (not micro-batches) in an epoch of the schedule. include, exclude: name
     patterns, see sparsity.layers.mask_layers, whose ValueErrors this raises. A schedule without sparse phases
     masks no layer: dense training by the same loop. gradual: compress again and again within the one sparse
-    phase, with growing sparsity (GMP).
+    phase, with growing sparsity (GMP) or by random regrowth (SET). reset_momentum: zero all momentum at a
+    decompression, as the paper does; else kept weights go on with theirs.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class ACDC:
         *,
         include: Iterable[str] = ("*",),
         exclude: Iterable[str] = (),
-        gradual: CubicSparsity | None = None,
+        gradual: CubicSparsity | Regrowth | None = None,
+        reset_momentum: bool = True,
     ) -> None:
         self._steps = StepWatch(schedule, steps_per_epoch)
         self.model = model
@@ -77,7 +79,8 @@ class ACDC:
         self.step = 0  # optimizer steps begun
         self.mask_difference: float | None = None  # between the last two compressions
         self._execution = Execution(model, self.layers)
-        self._settled = gradual.settled if gradual else 0  # epoch, see masks_settled
+        self._settled = gradual.settled if isinstance(gradual, CubicSparsity) else 0  # see masks_settled
+        self._reset_momentum = reset_momentum
         self._previous: dict[str, Tensor] = {}  # masks of the last compression, while its phase is over
         self._masters: Masters | None = None
         self._detach: Callable[[], None] | None = None
@@ -171,6 +174,8 @@ class ACDC:
         before = self._previous or self.masks()
         first = not self._previous and bool(torch.stack([mask.all() for mask in before.values()]).all())
         self.mask_difference = None if first else relative_mask_difference(before, chosen)
+        if self.layers:
+            masters.refill_(self._keep())  # for weights that grow
         layers = self.layers.values()
         torch._foreach_copy_([layer.mask for layer in layers], [chosen[name] for name in self.layers])
         masters.mask_(self._keep())
@@ -190,7 +195,8 @@ class ACDC:
         self._use_kernels(False)
         for layer in self.layers.values():
             layer.mask.fill_(True)
-        masters.reset_momentum_()
+        if self._reset_momentum:
+            masters.reset_momentum_()
         self._looks = 0
 
     def accelerate(
@@ -205,9 +211,8 @@ class ACDC:
 
         example: images as a step on this device gets them; call within autocast if steps run in it. Every
         switch between the two costs one graph of a compiled model the first time, and none later. Raises
-        KeyError for a layer that is not one of kernel_layers, ValueError for another word, and
-        sparsity.kernels.choose.NoKernelError, at a compression, where kernels are required and there are
-        none."""
+        KeyError for a layer that is not one of kernel_layers, ValueError for another word, and, at a
+        compression, sparsity.kernels.choose.NoKernelError where kernels are required and there are none."""
         if isinstance(kernels, str):
             self._execution.set({})
             self._execution.wish = Wish.of(kernels, example)
@@ -277,10 +282,8 @@ class ACDC:
         self.step = int(state["step"])
         self._looks = LOOKS if self.phase.kind == "sparse" else 0
         self.mask_difference = state["mask_difference"]
-        layers = self.layers
-        self._previous = {
-            name: mask.to(layers[name].mask.device) for name, mask in state["previous_masks"].items()
-        }
+        previous = state["previous_masks"].items()
+        self._previous = {name: mask.to(self.layers[name].mask.device) for name, mask in previous}
         if names := kernel_names(state):
             self._execution.set_named(names)
         self._use_kernels(self.phase.kind == "sparse" and self.step > 0)

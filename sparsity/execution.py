@@ -20,8 +20,7 @@ from sparsity.kernels.unstructured.family import SparseFamily
 from sparsity.kernels.unstructured.library import BuildError, find_compiler, load
 from sparsity.layers import with_unmasked_between
 from sparsity.modules.layers import MaskedLayer
-from sparsity.patterns import Pattern
-from sparsity.transposable import Transposable24, is_24
+from sparsity.patterns import Pattern, Transposable24, is_24
 
 log = logging.getLogger(__name__)
 

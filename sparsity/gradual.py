@@ -1,13 +1,16 @@
-"""Gradual magnitude pruning (GMP): sparsity that grows by a cubic law within one sparse phase.
+"""Training whose masks change within one sparse phase: the baselines of AC/DC.
 
-Zhu and Gupta 2017, "To prune, or not to prune", equation 1; the baseline of the AC/DC paper.
+CubicSparsity: gradual magnitude pruning (GMP), sparsity that grows by a cubic law (Zhu and Gupta 2017, "To
+prune, or not to prune", equation 1; the baseline of the AC/DC paper). Regrowth: dynamic sparse training at a
+fixed sparsity (SET: Mocanu et al., Nature Communications 2018).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
-from sparsity.patterns import GlobalMagnitude, Pattern, UniformMagnitude
+from sparsity.patterns import DropAndGrow, GlobalMagnitude, Pattern, RandomMask, UniformMagnitude
 from sparsity.schedule import PhaseSchedule
 
 
@@ -52,20 +55,64 @@ class CubicSparsity:
         return next(epoch for epoch in self.epochs if 1 - self.at(epoch) <= 2 * last)
 
 
+@dataclass(frozen=True)
+class Regrowth:
+    """Within the sparse phase, every so many epochs below `end`, each layer drops the share of its kept
+    weights that is smallest and grows as many others at random. The share falls from `share` by a half cosine
+    to 0 at `end` (Evci et al., ICML 2020, section 3)."""
+
+    share: float
+    end: int
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share {self.share}: of the kept weights, 0 < share < 1, e.g. 0.3")
+        if self.every < 1:
+            raise ValueError(f"every {self.every} epochs: 1 or more")
+
+    def at(self, epoch: int, start: int) -> float:
+        """The share that changes at the beginning of `epoch`, in a sparse phase from `start` on."""
+        return self.share / 2 * (1 + math.cos(math.pi * (epoch - start) / (self.end - start)))
+
+
 def actions_of(
-    pattern: Pattern, schedule: PhaseSchedule, gradual: CubicSparsity | None
+    pattern: Pattern, schedule: PhaseSchedule, changing: CubicSparsity | Regrowth | None
 ) -> dict[int, Pattern | None]:
     """Epoch -> what happens as it begins: a pattern to compress by, or None to decompress."""
     actions: dict[int, Pattern | None] = dict.fromkeys(schedule.decompressions)
-    if gradual is None:
+    if changing is None:
         return {**actions, **dict.fromkeys(schedule.compressions, pattern)}
+    if len(schedule.compressions) != 1 or actions:
+        raise ValueError(
+            "masks that change within a phase need one sparse phase that lasts to the end, e.g. "
+            f'"dense 1, sparse 89"; the schedule is "{schedule}"'
+        )
+    (start,) = schedule.compressions
+    if isinstance(changing, CubicSparsity):
+        return _growing_sparsity(pattern, start, changing)
+    return _regrowing(pattern, start, changing)
+
+
+def _growing_sparsity(pattern: Pattern, start: int, law: CubicSparsity) -> dict[int, Pattern | None]:
     if not isinstance(pattern, GlobalMagnitude | UniformMagnitude):
         raise ValueError(
             f"gradual pruning changes the sparsity of a magnitude pattern, which {pattern} is not"
         )
-    if schedule.compressions != (gradual.start,) or actions:
+    if start != law.start:
         raise ValueError(
-            f"gradual pruning from epoch {gradual.start} needs one sparse phase that begins there and lasts "
-            f'to the end, e.g. "dense 1, sparse 89"; the schedule is "{schedule}"'
+            f"gradual pruning from epoch {law.start} needs a sparse phase that begins there, not in {start}"
         )
-    return {epoch: replace(pattern, sparsity=gradual.at(epoch)) for epoch in gradual.epochs}
+    return {epoch: replace(pattern, sparsity=law.at(epoch)) for epoch in law.epochs}
+
+
+def _regrowing(pattern: Pattern, start: int, law: Regrowth) -> dict[int, Pattern | None]:
+    if not isinstance(pattern, RandomMask):
+        raise ValueError(f"regrowth goes on from a random mask, which {pattern} does not draw")
+    if law.end <= start:
+        raise ValueError(f"regrowth until epoch {law.end} must end behind epoch {start}, where masks begin")
+    updates = {
+        epoch: DropAndGrow(pattern.sparsity, law.at(epoch, start), pattern.seed + epoch)
+        for epoch in range(start + law.every, law.end, law.every)
+    }
+    return {start: pattern, **updates}

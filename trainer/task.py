@@ -19,7 +19,8 @@ from trainer.checkpoints.pretrained import Statistics, fetch, find_published, wa
 from trainer.checkpoints.saved_model import build_model, describe_model
 from trainer.checkpoints.weights import load_weights
 from trainer.config.data import ImageNetData
-from trainer.config.schema import Config, SparsityConfig
+from trainer.config.schema import Config
+from trainer.config.sparsity import SparsityConfig
 from trainer.distributed import ranks
 from trainer.engine import check_convolutions
 from trainer.errors import as_user_error
@@ -77,7 +78,7 @@ def build_task(config: Config, device: torch.device, weights: str | None, began:
     with as_user_error("lr"):
         check_warmup(config.lr, config.epochs, steps_per_epoch)
     with as_user_error("sparsity"):
-        acdc = _build_acdc(config.sparsity, model, steps_per_epoch)
+        acdc = _build_acdc(config.sparsity, config.seed, model, steps_per_epoch)
     with as_user_error("model"):
         check_convolutions(model, device)
         flops = RunFlops.count(model, config.data, loaders.info.shape)
@@ -98,11 +99,19 @@ def _normalised(info: ImageInfo, config: Config, began: Path | None) -> ImageInf
     return info if wanted is None else replace(info, mean=wanted[0], std=wanted[1])
 
 
-def _build_acdc(config: SparsityConfig, model: nn.Module, steps_per_epoch: int) -> ACDC:
-    pattern, schedule = config.build_pattern(), config.build_schedule()
-    chosen = {"include": config.include, "exclude": config.exclude}
+def _build_acdc(config: SparsityConfig, seed: int, model: nn.Module, steps_per_epoch: int) -> ACDC:
+    pattern, schedule = config.build_pattern(seed), config.build_schedule()
     try:
-        acdc = ACDC(model, pattern, schedule, steps_per_epoch, **chosen, gradual=config.build_gradual())
+        acdc = ACDC(
+            model,
+            pattern,
+            schedule,
+            steps_per_epoch,
+            include=config.include,
+            exclude=config.exclude,
+            gradual=config.build_gradual(),
+            reset_momentum=config.reset_momentum,
+        )
     except UnmaskableError as error:
         left_out = json.dumps([*config.exclude, *error.exclude])
         raise ValueError(f"{error.reason}; leave it dense with 'sparsity.exclude={left_out}'") from error

@@ -114,7 +114,7 @@ def dense_branch(config: Config, run: RunDir) -> Config:
     epoch and learning rates go on as if the last compression had not been. The paper's dense results come
     from such a branch: the dense twin has missed the last epochs, with their low learning rates."""
     from trainer.checkpoints.run_dir import DENSE_TWIN
-    from trainer.config.schema import SparsityConfig
+    from trainer.config.sparsity import SparsityConfig
 
     return config.model_copy(
         update={

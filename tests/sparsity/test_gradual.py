@@ -62,8 +62,8 @@ def test_training_with_growing_sparsity():
 @pytest.mark.parametrize(
     ("pattern", "schedule", "message"),
     [
-        (GlobalMagnitude(0.9), "dense 2, sparse 8", "needs one sparse phase that begins there"),
-        (GlobalMagnitude(0.9), "dense 1, sparse 2, dense 2", "needs one sparse phase that begins there"),
+        (GlobalMagnitude(0.9), "dense 2, sparse 8", "needs a sparse phase that begins there"),
+        (GlobalMagnitude(0.9), "dense 1, sparse 2, dense 2", "one sparse phase that lasts to the end"),
         (NM(2, 4), "dense 1, sparse 9", "changes the sparsity of a magnitude pattern"),
     ],
 )

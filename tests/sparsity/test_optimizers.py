@@ -175,6 +175,21 @@ def test_several_optimizers_are_all_reset():
     assert (second.state[net[2].weight]["exp_avg_sq"] > 0).all()
 
 
+def test_momentum_can_be_kept():
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    acdc = ACDC(net, GlobalMagnitude(0.8), SCHEDULE, STEPS, reset_momentum=False)
+    acdc.attach(optimizer)
+    for number in range(2 * STEPS):
+        acdc.before_step()
+        one_step(net, optimizer, number=number)
+    before = {p: optimizer.state[p]["momentum_buffer"].clone() for p in net.parameters()}
+    acdc.before_step()
+    assert acdc.phase.kind == "dense"
+    assert all(torch.equal(optimizer.state[p]["momentum_buffer"], kept) for p, kept in before.items())
+    assert any(kept.any() for kept in before.values())
+
+
 def test_a_state_from_before_the_first_step_takes_the_momentum_away():
     net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsity import select
-from sparsity.select import kth_largest
+from sparsity.patterns import select
+from sparsity.patterns.select import kth_largest
 
 
 def expected(values, k):

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sparsity.gradual import actions_of
 from sparsity.schedule import PhaseSchedule
 from trainer.config.schema import Config
 
@@ -44,6 +45,8 @@ FROM_HERE = (  # what follows is trained or computed otherwise, what lies behind
     "sparsity.target",
     "sparsity.rule",
     "sparsity.gradual",
+    "sparsity.regrowth",
+    "sparsity.reset_momentum",
     "sparsity.accelerate",
     "sparsity.recompute_batch_norm",
     "optimizer.lr",
@@ -93,7 +96,13 @@ FIXED = (  # another value contradicts what was trained
     "optimizer.name",
     "engine.accumulation_steps",
 )
-_MASKS = ("sparsity.pattern", "sparsity.target", "sparsity.rule", "sparsity.gradual")
+_MASKS = (
+    "sparsity.pattern",
+    "sparsity.target",
+    "sparsity.rule",
+    "sparsity.gradual",
+    "sparsity.regrowth",
+)
 _WHOLE = ("mixing", "ema")  # sections that are there or not
 
 
@@ -201,8 +210,9 @@ def _against_past(change: Change, begun: int, position: Mapping[str, Any]) -> li
 
 def _compressions(config: Config) -> set[int]:
     """The epochs that begin with one."""
-    gradual = config.sparsity.build_gradual()
-    return set(config.sparsity.build_schedule().compressions if gradual is None else gradual.epochs)
+    sparsity = config.sparsity
+    actions = actions_of(sparsity.build_pattern(), sparsity.build_schedule(), sparsity.build_gradual())
+    return {epoch for epoch, pattern in actions.items() if pattern is not None}
 
 
 def _is_one_of(key: str, patterns: Iterable[str]) -> bool:

@@ -6,16 +6,10 @@ dotted path.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sparsity.gradual import CubicSparsity
-from sparsity.patterns import NM, GlobalMagnitude, Pattern, Rule, UniformMagnitude
-from sparsity.schedule import PhaseSchedule
-from sparsity.transposable import Transposable24
 from trainer.config.data import DataConfig, Section
 from trainer.config.durations import Duration, duration_steps
 from trainer.config.optimization import (
@@ -25,10 +19,9 @@ from trainer.config.optimization import (
     MixingConfig,
     OptimizerConfig,
 )
+from trainer.config.sparsity import SparsityConfig
 
 Scalar = bool | int | float | str
-_NM = re.compile(r"(\d+):(\d+)")
-_TRANSPOSABLE = "2:4 transposable"
 
 
 class ModelConfig(Section):
@@ -65,82 +58,6 @@ class ModelConfig(Section):
         for taken in sorted({"name", "num_classes", "in_channels"} & arguments.keys()):
             raise ValueError(f"{taken} follows from the rest of the recipe; leave it out")
         return arguments
-
-
-class GradualConfig(Section):
-    initial: float = Field(default=0.05, ge=0, lt=1, description="sparsity at the sparse phase's first epoch")
-    end: int = Field(ge=1, description="epoch at which the cubic law reaches the target")
-    every: int = Field(default=1, ge=1, description="epochs between compressions")
-
-
-class SparsityConfig(Section):
-    pattern: str = Field(
-        default="global", description=f"global, uniform, N:M such as 2:4, or {_TRANSPOSABLE}"
-    )
-    target: float | None = Field(
-        default=None, ge=0, lt=1, description="share of weights to drop; N:M needs none"
-    )
-    schedule: str = Field(
-        description='phases that fill the epochs: "dense 2, (sparse 1, dense 1) x2, sparse 3"'
-    )
-    include: list[str] = Field(default=["*"], description="patterns over layer names: which to prune")
-    exclude: list[str] = Field(default=[], description="patterns over layer names: which to leave dense")
-    rule: Rule = Field(default="exact", description="how many weights stay: see sparsity.patterns")
-    gradual: GradualConfig | None = Field(default=None, description="gradual magnitude pruning, not AC/DC")
-    accelerate: Literal["auto", "off", "require"] = Field(
-        default="auto",
-        description="sparse kernels in compressed phases: any mask on a CPU, 2:4 on a GPU; auto: where "
-        "they are measured to win; require: in every layer that can, or an error",
-    )
-    recompute_batch_norm: Duration | None = Field(
-        default=None, description="after each compression, recompute BatchNorm statistics over so much data"
-    )
-
-    @field_validator("schedule")
-    @classmethod
-    def _parse_schedule(cls, text: str) -> str:
-        PhaseSchedule.parse(text)
-        return text
-
-    @model_validator(mode="after")
-    def _pattern_and_target(self) -> SparsityConfig:
-        self.build_pattern()
-        self.build_gradual()
-        return self
-
-    def build_pattern(self) -> Pattern:
-        if not self.build_schedule().compressions:
-            return GlobalMagnitude(0)
-        if match := _NM.fullmatch(self.pattern):
-            if self.target is not None:
-                raise ValueError(f"pattern {self.pattern} has its sparsity in itself; leave target out")
-            return NM(int(match[1]), int(match[2]), self.rule)
-        if self.pattern == _TRANSPOSABLE:
-            if self.target is not None or self.rule != "exact":
-                raise ValueError(f"pattern {self.pattern} has no target and no rule; leave them out")
-            return Transposable24()
-        kinds: dict[str, Callable[[float, Rule], Pattern]] = {
-            "global": GlobalMagnitude,
-            "uniform": UniformMagnitude,
-        }
-        if self.pattern not in kinds:
-            raise ValueError(
-                f"unknown pattern {self.pattern!r}; global, uniform, N:M such as 2:4, or {_TRANSPOSABLE}"
-            )
-        if self.target is None:
-            raise ValueError(f"pattern {self.pattern} needs a target, the share of weights to drop, e.g. 0.9")
-        return kinds[self.pattern](self.target, self.rule)
-
-    def build_schedule(self) -> PhaseSchedule:
-        return PhaseSchedule.parse(self.schedule)
-
-    def build_gradual(self) -> CubicSparsity | None:
-        if self.gradual is None:
-            return None
-        starts, final = self.build_schedule().compressions, self.target
-        if final is None or not starts:
-            raise ValueError("gradual pruning needs a target and a schedule with a sparse phase")
-        return CubicSparsity(self.gradual.initial, final, starts[0], self.gradual.end, self.gradual.every)
 
 
 class EngineConfig(Section):

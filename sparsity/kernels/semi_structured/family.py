@@ -32,8 +32,7 @@ from sparsity.kernels.semi_structured.operator import (
 )
 from sparsity.kernels.semi_structured.search import DEFAULT, Algorithm, algorithms, fastest, name_of, place
 from sparsity.modules.layers import UnmaskedConv2d
-from sparsity.patterns import NM
-from sparsity.transposable import Transposable24
+from sparsity.patterns import NM, Transposable24
 
 
 class Shape(NamedTuple):

@@ -86,7 +86,7 @@ def test_resolved_configuration_loads_again(tmp_path):
         ("sparsity.pattern=2:4", "sparsity: pattern 2:4 has its sparsity in itself; leave target out"),
         (
             "sparsity.pattern=magnitude",
-            "unknown pattern 'magnitude'; global, uniform, N:M such as 2:4, or 2:4 transposable",
+            "unknown pattern 'magnitude'; global, uniform, random, N:M such as 2:4, or 2:4 transposable",
         ),
         ("sparsity.schedule=dense 2; sparse 10", "unexpected ';'"),
         ("sparsity.schedule=dense 2, sparse 9", "fills 11 epochs, but epochs is 14"),

@@ -59,7 +59,8 @@ def recorded(golden):
 def test_every_recorded_experiment_has_a_recipe(recorded):
     assert sorted(RECIPES.values()) == sorted(recorded["recipes"])
     own_folder = {"finetune", "imagefolder/resnet18_80", "imagefolder/resnet50_90"}
-    assert set(recipe_names()) == {"quickstart", *own_folder, *RECIPES}
+    evidence = {name for name in recipe_names() if name.startswith("fashion_mnist/")}  # no original's
+    assert set(recipe_names()) == {"quickstart", *own_folder, *evidence, *RECIPES}
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if starts(name)])

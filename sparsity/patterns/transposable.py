@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsity.patterns import NM, Masks, Pattern, Weights
+from sparsity.patterns.interface import Masks, Pattern, Weights
+from sparsity.patterns.nm import NM
 
 BLOCK = 4
 CHUNK = 1 << 16  # blocks scored at a time: 24 MB of scores

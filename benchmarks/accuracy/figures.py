@@ -1,0 +1,170 @@
+"""Tables and pictures, from the records alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.accuracy.runs import CURVE, runs_of
+from benchmarks.accuracy.tables import TABLES, Row
+
+BASE = {"main": "dense", "ablations": "as_it_is"}  # the row that others are compared with, seed by seed
+COLUMNS = ("method", "n", "sparsity", "top-1 %", "difference", "dense twin", "fine-tuned", "FLOPs", "hours")
+COLORS = ("#1f5f99", "#c8590a", "#2e7d32", "#8e44ad", "#666666")
+SHADE = "#f3e3c8"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row with its records by seed."""
+
+    row: Row
+    records: dict[int, dict[str, Any]]
+
+    def final(self) -> dict[int, float]:
+        """Seed -> top-1 in percent of the sparse model, or of the dense one where there is no other."""
+        return {seed: _final(record["result"])["top1"] for seed, record in self.records.items()}
+
+    def of(self, model: str) -> list[float]:
+        found = (record["result"].get(model) for record in self.records.values())
+        return [each["top1"] for each in found if each is not None]
+
+
+def read(table: str, results: Path) -> list[Found]:
+    """All rows of the table, in its order, with the records that there are."""
+    found = {row.name: Found(row, {}) for row in TABLES[table]}
+    for run in runs_of(table):
+        if (path := run.record(results)).exists():
+            found[run.row.name].records[run.seed] = json.loads(path.read_text(encoding="utf-8"))
+    return list(found.values())
+
+
+def lines(table: str, found: Sequence[Found]) -> list[tuple[str, ...]]:
+    """A line of COLUMNS for each row that has records. Mean and standard deviation over seeds; differences
+    are paired by seed, mean and standard error; FLOPs of training as a share of dense training's."""
+    base = next((each.final() for each in found if each.row.name == BASE.get(table)), {})
+    return [_line(each, base) for each in found if each.records]
+
+
+def _line(found: Found, base: dict[int, float]) -> tuple[str, ...]:
+    final, results = found.final(), [record["result"] for record in found.records.values()]
+    pairs = [final[seed] - base[seed] for seed in final if seed in base]
+    is_base = final == {seed: base.get(seed) for seed in final}
+    return (
+        found.row.title,
+        str(len(final)),
+        f"{100 * _final(results[0])['sparsity']:.1f} %" if results[0]["sparse"] else "",
+        show(list(final.values())),
+        "" if is_base or not pairs else show_difference(pairs),
+        show(found.of("dense_twin")) if results[0]["sparse"] else "",
+        show(found.of("finetuned_dense")),
+        f"{statistics.mean(result['flops']['training_ratio'] for result in results):.2f}",
+        f"{statistics.mean(result['seconds'] for result in results) / 3600:.2f}",
+    )
+
+
+def _final(result: dict[str, Any]) -> dict[str, Any]:
+    return dict(result["sparse"] or result["dense_twin"])
+
+
+def show(values: Sequence[float]) -> str:
+    """ "90.12 +- 0.13": mean and standard deviation; of one value, itself."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else ""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def show_difference(pairs: Sequence[float]) -> str:
+    if len(pairs) < 2:
+        return f"{pairs[0]:+.2f}"
+    return f"{statistics.mean(pairs):+.2f} ± {standard_error(pairs):.2f}"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in a document; columns without any entry are left out."""
+    kept = [place for place in range(len(COLUMNS)) if any(row[place] for row in rows)]
+    cells = [[row[place] for place in kept] for row in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def draw(table: str, found: Sequence[Found], path: Path) -> None:
+    """The table's picture; the format is the suffix's."""
+    drawers = {"main": _over_density, "memorisation": _over_epochs, "compute": _over_compute}
+    if (drawer := drawers.get(table)) is None or not (found := [each for each in found if each.records]):
+        return
+    figure = Figure(figsize=(8, 4))
+    drawer(figure, found)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+
+
+def _over_density(figure: Figure, found: Sequence[Found]) -> None:
+    axes = figure.subplots()
+    methods: dict[str, list[Found]] = {}
+    for each in found:
+        if each.row.name != "dense_12":
+            methods.setdefault(each.row.recipe, []).append(each)
+    for color, (method, rows) in zip(COLORS * 2, methods.items(), strict=False):
+        for single in (False, True):  # uniform and 2:4 AC/DC stand for themselves
+            chosen = [row for row in rows if _is_global(row.row) is not single]
+            if not chosen:
+                continue
+            drops = [100 * _final(next(iter(row.records.values()))["result"])["sparsity"] for row in chosen]
+            tops = [list(row.final().values()) for row in chosen]
+            means = [statistics.mean(top) for top in tops]
+            errors = [statistics.stdev(top) if len(top) > 1 else 0.0 for top in tops]
+            style = "s" if single else "o-"
+            label = f"{method}, uniform and 2:4" if single else method
+            axes.errorbar(drops, means, errors, fmt=style, color=color, capsize=3, markersize=4, label=label)
+    axes.set_xlabel("dropped weights, %")
+    axes.set_ylabel("test top-1, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _is_global(row: Row) -> bool:
+    return not any(override.startswith("sparsity.pattern=") for override in row.overrides)
+
+
+def _over_epochs(figure: Figure, found: Sequence[Found]) -> None:
+    phase, random, true = (CURVE.index(key) for key in ("phase", "memorised_top1", "memorised_true_top1"))
+    for axes, each in zip(figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found, strict=True):
+        rows = next(iter(each.records.values()))["curve"]
+        epochs = range(1, len(rows) + 1)
+        axes.plot(epochs, [row[random] for row in rows], color=COLORS[1], label="random labels")
+        axes.plot(epochs, [row[true] for row in rows], color=COLORS[0], label="true labels")
+        for epoch, row in zip(epochs, rows, strict=True):
+            if row[phase] == "sparse":
+                axes.axvspan(epoch - 1, epoch, color=SHADE, zorder=0, linewidth=0)
+        axes.set_title(each.row.title)
+        axes.set_xlabel("epochs done")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("top-1 on relabelled images, %")
+    figure.axes[0].legend()
+
+
+def _over_compute(figure: Figure, found: Sequence[Found]) -> None:
+    costs_by: dict[str, Callable[[dict[str, Any]], float]] = {
+        "FLOPs of training, 10^15": lambda result: result["flops"]["training"] / 1e15,
+        "hours": lambda result: result["seconds"] / 3600,
+    }
+    for axes, (title, cost) in zip(figure.subplots(1, 2, sharey=True), costs_by.items(), strict=True):
+        for color, recipe in zip(COLORS, ("dense", "acdc"), strict=False):
+            rows = [each for each in found if each.row.recipe == recipe]
+            costs = [statistics.mean(cost(r["result"]) for r in row.records.values()) for row in rows]
+            tops = [statistics.mean(row.final().values()) for row in rows]
+            axes.plot(costs, tops, "o-", color=color, label=recipe)
+        axes.set_xlabel(title)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("test top-1, %")
+    figure.axes[0].legend()

@@ -1,0 +1,122 @@
+"""Which runs belong to which table. All recipes are in configs/fashion_mnist/.
+
+Seeds count from 1 in tables that count, and from FIRST_TUNING_SEED in `tuning`, whose runs are also evaluated
+on held-out training images: what was chosen by it was not chosen by the figures that are published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsity.schedule import PhaseSchedule
+from trainer.config.load import load_config
+from trainer.config.schema import Config
+
+FIRST_TUNING_SEED = 101
+ACDC = "dense 2, (sparse 1, dense 1) x6, sparse 1, dense 2, sparse 3"  # of the recipe fashion_mnist/acdc
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, over seeds. name: of its records. images: which of the training images, see
+    benchmarks.accuracy.images. after: the row of the same table whose dense network it starts from."""
+
+    name: str
+    title: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    seeds: int = 3
+    images: str = "all"
+    after: str | None = None
+
+    def config(self) -> Config:
+        """Without what only a run knows: its folder, and whose weights it starts from."""
+        weights = ("model.weights=FILE",) if self.after else ()
+        return load_config(f"fashion_mnist/{self.recipe}", [*self.overrides, *weights])
+
+
+def _target(percent: int) -> str:
+    return f"sparsity.target={percent / 100}"
+
+
+def _epochs(epochs: int, schedule: str) -> tuple[str, ...]:
+    return f"epochs={epochs}", f"sparsity.schedule={PhaseSchedule.parse(schedule).scaled(epochs)}"
+
+
+def _main() -> tuple[Row, ...]:
+    rows = [Row("dense", "dense", "dense", seeds=5)]
+    for percent, seeds in ((80, 3), (90, 5), (95, 5), (98, 3)):
+        rows.append(Row(f"acdc_{percent}", f"AC/DC {percent} %", "acdc", (_target(percent),), seeds))
+    uniform = (_target(90), "sparsity.pattern=uniform")
+    rows.append(Row("acdc_uniform_90", "AC/DC uniform 90 %", "acdc", uniform, 5))
+    for pattern, name in (("2:4", "2_4"), ("2:4 transposable", "2_4_transposable")):
+        chosen = (f"sparsity.pattern={pattern}", "sparsity.target=null")
+        rows.append(Row(f"acdc_{name}", f"AC/DC {pattern}", "acdc", chosen))
+    rows.append(Row("dense_12", "dense, 12 epochs", "dense", _epochs(12, "dense 12"), 5))
+    for percent in (90, 95):
+        target = (_target(percent),)
+        rows += [
+            Row(f"gmp_{percent}", f"GMP {percent} %", "gmp", target, 5),
+            Row(f"one_shot_{percent}", f"one-shot {percent} %", "one_shot", target, 5, after="dense_12"),
+            Row(f"set_{percent}", f"SET {percent} %", "set", target, 5),
+            Row(f"random_{percent}", f"random mask {percent} %", "random", target, 5),
+        ]
+    return tuple(rows)
+
+
+def _memorisation() -> tuple[Row, ...]:
+    return tuple(
+        Row(f"memorisation_{percent}", f"{percent} %", "memorisation", (_target(percent),), 1, "first_10000")
+        for percent in (50, 75, 90, 95)
+    )
+
+
+def _compute() -> tuple[Row, ...]:
+    """Dense training and AC/DC at 90 % over epochs: what they reach for as many FLOPs, and as many hours."""
+    return tuple(
+        Row(f"{name}_{epochs}_epochs", f"{title}, {epochs} epochs", name, _epochs(epochs, schedule))
+        for name, title, schedule in (("dense", "dense", "dense 20"), ("acdc", "AC/DC 90 %", ACDC))
+        for epochs in (10, 15, 20, 30)
+    )
+
+
+def _ablations() -> tuple[Row, ...]:
+    phases = {
+        "long_phases": ("phases twice as long", "dense 2, (sparse 2, dense 2) x3, dense 3, sparse 3"),
+        "few_phases": ("one sparse phase in between", "dense 8, sparse 2, dense 7, sparse 3"),
+        "no_warm_up": ("no dense warm-up", "(sparse 1, dense 1) x7, dense 3, sparse 3"),
+        "long_warm_up": ("dense warm-up of 6 epochs", "dense 6, (sparse 1, dense 1) x4, dense 3, sparse 3"),
+        "short_end": ("last phase of 1 epoch", "dense 2, (sparse 1, dense 1) x7, dense 3, sparse 1"),
+        "long_end": ("last phase of 6 epochs", "dense 2, (sparse 1, dense 1) x5, dense 2, sparse 6"),
+    }
+    settings = {
+        "momentum_kept": ("momentum kept at decompressions", "sparsity.reset_momentum=false"),
+        "batch_norm": ("BatchNorm statistics recomputed", "sparsity.recompute_batch_norm=1ep"),
+        "ends_dense": ("first and last layer dense", 'sparsity.exclude=["conv1", "fc"]'),
+        "ema": ("EMA of weights, 0.999", "ema={decay: 0.999}"),
+    }
+    changes = {name: (title, f"sparsity.schedule={text}") for name, (title, text) in phases.items()}
+    rows = [Row(name, title, "acdc", (change,)) for name, (title, change) in {**settings, **changes}.items()]
+    return (Row("as_it_is", "AC/DC 90 % as it is", "acdc"), *rows)
+
+
+def _tuning() -> tuple[Row, ...]:
+    rows = [
+        Row(f"{recipe}_lr_{lr}", f"{recipe}, lr {lr}", recipe, (f"optimizer.lr={lr}",), 1, "held_out")
+        for recipe in ("dense", "acdc", "gmp", "set")
+        for lr in (0.05, 0.1, 0.2)
+    ]
+    rows.append(Row("dense_12", "dense, 12 epochs", "dense", _epochs(12, "dense 12"), 1, "held_out"))
+    for lr in (0.02, 0.05, 0.1):
+        name, title, change = f"one_shot_lr_{lr}", f"one-shot, lr {lr}", (f"optimizer.lr={lr}",)
+        rows.append(Row(name, title, "one_shot", change, 1, "held_out", after="dense_12"))
+    return tuple(rows)
+
+
+TABLES = {
+    "main": _main(),
+    "memorisation": _memorisation(),
+    "compute": _compute(),
+    "ablations": _ablations(),
+    "tuning": _tuning(),
+}
