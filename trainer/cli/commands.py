@@ -186,32 +186,6 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def schedule(options: argparse.Namespace) -> int:
-    """A recipe's phases and learning rates, epoch by epoch, without running anything."""
-    from trainer.config.load import load_config
-    from trainer.optim import learning_rate
-
-    config = load_config(options.config, options.overrides)
-    phases = config.sparsity.build_schedule()
-    steps = config.steps_per_epoch or 1000  # the data will tell; rates at an epoch's ends hardly depend on it
-    if config.steps_per_epoch is None and (config.lr.warmup or "").endswith("st"):
-        raise UserError(
-            f"lr.warmup={config.lr.warmup}: how long that is, the data will tell; to see the schedule, give "
-            "an epoch's steps, as in steps_per_epoch=500"
-        )
-    print(f"{phases}    {config.sparsity.build_pattern()}")
-    for epoch in range(config.epochs):
-        phase = phases.phase_at(epoch)
-        actions = {"sparse": "compress", "dense": "decompress" if epoch else ""}
-        action = actions[phase.kind] if epoch == phase.start else ""
-        ends = (0,) if config.lr.by == "epoch" else (0, steps - 1)
-        base = config.optimizer.lr
-        rates = [learning_rate(config.lr, base, epoch, config.epochs, step, steps) for step in ends]
-        lr = " to ".join(f"{rate:.6g}" for rate in rates)
-        print(f"epoch {epoch:3}  {phase.kind:6}  lr {lr}  {action}".rstrip())
-    return 0
-
-
 def report(options: argparse.Namespace) -> int:
     """Draw a run's report.html again, its accuracy curve as a picture, or several runs on one page."""
     from trainer.checkpoints.run_dir import RunDir

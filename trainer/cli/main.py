@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli import commands, data_commands, doctor, predict
+from trainer.cli.schedule import schedule
 from trainer.errors import exit_code_of
 from trainer.monitor.terminal import lasting_output
 
@@ -34,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    for name, function in (("train", commands.train), ("schedule", commands.schedule)):
+    for name, function in (("train", commands.train), ("schedule", schedule)):
         sub = command(name, function)
         sub.add_argument("config", metavar="CONFIG", help="a recipe's name under configs/, or a path")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=0.05")

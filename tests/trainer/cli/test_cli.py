@@ -19,10 +19,11 @@ def test_schedule_shows_phases_and_learning_rates(capsys):
     assert main(["schedule", "quickstart", "optimizer.lr=0.2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("dense 2, sparse 1, dense 1, sparse 1, dense 5, sparse 4    GlobalMagnitude")
-    assert len(lines) == 15
     assert lines[3] == "epoch   2  sparse  lr 0.197094  compress"
     assert lines[4] == "epoch   3  dense   lr 0.188546  decompress"
     assert lines[14].startswith("epoch  13  sparse  lr 0.0029")
+    assert lines[16].startswith("phase     ░")  # the drawing: tests/trainer/monitor/test_drawing.py
+    assert max(map(len, lines[15:])) <= 80
 
 
 def test_prepare_then_train_data_is_the_full_set(tmp_path, monkeypatch, capsys):
