@@ -121,7 +121,7 @@ class Trainer:
             position.step += 1
             self._clock.step(self.config.data.batch_size)
             if self.monitor:
-                self.monitor.screen.step()
+                self.monitor.screen.step(self.acdc.phase.kind)
             if position.step == self.steps_per_epoch:
                 break
             logging = position.step % self.log_steps == 0

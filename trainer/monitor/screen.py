@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.box import SIMPLE_HEAVY
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeElapsedColumn
 from rich.table import Table
+
+from trainer.monitor.bar import Bar, Part, fit
 
 LINE_EVERY = 10.0  # seconds between plain lines within an epoch
 
@@ -21,68 +23,99 @@ class Screen:
         if not self.console.is_terminal:
             self.console.width = 110  # a log file has no width of its own
         self.num_steps, self.done, self.num_epochs = num_steps, done, num_epochs
+        self._began = self._last_line = time.monotonic()
         self._started: tuple[float, int] | None = None  # time and steps done when the clock started
-        self._last_line = time.monotonic()
-        self._status = ""
-        self._bar: Progress | None = None
-        if self.console.is_terminal:
-            columns = ("{task.description}", BarColumn(), TimeElapsedColumn(), "{task.fields[left]}")
-            self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task("starting", total=num_steps, completed=done, left="")
-            self._bar.start()
+        self._status: list[Part] = []
+        self._phase = self._working = ""
+        self._bar = Bar(self.console, self._now) if self.console.is_terminal and num_steps else None
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def step(self) -> None:
+    def step(self, phase: str = "") -> None:
         """After every optimizer step. The first of this process compiles, so the clock starts behind it."""
         self.done += 1
+        self._phase, self._working = phase, ""
         if self._started is None:
             self._started = (time.monotonic(), self.done)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, description=self._status, left=self.time_left())
-        elif time.monotonic() - self._last_line > LINE_EVERY and self._status:
-            self._line(f"{self._status}  {self.time_left()}")
+        self._line_now_and_then(lambda: fit(self._all(), 10**6))
 
     def working(self, what: str, done: int, total: int) -> None:
         """Progress of what happens between two steps and takes long."""
-        if self._bar is not None:
-            self._bar.update(self._task, description=f"{what} {done}/{total}")
-        elif time.monotonic() - self._last_line > LINE_EVERY:
-            self._line(f"{what}: {done} of {total}")
+        self._working = f"{what} {done}/{total}"
+        self._line_now_and_then(lambda: f"{what}: {done} of {total}")
 
     def status(self, epoch: int, phase: str, sparsity: float, loss: float, images_per_second: float) -> None:
         """What the bar shows, or the next plain line: figures read from the device just now."""
-        self._status = (
-            f"epoch {epoch + 1:>{len(str(self.num_epochs))}}/{self.num_epochs}  {phase:6} "
-            f"{100 * sparsity:5.2f} %  loss {loss:.4f}  {images_per_second:,.0f} img/s"
-        )
+        self._status = [
+            Part(3, f"epoch {epoch + 1:>{len(str(self.num_epochs))}}/{self.num_epochs}"),
+            Part(0, f"{phase:6} {100 * sparsity:5.2f} %"),
+            Part(4, f"loss {loss:.4f}"),
+            Part(5, f"{images_per_second:,.0f} img/s"),
+        ]
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """An epoch's line, which stays on the screen."""
+        """An epoch's line, which stays on the screen. On a narrow terminal it says less."""
         figures = (record[key] for key in ("sparsity", "train_loss", "images_per_second"))
         self.status(record["epoch"], record["phase"], *figures)
-        test = f"loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} top-5 {record['val_top5']:.2f}"
-        wait = f"data wait {100 * record['data_wait']:.1f} %"
-        ema = f"  EMA: top-1 {record['ema_top1']:.2f}" if "ema_top1" in record else ""
-        skipped = f"  {record['skipped_steps']} steps skipped so far" if record.get("skipped_steps") else ""
-        self._line(f"{self._status}  {wait}  test: {test}{ema}{skipped}  {self.time_left()}")
+        top5, ema, skipped = f"top-5 {record['val_top5']:.2f}", "", ""
+        if "ema_top1" in record:
+            ema = f"EMA: top-1 {record['ema_top1']:.2f}"
+        if record.get("skipped_steps"):
+            skipped = f"{record['skipped_steps']} steps skipped so far"
+        parts = [
+            *self._status,
+            Part(8, f"data wait {100 * record['data_wait']:.1f} %"),
+            Part(1, f"test: loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} {top5}"),
+            Part(2, ema),
+            Part(6, skipped),
+            Part(9, self.time_left()),
+        ]
+        self._line(fit(parts, self.console.width if self.console.is_terminal else 10**6))
 
     def time_left(self) -> str:
         if self._started is None or self.done == self._started[1]:
             return ""
         pace = (time.monotonic() - self._started[0]) / (self.done - self._started[1])
-        seconds = round(pace * (self.num_steps - self.done))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+        return f"{_clock(pace * (self.num_steps - self.done))} left"
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
+    def _now(self) -> tuple[float, list[Part]]:
+        """For the bar. Its thread calls this while the run goes on."""
+        share = self.done / self.num_steps
+        if self._working:
+            return share, [Part(0, self._working), self._place(), self._left()]
+        if self._started is None:
+            waited = _clock(time.monotonic() - self._began)
+            return share, [Part(0, "first step"), self._place(), Part(2, waited)]
+        return share, self._all()
+
+    def _all(self) -> list[Part]:
+        where = self._status[:2] or [Part(0, self._phase)]
+        return [*where, self._place(), self._left(), *self._status[2:]]
+
+    def _place(self) -> Part:
+        return Part(1, f"step {self.done:,}/{self.num_steps:,}")
+
+    def _left(self) -> Part:
+        return Part(2, self.time_left())
+
+    def _line_now_and_then(self, text: Callable[[], str]) -> None:
+        if self._bar is None and time.monotonic() - self._last_line > LINE_EVERY:
+            self._line(text())
+
     def _line(self, text: str) -> None:
         self.say(text)
         self._last_line = time.monotonic()
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def closing_table(result: dict[str, Any]) -> Table:
