@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from trainer.loop import Trainer
 from trainer.models.classifier import Classifier
 from trainer.monitor.records import Monitor
 from trainer.monitor.screen import Screen
+from trainer.monitor.terminal import keep_quiet
 from trainer.monitor.tracking import Tracking
 from trainer.optim import build_optimizer
 from trainer.optim.averages import Averages
@@ -39,8 +40,14 @@ from trainer.task import Task, build_task
 log = logging.getLogger(__name__)
 
 
-def build_trainer(config: Config, device: torch.device, path: Path | None = None) -> Trainer:
-    """path: the run's folder, made and resumed where need be; default: what the configuration says.
+def build_trainer(
+    config: Config,
+    device: torch.device,
+    path: Path | None = None,
+    say: Callable[[str, str], None] = keep_quiet,
+) -> Trainer:
+    """path: the run's folder, made and resumed where need be; default: what the configuration says. say: is
+    told what begins and takes seconds, see trainer.monitor.terminal.announce.
 
     Raises UserError for what the user has to change and EnvironmentFailure for what has to be installed.
     """
@@ -56,7 +63,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
         config = with_beginning(config, past.get("config"))
     weights = config.model.weights if resumed is None else None
     began = resumed[1] if resumed is not None else branch[0] if branch is not None else None
-    task = build_task(config, device, weights, began)
+    task = build_task(config, device, weights, began, say)
     if config.sparsity.accelerate == "require":
         find_family(config, device)  # raises where this machine does not have them
     check_same_precision(config, device)
@@ -66,6 +73,7 @@ def build_trainer(config: Config, device: torch.device, path: Path | None = None
             check_branch(branch[1], task.acdc)
     folder = ranks.on_main(lambda: _open_folder(config, resumed, path))
     try:
+        say("starting", "DeepSpeed's engine")
         info = task.loaders.info
         smoothing = config.loss.label_smoothing
         classifier = Classifier(task.acdc.model, info.mean, info.std, smoothing)

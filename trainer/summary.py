@@ -9,12 +9,16 @@ from typing import Any
 from sparsity import PhaseSchedule
 from sparsity.stats import shares_unpruned
 from trainer.checkpoints.run_dir import DENSE_TWIN, EMA, FINETUNED_DENSE, SPARSE, RunDir
+from trainer.config.schema import Config
 from trainer.distributed import ranks
 from trainer.engine import num_graphs, precision_name
 from trainer.loop import Trainer
+from trainer.monitor.drawing import phase_table
 from trainer.monitor.screen import Screen, closing_lines, closing_table
 from trainer.report.records import recipe_of
 from trainer.report.run import write_report
+
+_LONG = 68  # columns of a schedule's text beside the word "phases"
 
 
 def log_start(trainer: Trainer) -> None:
@@ -32,7 +36,7 @@ def log_start(trainer: Trainer) -> None:
         f"run folder  {trainer.run_dir.path}    (acdc board {trainer.run_dir.path})",
         f"data        {trainer.loaders.describe()}",
         f"model       {config.model.name}, {masked}, {acdc.pattern}",
-        f"phases      {acdc.schedule}",
+        *phase_lines(config),
         f"device      {devices}, {computed}, ZeRO stage {config.engine.zero_stage}",
     ]
     lines[3:3] = [f"{about:<10}  {text}" for about, text in trainer.task.notes.items()]
@@ -44,6 +48,15 @@ def log_start(trainer: Trainer) -> None:
         lines.append("compiling   at the first step; up to a minute, later runs find it cached")
     for line in lines:
         trainer.monitor.screen.say(line)
+
+
+def phase_lines(config: Config) -> list[str]:
+    """The schedule as a recipe writes it, where that is short, and a table of its phases."""
+    schedule = config.sparsity.build_schedule()
+    text, count = str(schedule), len(schedule.phases)
+    if len(text) > _LONG:
+        text = f"{count} of them, {schedule.num_sparse} of {schedule.num_epochs} epochs sparse"
+    return [f"phases      {text}", *(phase_table(config) if count > 1 else [])]
 
 
 def unpruned_line(shares: dict[str, float], most: int = 4) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from trainer.loaders import Loaders, build_loaders
 from trainer.models.freeze import freeze
 from trainer.models.mixing import check_pairs
 from trainer.monitor.flops import RunFlops
+from trainer.monitor.terminal import keep_quiet
 from trainer.optim.rates import check_warmup
 from trainer.paths import user_path
 
@@ -50,12 +52,20 @@ class Task:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def build_task(config: Config, device: torch.device, weights: str | None, began: Path | None = None) -> Task:
+def build_task(
+    config: Config,
+    device: torch.device,
+    weights: str | None,
+    began: Path | None = None,
+    say: Callable[[str, str], None] = keep_quiet,
+) -> Task:
     """weights: what to start from, as model.weights says it. began: a checkpoint that the run goes on from,
-    or branches off. Raises UserError and EnvironmentFailure."""
+    or branches off. say: see trainer.build.build_trainer. Raises UserError and EnvironmentFailure."""
+    say("reading", f"data, {config.data.name}")
     loaders = build_loaders(config, device)
     with as_user_error("model"):
         loaders.info = _normalised(loaders.info, config, began)
+    say("building", config.model.name)
     model_info = describe_model(config, loaders.info)
     notes: dict[str, str] = {}
     torch.manual_seed(config.seed)

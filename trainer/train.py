@@ -23,7 +23,7 @@ from trainer.errors import (
     is_out_of_memory,
     out_of_memory,
 )
-from trainer.monitor.terminal import lasting_output
+from trainer.monitor.terminal import announce, keep_quiet, lasting_output
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +73,8 @@ def train(recipe: str, overrides: list[str], run_file: Path | None = None) -> No
 
     run_file: the run's folder is written there once it is known.
     """
+    if os.environ.get("RANK", "0") == "0":
+        announce("loading", "PyTorch and DeepSpeed")
     from trainer.config.load import load_config
 
     config = load_config(recipe, overrides)  # before the slow imports: a typing error is reported at once
@@ -131,13 +133,17 @@ def fit(
     config: Config, device: torch.device, path: Path | None = None, run_file: Path | None = None
 ) -> RunDir:
     """One run to its end, in its own folder or in `path`."""
+    from trainer.distributed.ranks import is_loss_of_another, is_main
+
+    say = announce if is_main() else keep_quiet
+    say("loading", "DALI and TensorBoard")
+
     from data.atomic import write_text
     from sparsity import MaskError
     from trainer.build import build_trainer
-    from trainer.distributed.ranks import is_loss_of_another, is_main
     from trainer.summary import finish, log_start
 
-    trainer = build_trainer(config, device, path)
+    trainer = build_trainer(config, device, path, say)
     log_start(trainer)
     try:
         with refused_by_disk(trainer.run_dir):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trainer.distributed.slurm import num_tasks
 from trainer.errors import UserError, as_user_error
+from trainer.monitor.terminal import announce
 from trainer.paths import user_path
 
 
@@ -22,10 +23,13 @@ def train(options: argparse.Namespace) -> int:
 
     A task of several that srun started becomes a rank itself.
     """
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        announce("loading", "PyTorch")
     from trainer.config.load import load_config
 
     config = load_config(options.config, options.overrides)
     if options.dry_run:
+        announce("loading", "DeepSpeed and DALI")
         from trainer.cli.dry_run import dry_run
 
         return dry_run(config)
@@ -54,6 +58,8 @@ def train(options: argparse.Namespace) -> int:
         check_precision(config.engine, torch.device("cpu"))
     launcher = Launcher.on_hosts(hostfile, hosts) if hosts else Launcher.here(devices)
     run_root = Path(config.run_root).expanduser()
+    where = f" on {len(hosts)} machines" if hosts else ""
+    announce("starting", f"the deepspeed launcher, for {devices} process{'es' * (devices > 1)}{where}")
     return launch(launcher, Restarts(options.config, options.overrides, run_root, options.max_restarts or 0))
 
 

@@ -1,4 +1,5 @@
-"""Output that never ends what it tells of: once its terminal or reader is gone, it is dropped."""
+"""Output that never ends what it tells of: once its terminal or reader is gone, it is dropped. And what is
+said while a run starts, so that nobody waits without knowing what for."""
 
 from __future__ import annotations
 
@@ -7,6 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+
+def announce(about: str, text: str) -> None:
+    """A line of what takes seconds and begins now, in the form of a run's first lines."""
+    print(f"{about:<10}  {text}", flush=True)
+
+
+def keep_quiet(about: str, text: str) -> None:
+    """In place of announce."""
 
 
 @contextmanager

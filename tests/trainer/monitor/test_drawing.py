@@ -69,3 +69,17 @@ def test_the_table_of_phases_stays_short(schedule, epochs, lines, last):
     assert max(map(len, table)) <= 80
     assert lines is None or table == lines
     assert table[-1].endswith(last)
+
+
+def test_a_run_begins_with_its_phases_in_few_lines():
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from trainer.summary import phase_lines
+
+    long = ", ".join(f"dense {length}, sparse 1" for length in range(1, 11))
+    config = load_config("quickstart", ["epochs=65", f"sparsity.schedule={long}"])
+    lines = phase_lines(config)
+    assert lines[0] == "phases      20 of them, 10 of 65 epochs sparse"
+    assert len(lines) == 6
+    assert max(map(len, lines)) <= 80
+    assert phase_lines(load_config("quickstart", ["sparsity.schedule=dense 14"])) == ["phases      dense 14"]
