@@ -80,15 +80,20 @@ def capture(engine: Any, acdc: ACDC, loader: Loader, position: Position) -> dict
     }
 
 
+def check_restorable(state: Mapping[str, Any], acdc: ACDC, loader: Loader) -> None:
+    """What can be known without an engine of whether restore will take the state. Raises ValueError."""
+    _check_parts(state)
+    _check_same_model(acdc.model.state_dict(), state["model"])
+    _check_same_data(state["data"], loader.fingerprint())
+    acdc.check_state(state["acdc"])
+
+
 def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader, seed: int) -> Position:
     """Put a captured state back. seed: of the run, see seed_generators. Raises ValueError, before anything is
     changed, where the model, the schedule or the stream of data is another one, naming the difference."""
     model = acdc.model
-    _check_parts(state)
-    _check_same_model(model.state_dict(), state["model"])
+    check_restorable(state, acdc, loader)
     _check_optimizer(engine, model, state["optimizer"])
-    _check_same_data(state["data"], loader.fingerprint())
-    acdc.check_state(state["acdc"])
     position = Position(**state["position"])
     same_ranks = len(state["ranks"]) == ranks.world_size()
     if same_ranks:

@@ -12,6 +12,7 @@ from tests.conftest import write_fashion_idx
 from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run, tiny
 from trainer.build import build_trainer
 from trainer.checkpoints import checkpoint
+from trainer.cli.main import main as main_of_acdc
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
 from trainer.train import main
@@ -73,6 +74,21 @@ def test_changes_are_told_and_kept(run, tiny_data, tmp_path, caplog):
     caplog.clear()
     resume(tiny_data, tmp_path, "optimizer.lr=0.02", "save.keep=3")
     assert history(run)[-1]["changes"] == {}
+
+
+def test_a_dry_run_checks_the_changes_as_the_run_would(run, tiny_data, tmp_path, capsys):
+    options = [*tiny(tiny_data, tmp_path, *SHORT), "resume=auto", "--dry-run"]
+    for wrong, expected in (
+        ("sparsity.target=0.8", "contradicts what was trained so far: sparsity.target was 0.9, is 0.8"),
+        ("sparsity.schedule=dense 2, sparse 1", "was saved in a sparse phase at step 12"),
+    ):
+        assert main_of_acdc(["train", *options, wrong]) == 2
+        assert f"resume {run}" in (said := capsys.readouterr().err)
+        assert expected in said
+    before = sorted(run.rglob("*"))
+    assert main_of_acdc(["train", *options, "optimizer.lr=0.02"]) == 0
+    assert "changed     optimizer.lr was 0.05, is 0.02" in capsys.readouterr().out
+    assert sorted(run.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

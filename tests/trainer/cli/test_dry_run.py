@@ -15,6 +15,8 @@ def test_it_shows_recipe_phases_and_layers_and_makes_no_folder(tiny_data, tmp_pa
     runs = tmp_path / "runs"
     assert main(["train", *tiny(tiny_data, runs, "sparsity.exclude=[fc]"), "--dry-run"]) == 0
     said = capsys.readouterr().out
+    begun = [line.split()[0] for line in said.splitlines()[:4]]
+    assert begun == ["loading", "loading", "reading", "building"]  # what takes seconds is said before
     assert "width: 8" in said  # the recipe, with its overrides
     assert "320 training" in said
     phases = re.findall(r"│ (dense|sparse) +│ (\d+) to (\d+)", said)
