@@ -29,6 +29,7 @@ from trainer.errors import Finished, UserError, as_user_error
 from trainer.kernels import find_family
 from trainer.loop import Trainer
 from trainer.models.classifier import Classifier
+from trainer.monitor.drawing import draw_schedule
 from trainer.monitor.records import Monitor
 from trainer.monitor.screen import Screen
 from trainer.monitor.terminal import keep_quiet
@@ -198,4 +199,5 @@ def _begin(folder: RunDir, task: Task, settings: dict[str, Any], changed: list[C
         folder.write_config(config, settings, start)
         project = config.log.wandb
         tracking = Tracking(project, folder, config.model_dump(mode="json")) if project else None
-        return Monitor(folder, screen, step, tracking)
+        drawing = "\n".join(draw_schedule(config, task.acdc.steps_per_epoch))
+        return Monitor(folder, screen, step, tracking, drawing)

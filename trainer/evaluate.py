@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.loader import Loader
+from data.loader import PADDING_LABEL, Loader
 from trainer.distributed import ranks
 from trainer.errors import UserError
+from trainer.models.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,36 @@ def evaluate(
     finally:
         module.train(was_training)
     return Metrics.of(ranks.sum_over_ranks(totals))
+
+
+@torch.no_grad()
+def confusion(
+    classifier: Classifier,
+    loader: Loader,
+    epoch: int,
+    autocast: torch.autocast,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> torch.Tensor:
+    """Counts (C, C), on the CPU, over all ranks: images by their class (row) and the model's answer (column).
+    The pass runs uncompiled: it would cost a graph, and comes once, at a run's end. epoch: see evaluate.
+    on_progress: is told batches done, and all of them."""
+    num_classes, counts = 0, torch.zeros(0)
+    was_training = classifier.training
+    classifier.eval()
+    try:
+        for done, (images, labels) in enumerate(loader.epoch(epoch), 1):
+            with autocast:
+                logits = classifier.model((images - classifier.mean) / classifier.std)
+            if not num_classes:
+                num_classes = logits.shape[1]
+                counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=logits.device)
+            places = labels * num_classes + logits.argmax(1)
+            places = torch.where(labels == PADDING_LABEL, num_classes**2, places)  # the last, left out
+            counts.scatter_add_(0, places, torch.ones_like(places))
+            on_progress(done, loader.batches_per_epoch)
+    finally:
+        classifier.train(was_training)
+    return ranks.sum_over_ranks(counts)[:-1].view(num_classes, num_classes).cpu()
 
 
 @torch.no_grad()

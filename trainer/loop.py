@@ -110,6 +110,8 @@ class Trainer:
             self.acdc.before_step()
             if position.step == 0 and self.acdc.actions.get(epoch) is not None:
                 self.after_compression(epoch)
+            if self.monitor and position.step == 0 and (epoch == 0 or epoch in self.acdc.actions):
+                self.monitor.phase_begins(self.acdc.step, self.acdc.phase.kind, self.sparsity().overall)
             if not self._tuned and self.acdc.phase.kind == "sparse" and self.acdc.masks_settled:
                 self.accelerate()
             if self.config.lr.by == "step":
@@ -172,6 +174,8 @@ class Trainer:
     def train_batch(self, batches: Iterator[Batch]) -> torch.Tensor:
         images, labels = self._clock.next_of(batches)
         draw = [self.mixer.row(self.position.epoch, self.position.step, images)] if self.mixer else []
+        if self.monitor and self.monitor.wants_batch:
+            self.monitor.batch(images, labels, draw[0] if draw else None, self.loaders.info.classes)
         loss, counts = self.engine(images, labels, *draw)
         self.engine.backward(loss)
         self.engine.step()

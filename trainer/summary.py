@@ -6,12 +6,16 @@ import re
 from statistics import median
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sparsity import PhaseSchedule
 from sparsity.stats import shares_unpruned
 from trainer.checkpoints.run_dir import DENSE_TWIN, EMA, FINETUNED_DENSE, SPARSE, RunDir
 from trainer.config.schema import Config
 from trainer.distributed import ranks
-from trainer.engine import num_graphs, precision_name
+from trainer.engine import num_graphs, precision, precision_name
+from trainer.evaluate import confusion
 from trainer.loop import Trainer
 from trainer.monitor.drawing import phase_table
 from trainer.monitor.screen import Screen, closing_lines, closing_table
@@ -84,8 +88,11 @@ def _percent(share: float) -> str:
 def finish(trainer: Trainer) -> None:
     """Write report.html and result.json, show the closing table. result.json comes last: with it a run is
     finished, and a run killed before does this again."""
+    counts = _confusion(trainer)
     if not trainer.monitor:
         return
+    if counts is not None:
+        trainer.monitor.confused(counts, trainer.loaders.info.classes)
     result = build_result(trainer)
     write_report(trainer.run_dir, result)
     trainer.monitor.scores(recipe_of(trainer.run_dir), result)
@@ -96,6 +103,21 @@ def finish(trainer: Trainer) -> None:
     for line in closing_lines(result):
         screen.say(line)
     screen.say(f"report: {trainer.run_dir.report}")
+
+
+def _confusion(trainer: Trainer) -> Tensor | None:
+    """On every rank, see trainer.evaluate.confusion. None for noise."""
+    if getattr(trainer.config.data, "backend", None) == "synthetic":
+        return None
+
+    def on_progress(done: int, total: int) -> None:
+        if trainer.monitor:
+            trainer.monitor.screen.working("most confused classes", done, total)
+
+    dtype = precision(trainer.config, trainer.device)
+    autocast = torch.autocast(trainer.device.type, dtype, enabled=dtype != torch.float32)
+    classifier, test = trainer.engine.module, trainer.loaders.test
+    return confusion(classifier, test, trainer.position.epoch, autocast, on_progress)
 
 
 def finish_both(run: RunDir) -> None:

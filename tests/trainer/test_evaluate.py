@@ -11,7 +11,7 @@ from tests.trainer.distributed.small_net import WHOLE, buffers, evaluated_by_han
 from trainer.build import build_trainer
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
-from trainer.evaluate import evaluate
+from trainer.evaluate import confusion, evaluate
 from trainer.loaders import build_test_loader
 from trainer.models.classifier import Classifier
 
@@ -90,3 +90,15 @@ def test_a_plain_model_is_evaluated_alike_and_its_mode_put_back(run, training):
     expected = trainer.position.pair["sparse"]
     assert asdict(found) == pytest.approx({key: expected[key] for key in asdict(found)}, rel=1e-5)
     assert {part.training for part in module.modules()} == {training}
+
+
+def test_the_confusion_of_classes_adds_up_to_the_accuracy(run, tiny_data):
+    trainer, _ = run
+    autocast = torch.autocast("cpu", enabled=False)
+    counts = confusion(trainer.engine.module, trainer.loaders.test, 0, autocast)
+    sparse = trainer.position.pair["sparse"]
+    assert counts.sum() == sparse["num_images"]
+    assert 100 * counts.diagonal().sum() / counts.sum() == pytest.approx(sparse["top1"])
+    labels = trainer.loaders.test.arrays.labels
+    assert counts.sum(1).tolist() == [int((labels == label).sum()) for label in range(len(counts))]
+    assert trainer.engine.module.training

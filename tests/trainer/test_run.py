@@ -147,6 +147,25 @@ def test_resumed_anywhere_equals_uninterrupted(finished, tiny_data, tmp_path, st
     assert newest_run(tmp_path) == run
     assert_equal_states(final_state(run), final_state(finished))
     assert losses(run) == losses(finished)
+    assert pictures(run) == pictures(finished)
+
+
+def pictures(run):
+    """TensorBoard's pictures, texts and phases, each with its steps."""
+    events = EventAccumulator(str(run / "tb"), {"images": 0, "tensors": 0, "scalars": 0}).Reload()
+    images = {tag: [each.step for each in events.Images(tag)] for tag in events.Tags()["images"]}
+    texts = {tag: [each.step for each in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
+    return images, texts, [(each.step, each.value) for each in events.Scalars("phase/sparse")]
+
+
+def test_tensorboard_has_pictures_once_and_phases_at_both_ends(finished):
+    images, texts, phases = pictures(finished)
+    assert images == {"data/first_batch": [0], "sparsity/kept_by_layer": [20, 40, 60]}
+    assert texts["test/most_confused/text_summary"] == [NUM_STEPS + 1]
+    assert {"recipe/text_summary", "schedule/text_summary", "environment/text_summary"} <= texts.keys()
+    ends = {step: value for step, value in phases if step % 10 < 2}
+    begins = {10 * i + 1: i % 2 for i in range(6)}
+    assert ends == begins | {10 * i + 10: i % 2 for i in range(6)}
 
 
 def losses(run):
@@ -250,6 +269,7 @@ def test_a_finished_training_without_its_result_gets_one(finished, tiny_data, tm
     assert {key: again[key] for key in ("dense_twin", "sparse", "flops")} == {
         key: result[key] for key in ("dense_twin", "sparse", "flops")
     }
+    assert pictures(run) == pictures(finished)
 
 
 @pytest.mark.slow

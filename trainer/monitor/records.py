@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from data.atomic import write_text
 from sparsity import ACDC
 from sparsity.layers import maskable
 from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE, RunDir
+from trainer.monitor.pictures import as_seen, confused_table, grid, label_table
 from trainer.monitor.screen import Screen
 from trainer.monitor.tensorboard import Board
 from trainer.monitor.tracking import Tracking
@@ -45,20 +48,46 @@ TAGS = {
 
 
 class Monitor:
-    """start_step: optimizer steps done before; later records of an interrupted run are dropped."""
+    """start_step: optimizer steps done before; later records of an interrupted run are dropped. schedule: a
+    drawing of it. wants_batch: whether batch() is still to be called, once in a run."""
 
     def __init__(
-        self, run_dir: RunDir, screen: Screen, start_step: int, tracking: Tracking | None = None
+        self,
+        run_dir: RunDir,
+        screen: Screen,
+        start_step: int,
+        tracking: Tracking | None = None,
+        schedule: str = "",
     ) -> None:
         self.screen = screen
         self._tracking = tracking
         kept = [record for record in run_dir.read_metrics() if record["step"] <= start_step]
-        texts = {"recipe": run_dir.path / "config.yaml", "environment": run_dir.path / "env.json"}
+        texts: dict[str, Path | str] = {
+            "recipe": run_dir.path / "config.yaml",
+            "schedule": schedule,
+            "environment": run_dir.path / "env.json",
+        }
         self._excepthook, threading.excepthook = threading.excepthook, self._in_thread
         self._board = Board(run_dir.tensorboard, start_step, texts)
-        self._phase = kept[-1]["phase"] if kept else "dense"
+        self._step, self.wants_batch = start_step, self._board.is_new
+        epochs = [record for record in kept if record["kind"] == "epoch"]
+        self._phase = epochs[-1]["phase"] if epochs else "dense"
         write_text(run_dir.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = run_dir.metrics.open("a", encoding="utf-8")
+
+    def batch(self, images: Tensor, labels: Tensor, draw: Tensor | None, classes: Sequence[str]) -> None:
+        """The run's first one, as as_seen takes it. Reads the device."""
+        self.wants_batch = False
+        seen, labels, share = as_seen(images, labels, draw)
+        if seen.shape[1] in (1, 3):
+            self._board.image("data/first_batch", grid(seen), self._step)
+        self._board.text("data/labels_of_first_batch", label_table(labels, share, classes), self._step)
+        self._board.flush()
+
+    def phase_begins(self, step: int, phase: str, sparsity: float) -> None:
+        """With its first step. Together with the record of the last epoch before it, the switch is drawn as
+        the step that it is, not as a ramp over the epoch."""
+        self._scalars({"phase/sparse": float(phase == "sparse"), "sparsity/overall": sparsity}, step)
 
     def step(self, record: dict[str, Any]) -> None:
         """A record read within an epoch: kind, epoch, step, phase, lr, loss, images_per_second, data_wait;
@@ -70,9 +99,10 @@ class Monitor:
         self._scalars(
             {f"sparsity/layer/{name}": each for name, each in layer_sparsity.items()}, record["step"]
         )
-        if record["phase"] == "sparse" != self._phase:
+        again = record.get("mask_difference") is not None  # gradual pruning compresses within a phase
+        if record["phase"] == "sparse" and (self._phase != "sparse" or again):
             self._board.kept(layer_sparsity, record["step"])
-        self._phase = record["phase"]
+        self._step, self._phase = record["step"], record["phase"]
         self._board.flush()
         self.screen.epoch(record)
 
@@ -86,7 +116,18 @@ class Monitor:
     def scores(self, recipe: dict[str, Any], result: dict[str, Any]) -> None:
         """Of a finished run. recipe: by dotted keys. result: as result.json has it."""
         pair = {key: result.get(key) for key in (DENSE_TWIN, SPARSE)}
-        self._board.scores(recipe, {f"result/{key}_top1": row["top1"] for key, row in pair.items() if row})
+        scores = {f"result/{key}_top1": row["top1"] for key, row in pair.items() if row}
+        self._board.scores(recipe, scores, self._closing)
+
+    def confused(self, counts: Tensor, classes: Sequence[str]) -> None:
+        """Of a finished run's model, see trainer.evaluate.confusion."""
+        self._board.text("test/most_confused", confused_table(counts, classes), self._closing)
+
+    @property
+    def _closing(self) -> int:
+        """A step behind the last: what is said of a finished run is taken out and said again where it is
+        resumed, see keep_until."""
+        return self._step + 1
 
     def close(self) -> None:
         """Raises nothing: what ends the run is said already, or it has ended well."""

@@ -1,8 +1,12 @@
 """What TensorBoard shows of a run besides its curves."""
 
+import io
 import subprocess
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -10,6 +14,9 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from trainer.checkpoints.run_dir import RunDir
 from trainer.cli import commands
 from trainer.cli.main import main
+from trainer.config.optimization import MixingConfig
+from trainer.models.mixing import Mixer, mix
+from trainer.monitor.pictures import as_seen, confused_table, grid, label_table
 from trainer.monitor.records import Monitor
 from trainer.monitor.screen import Screen
 
@@ -22,16 +29,28 @@ def record(i, phase):
     return {**row, **rates, "val_top1": 50.0 + i, "val_top5": 90.0, "sparsity": 0.9 * (phase == "sparse")}
 
 
-@pytest.fixture
-def events(tmp_path):
-    """Of a run that was interrupted after two epochs."""
+def a_batch(channels=1):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (20, channels, 32, 32), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(20) % 3
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory):
+    """Of a run that was interrupted after two epochs, and again after its last words."""
+    tmp_path = tmp_path_factory.mktemp("run")
     (tmp_path / "config.yaml").write_text("seed: 1\noptimizer:\n  lr: 0.1\n")
-    for begin, end in ((0, 2), (2, 4)):
-        monitor = Monitor(RunDir(tmp_path), Screen(0, 0, 0), 10 * begin)
+    for begin, end in ((0, 2), (2, 4), (4, 4)):
+        monitor = Monitor(RunDir(tmp_path), Screen(0, 0, 0), 10 * begin, schedule="phase  ██")
+        if monitor.wants_batch:
+            monitor.batch(*a_batch(), None, ("a", "b", "c"))
         for i in range(begin, end):
+            if i == 0 or PHASES[i] != PHASES[i - 1]:
+                monitor.phase_begins(10 * i + 1, PHASES[i], 0.9 * (PHASES[i] == "sparse"))
             monitor.epoch(record(i, PHASES[i]), {"conv1": 0.5, "fc": 0.75})
         if end == 4:
             result = {"dense_twin": {"top1": 53.0}, "sparse": {"top1": 52.0}}
+            monitor.confused(torch.tensor([[8, 2, 0], [0, 9, 1], [0, 0, 10]]), ("a", "b", "c"))
             monitor.scores({"seed": 1, "optimizer.lr": 0.1, "resume": None, "include": ["*"]}, result)
         monitor.close()
     return EventAccumulator(str(tmp_path / "tb"), {"tensors": 0, "images": 0, "scalars": 0}).Reload()
@@ -62,12 +81,60 @@ def test_each_compression_has_a_picture_of_what_is_kept(events):
     assert [each.step for each in events.Images("sparsity/kept_by_layer")] == [20]
 
 
+def test_a_switch_is_drawn_as_a_step_at_any_smoothing(events):
+    """Logged at both ends of a phase."""
+    for tag, high in (("phase/sparse", 1.0), ("sparsity/overall", 0.9)):
+        found = events.Scalars(tag)
+        assert [each.step for each in found] == [1, 10, 11, 20, 30, 31, 40]
+        assert [each.value for each in found] == pytest.approx([0, 0, high, high, high, 0, 0])
+
+
+def test_the_first_batch_is_there_once_pixel_for_pixel(events):
+    (picture,) = events.Images("data/first_batch")
+    shown = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
+    images, _ = a_batch()
+    assert shown.shape == (4 * 64 + 3 * 2, 4 * 64 + 3 * 2, 3)  # 16 of 20, enlarged twice
+    for place in (0, 6, 15):
+        top, left = place // 4 * 66, place % 4 * 66
+        assert np.array_equal(shown[top : top + 64 : 2, left : left + 64 : 2, 0], images[place, 0].numpy())
+    (labels,) = events.Tensors("data/labels_of_first_batch/text_summary")
+    first = labels.tensor_proto.string_val[0].decode().splitlines()[0]
+    assert (first, labels.step) == ("| a | b | c | a |", 0)
+
+
+def test_mixed_images_are_shown_mixed():
+    images, labels = a_batch(3)
+    mixer = Mixer(MixingConfig(mixup=0.8), 1)
+    draw = mixer.row(0, 0, images)
+    seen, shown, share = as_seen(images, labels, draw)
+    mean, std = torch.tensor([10.0, 20.0, 30.0])[:, None, None], 50.0
+    model_sees, *_ = mix((images - mean) / std, labels, draw)
+    assert torch.equal(seen, (model_sees[:16] * std + mean).round().to(torch.uint8))
+    assert share == float(draw[5]) < 1
+    assert grid(seen).shape == (4 * 64 + 6, 4 * 64 + 6, 3)
+    assert "Mixed: each image's own label counts" in label_table(shown, share, ())
+
+
+def test_confused_classes_come_in_the_order_of_how_often(events):
+    (text,) = events.Tensors("test/most_confused/text_summary")
+    lines = text.tensor_proto.string_val[0].decode().splitlines()
+    assert lines[0] == "27 of 30 test images are right (90.00 %)."
+    assert lines[4:] == ["| a | b | 2 | 20.0 % |", "| b | c | 1 | 10.0 % |"]
+    assert "| 0 | 1 | 5 | 100.0 % |" in confused_table(torch.tensor([[0, 5], [0, 0]]), ())
+
+
+def test_the_schedule_is_drawn_among_the_texts(events):
+    (found,) = events.Tensors("schedule/text_summary")
+    assert found.tensor_proto.string_val[0].decode() == "    phase  ██"
+
+
 def test_the_pair_stands_beside_the_recipe(events):
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
     assert start.hparams["optimizer.lr"].number_value == pytest.approx(0.1)
     assert start.hparams["include"].string_value == "['*']"
-    assert events.Scalars("result/sparse_top1")[0].value == 52.0
+    (score,) = events.Scalars("result/sparse_top1")
+    assert (score.step, score.value) == (41, 52.0)
 
 
 def test_acdc_board_opens_a_folder_without_smoothing(tmp_path, monkeypatch, capsys):
