@@ -39,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub = command(name, function)
         sub.add_argument("config", metavar="CONFIG", help="a recipe's name under configs/, or a path")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=0.05")
+        if function is schedule:
+            cost = "measure a few steps, dense and sparse: FLOPs and time, against dense training"
+            sub.add_argument("--cost", action="store_true", help=cost)
         if function is commands.train:
             devices = "processes on this machine; default: all GPUs"
             sub.add_argument("--devices", type=int, metavar="N", help=devices)

@@ -6,12 +6,13 @@ import argparse
 import sys
 
 from trainer.errors import UserError
+from trainer.monitor.terminal import announce
 
 _STEPS = 1000  # of an epoch whose data nobody has counted yet: rates at its ends hardly depend on it
 
 
 def schedule(options: argparse.Namespace) -> int:
-    """A recipe's phases, learning rates and sparsity, by epoch and drawn, without running anything."""
+    """A recipe's phases, learning rates and sparsity, by epoch and drawn, without training."""
     from trainer.config.load import load_config
     from trainer.monitor.drawing import draw_schedule, for_encoding
     from trainer.optim import learning_rate
@@ -36,4 +37,10 @@ def schedule(options: argparse.Namespace) -> int:
         print(f"epoch {epoch:3}  {phase.kind:6}  lr {lr}  {action}".rstrip())
     print()
     print(for_encoding("\n".join(draw_schedule(config, steps)), sys.stdout.encoding))
+    if options.cost:
+        print()
+        announce("loading", "DeepSpeed and DALI")
+        from trainer.cli.cost import cost_lines
+
+        print("\n".join(cost_lines(config)))
     return 0
