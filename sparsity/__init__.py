@@ -19,7 +19,7 @@ from sparsity.patterns import (
     UniformMagnitude,
 )
 from sparsity.schedule import Phase, PhaseSchedule
-from sparsity.stats import Sparsity, measure, num_leaked, relative_mask_difference
+from sparsity.stats import MaskChange, Sparsity, measure, num_leaked, relative_mask_difference
 
 __all__ = [
     "ACDC",
@@ -28,6 +28,7 @@ __all__ = [
     "CubicSparsity",
     "GlobalMagnitude",
     "Kernel",
+    "MaskChange",
     "MaskError",
     "MaskedAttention",
     "MaskedConv2d",

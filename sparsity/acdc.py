@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsity.execution import Execution, Wish, kernel_named, kernel_names
+from sparsity.execution import Execution, Wish, check_kernels, kernel_names
 from sparsity.gradual import CubicSparsity, Regrowth, actions_of
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
 from sparsity.kernels.interface import Kernel
@@ -36,7 +36,7 @@ from sparsity.masters import Masters, masters_of
 from sparsity.modules.layers import MaskedLayer, UnmaskedConv2d
 from sparsity.patterns import Pattern
 from sparsity.schedule import Phase, PhaseSchedule
-from sparsity.stats import relative_mask_difference
+from sparsity.stats import MaskChange
 
 LOOKS = 4  # whether masks hold, at the most in a phase: one after a step that is seen is enough
 
@@ -77,7 +77,8 @@ class ACDC:
         self.actions = actions_of(pattern, schedule, gradual)
         self.layers = mask_layers(model, include, exclude) if schedule.compressions else {}
         self.step = 0  # optimizer steps begun
-        self.mask_difference: float | None = None  # between the last two compressions
+        self.mask_change: MaskChange | None = None  # from the last compression but one to the last
+        self.mask_difference: float | None = None  # as a share; older states have nothing else
         self._execution = Execution(model, self.layers)
         self._settled = gradual.settled if isinstance(gradual, CubicSparsity) else 0  # see masks_settled
         self._reset_momentum = reset_momentum
@@ -173,9 +174,9 @@ class ACDC:
         check_equal_on_all_ranks(chosen)
         before = self._previous or self.masks()
         first = not self._previous and bool(torch.stack([mask.all() for mask in before.values()]).all())
-        self.mask_difference = None if first else relative_mask_difference(before, chosen)
-        if self.layers:
-            masters.refill_(self._keep())  # for weights that grow
+        change = self.mask_change = None if first else MaskChange.between(before, chosen)
+        self.mask_difference = change.relative if change else None
+        masters.refill_(self._keep())  # for weights that grow
         layers = self.layers.values()
         torch._foreach_copy_([layer.mask for layer in layers], [chosen[name] for name in self.layers])
         masters.mask_(self._keep())
@@ -262,6 +263,7 @@ class ACDC:
             "phase": self.phase.kind,
             "num_dropped": self._num_dropped(),
             "mask_difference": self.mask_difference,
+            "mask_change": vars(self.mask_change) if self.mask_change else None,
             "previous_masks": self._previous,
             "kernels": {name: kernel.name for name, kernel in self.kernels.items()},
         }
@@ -282,6 +284,7 @@ class ACDC:
         self.step = int(state["step"])
         self._looks = LOOKS if self.phase.kind == "sparse" else 0
         self.mask_difference = state["mask_difference"]
+        self.mask_change = MaskChange(**change) if (change := state.get("mask_change")) else None
         previous = state["previous_masks"].items()
         self._previous = {name: mask.to(self.layers[name].mask.device) for name, mask in previous}
         if names := kernel_names(state):
@@ -297,11 +300,7 @@ class ACDC:
                 f"the saved run had {state['steps_per_epoch']} steps per epoch, this one has "
                 f"{self.steps_per_epoch}: its phases would shift; use the same data and batch size"
             )
-        unknown = {name for name in kernel_names(state).values() if kernel_named(name) is None}
-        if unknown:
-            raise ValueError(
-                f"the saved run had kernels that this version does not have: {', '.join(sorted(unknown))}"
-            )
+        check_kernels(state)
         now = self._phase_after(int(state["step"]))
         if now.kind != state["phase"]:
             raise ValueError(

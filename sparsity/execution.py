@@ -35,6 +35,14 @@ def kernel_names(state: Mapping[str, Any]) -> dict[str, str]:
     return state.get("kernels", state.get("run24", {}))
 
 
+def check_kernels(state: Mapping[str, Any]) -> None:
+    """Raise ValueError where a training state names kernels that there are none of here."""
+    unknown = {name for name in kernel_names(state).values() if kernel_named(name) is None}
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"the saved run had kernels that this version does not have: {names}")
+
+
 def family_for(pattern: Pattern, device: torch.device, dtype: torch.dtype) -> KernelFamily | str:
     """The kernels for masks of a pattern, or what this machine or precision misses for them, after "they
     need".

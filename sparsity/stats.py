@@ -57,16 +57,41 @@ def shares_unpruned(model: nn.Module, masked: Iterable[str]) -> dict[str, float]
     return {name: count / total for name, count in counts.most_common()}
 
 
+@dataclass(frozen=True)
+class MaskChange:
+    """Masked weights from one compression to the next, over all layers. kept: by both; dropped: kept before;
+    regrown: dropped before. The rest of num_weights was dropped by both."""
+
+    kept: int
+    dropped: int
+    regrown: int
+    num_weights: int
+
+    @classmethod
+    def between(cls, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> MaskChange:
+        """Of keep-masks by layer name, not none. One device read for all layers."""
+        counts = torch.stack(
+            [
+                torch.stack([(old[name] & mask).sum(), old[name].sum(), mask.sum()])
+                for name, mask in new.items()
+            ]
+        )
+        kept, before, after = counts.sum(dim=0).tolist()
+        return cls(kept, before - kept, after - kept, sum(mask.numel() for mask in new.values()))
+
+    @property
+    def relative(self) -> float:
+        """What differs, dropped + regrown, less the growth, dropped - regrown: relative_mask_difference."""
+        return 2 * self.regrown / self.num_weights
+
+
 def relative_mask_difference(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
     """Share of the masked weights that changed sides between two compressions, beyond the growth in sparsity.
 
     Per layer: number of differing entries minus the growth of the number of dropped ones; summed, over the
     number of weights (the measure that the paper's implementation logs, there in percent). 0 is no change.
     """
-    changed = torch.stack(
-        [(old[name] != mask).sum() - old[name].sum() + mask.sum() for name, mask in new.items()]
-    )
-    return int(changed.sum()) / sum(mask.numel() for mask in new.values())
+    return MaskChange.between(old, new).relative
 
 
 def num_leaked(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> int:

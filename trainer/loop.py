@@ -215,6 +215,7 @@ class Trainer:
         bad_files = sum(ranks.all_gather(self.loaders.bad_files.count))
         if self.monitor:
             compressed = self.acdc.actions.get(epoch) is not None
+            change = self.acdc.mask_change if compressed else None
             record = {
                 "epoch": epoch,
                 "step": self.acdc.step,
@@ -231,9 +232,13 @@ class Trainer:
                 "sparsity": sparsity.overall,
                 "sparsity_of_all_parameters": sparsity.of_all_parameters,
                 "mask_difference": self.acdc.mask_difference if compressed else None,
+                "mask_kept": change and change.kept,
+                "mask_dropped": change and change.dropped,
+                "mask_regrown": change and change.regrown,
                 **self._rates,
                 **self.loss_scaling(),
                 "training_flops": self.position.training_flops,
+                "dense_training_flops": self.position.dense_training_flops,
                 "graphs": num_graphs() - self.graphs_before,
                 "seconds": self.position.seconds,
             }

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from sparsity import ACDC, NM, GlobalMagnitude, PhaseSchedule, UniformMagnitude, measure, num_leaked
+from sparsity import (
+    ACDC,
+    NM,
+    GlobalMagnitude,
+    MaskChange,
+    PhaseSchedule,
+    UniformMagnitude,
+    measure,
+    num_leaked,
+)
 from trainer.models import get_model
 
 SCHEDULE = PhaseSchedule.parse("dense 1, (sparse 1, dense 1) x2, sparse 2")
@@ -165,8 +174,27 @@ def test_loading_goes_on_as_if_nothing_had_happened(saved_at):
     assert all(
         torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values(), strict=True)
     )
+    assert second.mask_change == acdc.mask_change
     assert second.mask_difference == acdc.mask_difference
     assert second.mask_difference > 0
+
+
+def test_what_changes_from_one_compression_to_the_next_is_counted():
+    net = nn.Sequential(nn.Linear(5, 2, bias=False))
+    acdc = ACDC(net, GlobalMagnitude(0.6), PhaseSchedule.parse("(dense 1, sparse 1) x2"), 1)
+    acdc.attach(sgd(net))
+    for magnitudes in ([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [9, 8, 0, 0, 0, 1, 7, 2, 6, 3]):
+        acdc.before_step()
+        with torch.no_grad():
+            net[0].weight.copy_(torch.tensor(magnitudes).view(2, 5))
+        assert acdc.mask_change is None  # nothing was compressed before
+        acdc.before_step()
+    assert acdc.mask_change == MaskChange(kept=2, dropped=2, regrown=2, num_weights=10)
+    assert acdc.mask_difference == acdc.mask_change.relative == 0.4
+
+    older = {key: value for key, value in acdc.state_dict().items() if key != "mask_change"}
+    acdc.load_state_dict(older)
+    assert (acdc.mask_change, acdc.mask_difference) == (None, 0.4)
 
 
 def test_states_that_do_not_fit_are_refused():

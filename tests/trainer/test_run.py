@@ -71,6 +71,7 @@ def test_the_pair_and_its_figures(finished):
 def test_metrics_and_tensorboard_tell_the_same(finished):
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     epochs = [record for record in records if record["kind"] == "epoch"]
+    num_weights = json.loads((finished / "result.json").read_text())["dense_twin"]["num_weights"]
     assert [record["phase"] for record in epochs] == ["dense", "sparse"] * 3
     assert [record["step"] for record in epochs] == list(range(10, NUM_STEPS + 1, 10))
     assert [record["mask_difference"] is not None for record in epochs] == [
@@ -81,6 +82,10 @@ def test_metrics_and_tensorboard_tell_the_same(finished):
         False,
         True,
     ]
+    for before, record in ((epochs[1], epochs[3]), (epochs[3], epochs[5])):
+        num_kept = [round(num_weights * (1 - each["sparsity"])) for each in (before, record)]
+        assert num_kept == [record["mask_kept"] + record[f"mask_{rest}"] for rest in ("dropped", "regrown")]
+    assert epochs[1]["mask_regrown"] is None  # the first compression changes no mask
     assert all(0 <= record["data_wait"] <= 1 and record["images_per_second"] > 0 for record in epochs)
     assert len(records) == 6 + 6 * 2  # every epoch logs at steps 4 and 8
 
@@ -99,7 +104,7 @@ def test_metrics_and_tensorboard_tell_the_same(finished):
         logged = {event.step: event.value for event in events.Scalars(tag)}
         for record in epochs:
             assert logged[record["step"]] == pytest.approx(record[key], rel=1e-6, abs=1e-6)
-    assert {"train/loss", "phase/sparse", "sparsity/mask_difference", "sparsity/layer/layer1.0.conv1"} <= tags
+    assert {"train/loss", "phase/sparse", "sparsity/mask_regrown", "sparsity/layer/layer1.0.conv1"} <= tags
 
 
 def test_the_run_folder_says_what_was_run(finished):
