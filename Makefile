@@ -6,6 +6,7 @@
 # make setup    the set-up alone: .venv with pinned dependencies
 # make lint     ruff and mypy
 # make sanitize the C++ kernels' tests under address and undefined-behaviour sanitizers
+# make chromium the browser that some tests look at pages with (Debian, Ubuntu); without it they skip
 # make docs     the documentation as a site, in site/
 # make gpu-check  what needs a GPU: tests and all benchmarks, within 9 minutes, with what is installed;
 #               less of it with ARGUMENTS="--only tests variants --seconds 200"
@@ -16,7 +17,7 @@ INSTALLED := .venv/.installed
 PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: setup train test test-slow test-rare torture lint docs sanitize claims gpu-check clean
+.PHONY: setup train test test-slow test-rare torture lint chromium docs sanitize claims gpu-check clean
 setup: $(INSTALLED)
 
 # First what one file serves on every machine, by its hash; then torch, whose build is the machine's; then the rest.
@@ -50,6 +51,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
+chromium:
+	command -v chromium chromium-browser google-chrome || \
+	    { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
 
 docs: setup
 	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -3,45 +3,58 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data.atomic import write_text
 from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE, RunDir
-from trainer.report.charts import Series, chart
-from trainer.report.page import page, table
-from trainer.report.records import epoch_records, recipe_of
+from trainer.report.charts import Series, chart, phases
+from trainer.report.cost import duration
+from trainer.report.page import grid, note, page, section, table
+from trainer.report.records import epoch_records, points, rates, recipe_of
 
 KINDS = ("dense", "kept", "third", "fourth", "fifth", "sixth")  # colours, again from the first after six
+COLUMNS = ("run", "dense, %", "sparse, %", "difference", "sparsity, %", "FLOPs, of dense", "time")
+Record = dict[str, Any]
 
 
 def write_comparison(runs: Sequence[RunDir], path: Path) -> None:
     """Raises ValueError for a run without a finished epoch, OSError where it cannot be written."""
-    epochs = {_name(run): epoch_records(run) for run in runs}
-    last = max(records[-1]["epoch"] + 1 for records in epochs.values())
+    records = {_name(run): run.read_metrics() for run in runs}
+    epochs = {_name(run): epoch_records(run, records[_name(run)]) for run in runs}
+    kinds = [KINDS[place % len(KINDS)] + " again" * (place >= len(KINDS)) for place in range(len(epochs))]
+    last = max(each[-1]["epoch"] + 1 for each in epochs.values())
+    spans = [phases([record["phase"] for record in each]) for each in epochs.values()]
+    shaded = spans[0] if all(each == spans[0] for each in spans) else []
 
     def curves(key: str, times: float = 1, marks: str = "line") -> list[Series]:
-        return [
-            Series(
-                name,
-                [
-                    (each["epoch"] + 1, None if each.get(key) is None else times * each[key])
-                    for each in records
-                ],
-                KINDS[number % len(KINDS)],
-                marks,
-            )
-            for number, (name, records) in enumerate(epochs.items())
-        ]
+        given = zip(epochs.items(), kinds, strict=True)
+        return [Series(name, points(each, key, times), kind, marks) for (name, each), kind in given]
 
+    learning = []
+    for run, kind in zip(runs, kinds, strict=True):
+        given, marks = rates(records[_name(run)], recipe_of(run))
+        learning.append(Series(_name(run), given, kind, marks))
+    small = [
+        chart(title, series, last, shaded, legend=False, from_zero=from_zero)
+        for title, series, from_zero in (
+            ("test loss", curves("val_loss"), False),
+            ("training loss", curves("train_loss"), False),
+            ("sparsity, %", curves("sparsity", 100, "steps"), True),
+            ("learning rate", learning, True),
+            ("throughput, images/s", curves("images_per_second"), True),
+            ("waiting for data, % of the time", curves("data_wait", 100), True),
+        )
+    ]
+    rows = [_row(run, epochs[_name(run)]) for run in runs]
     body = [
-        f"<h1>{len(runs)} runs</h1>",
-        table(("run", "dense, %", "sparse, %", "difference", "sparsity, %", "FLOPs"), map(_row, runs)),
-        chart("test top-1, %", curves("val_top1"), last),
-        chart("test loss", curves("val_loss"), last),
-        chart("sparsity, %", curves("sparsity", 100, "steps"), last),
-        _differences(runs),
+        f"<header><h1>{len(runs)} runs</h1>{note('their curves over each other, and what differs')}</header>",
+        section("Results", table(COLUMNS, rows, kinds=kinds), _links(runs, path)),
+        section("Accuracy", chart("test top-1, %", curves("val_top1"), last, shaded, wide=320)),
+        section("Training", grid(*small)),
+        section("Where their recipes differ", _differences(runs)),
     ]
     write_text(path, page(", ".join(epochs), body))
 
@@ -50,20 +63,35 @@ def _name(run: RunDir) -> str:
     return f"{run.path.parent.name} {run.path.name}"
 
 
-def _row(run: RunDir) -> tuple[str, ...]:
+def _row(run: RunDir, epochs: Sequence[Record]) -> tuple[str, ...]:
+    seconds = epochs[-1].get("seconds")
+    time = duration(seconds) if seconds else "-"
     result = run.read_result()
     if result is None:
-        return (_name(run), *["-"] * 4, "not finished")
+        done = epochs[-1]["epoch"] + 1
+        return (_name(run), *["-"] * 4, f"not finished: {done} epochs", time)
     dense, sparse = result.get(DENSE_TWIN), result.get(SPARSE)
     ratio = (result.get("flops") or {}).get("training_ratio")
     return (
         _name(run),
         f"{dense['top1']:.2f}" if dense else "-",
         f"{sparse['top1']:.2f}" if sparse else "-",
-        f"{sparse['top1'] - dense['top1']:+.2f}" if dense and sparse else "-",
+        f"{sparse['top1'] - dense['top1']:+.2f}".replace("-", "\u2212") if dense and sparse else "-",
         f"{100 * sparse['sparsity']:.2f}" if sparse else "-",
         f"{ratio:.3f}" if ratio else "-",
+        time,
     )
+
+
+def _links(runs: Sequence[RunDir], path: Path) -> str:
+    """To the runs' own pages, as far as they have one."""
+    here = path.resolve().parent
+    links = [
+        f'<a href="{html.escape(os.path.relpath(run.report.resolve(), here))}">{html.escape(_name(run))}</a>'
+        for run in runs
+        if run.report.exists()
+    ]
+    return f"<p class=soft>Their pages: {', '.join(links)}</p>" if links else ""
 
 
 def _differences(runs: Sequence[RunDir]) -> str:
@@ -76,6 +104,5 @@ def _differences(runs: Sequence[RunDir]) -> str:
         if any(recipe.get(key, missing) != recipes[0].get(key, missing) for recipe in recipes)
     ]
     if not rows:
-        return "<p>Their recipes are the same.</p>"
-    heads = html.escape("Where their recipes differ")
-    return f"<h2>{heads}</h2>{table(('', *map(_name, runs)), rows)}"
+        return note("Their recipes are the same.")
+    return table(("", *map(_name, runs)), rows, texts=range(len(runs) + 1))
