@@ -54,7 +54,7 @@ lint: setup
 
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 chromium:
-	command -v chromium chromium-browser google-chrome || \
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	    { $(SUDO) apt-get update && $(SUDO) apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
 
 docs: setup
