@@ -232,9 +232,10 @@ class Trainer:
                 "sparsity": sparsity.overall,
                 "sparsity_of_all_parameters": sparsity.of_all_parameters,
                 "mask_difference": self.acdc.mask_difference if compressed else None,
-                "mask_kept": change and change.kept,
-                "mask_dropped": change and change.dropped,
-                "mask_regrown": change and change.regrown,
+                **{
+                    f"mask_{each}": change and getattr(change, each)
+                    for each in ("kept", "dropped", "regrown")
+                },
                 **self._rates,
                 **self.loss_scaling(),
                 "training_flops": self.position.training_flops,

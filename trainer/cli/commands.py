@@ -221,7 +221,8 @@ def board(options: argparse.Namespace) -> int:
     if not next(folder.glob("**/events.out.tfevents.*"), None):
         raise UserError(f"board: no run under {folder} has records for TensorBoard")
     port = str(options.port)
-    print(f"http://localhost:{port}/?smoothing=0#custom_scalars   (Ctrl-C ends it)", flush=True)
+    unsmoothed = "?smoothing=0#custom_scalars&_smoothingWeight=0"  # this page has a smoothing of its own
+    print(f"http://localhost:{port}/{unsmoothed}   (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", port]
     with suppress(KeyboardInterrupt):
         return subprocess.run(command, check=False).returncode

@@ -151,4 +151,4 @@ def test_acdc_board_opens_a_folder_without_smoothing(tmp_path, monkeypatch, caps
     monkeypatch.setattr(commands.subprocess, "run", run)
     assert main(["board", str(tmp_path), "--port", "7007"]) == 0
     assert started == [["-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", "7007"]]
-    assert "http://localhost:7007/?smoothing=0#custom_scalars" in capsys.readouterr().out
+    assert "http://localhost:7007/?smoothing=0#custom_scalars&_smoothingWeight=0 " in capsys.readouterr().out
