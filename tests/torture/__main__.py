@@ -64,7 +64,7 @@ def _claims(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, It
         damage.damaged(alone, folder / "damaged", options.damages, generator),
     )
     yield "a file that would execute something: nothing executed", damage.hostile(folder)
-    yield "a recipe with nonsense: taken, or refused in a sentence", fuzz.recipes(options.recipes, generator)
+    yield "a made-up recipe: taken, or refused in words", fuzz.recipes(options.recipes, options.seed)
 
 
 def _count(table: Table, claim: str, outcomes: Iterator[bool]) -> bool:

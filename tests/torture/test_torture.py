@@ -18,7 +18,7 @@ def test_damaged_and_hostile_files_and_recipes_with_nonsense(tiny_data, tmp_path
     for outcomes in (
         damage.damaged(run, tmp_path / "damaged", 20, random.Random(1)),
         damage.hostile(tmp_path / "scratch"),
-        fuzz.recipes(40, random.Random(1)),
+        fuzz.recipes(40, 1),
     ):
         assert all(list(outcomes))
 

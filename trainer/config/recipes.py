@@ -13,6 +13,7 @@ import yaml
 from trainer.errors import UserError, did_you_mean
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
+_MOST_VALUES = 100_000  # of a text, each alias counted as what it stands for
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,6 +29,15 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def get_single_node(self) -> yaml.Node | None:
+        """Raises ConstructorError for aliases that make a short text endless, before anything is built."""
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > _MOST_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"its aliases stand for more than {_MOST_VALUES:,} values", node.start_mark
+            )
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
@@ -40,6 +50,18 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values in it, those of an alias each time that it is written."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if (size := known.get(id(node))) is not None:
+        return size
+    known[id(node)] = _MOST_VALUES  # found again within itself: endless
+    inner = [part for each in node.value for part in (each if isinstance(each, tuple) else (each,))]
+    known[id(node)] = size = 1 + sum(_size(part, known) for part in inner)
+    return size
 
 
 for _tag, _pattern, _first in (

@@ -11,6 +11,10 @@ from trainer.errors import UserError
 QUICKSTART = "quickstart"
 
 
+# Ten times the one before, eight times over: a short text, and an endless message about it
+BOMB = "a0: &a0 [1]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(8))
+
+
 def failure(*overrides: str, recipe: str = QUICKSTART) -> str:
     with pytest.raises(UserError) as caught:
         load_config(recipe, overrides)
@@ -145,6 +149,8 @@ def test_unknown_recipes_name_the_nearest():
         ("epochs: 1\nepochs: 2\n", "key 'epochs' is given twice"),
         ("- 1\n", "a recipe is a mapping of keys to values, this is a list"),
         ("a: [1\n", "line 2"),
+        ("seed: &a [*a]\n", "its aliases stand for more than 100,000 values"),
+        (BOMB, "its aliases stand for more than 100,000 values"),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path, text, expected):
