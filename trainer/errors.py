@@ -67,6 +67,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether a disk, or a user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def out_of_memory(error: BaseException, then: str = "") -> EnvironmentFailure:
     """then: what to do once it takes less."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -119,7 +124,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def as_user_error(where: str) -> Iterator[None]:
-    """Turn a ValueError or OSError, met while doing what the user asked, into a UserError."""
+    """Turn a ValueError or OSError, met while doing what the user asked, into a UserError, or into an
+    EnvironmentFailure where memory or a disk is too small."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -127,4 +133,4 @@ def as_user_error(where: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if is_out_of_memory(error):
             raise out_of_memory(error) from error
-        raise UserError(f"{where}: {error}") from error
+        raise (EnvironmentFailure if is_out_of_space(error) else UserError)(f"{where}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from statistics import median
 from typing import Any
@@ -23,6 +24,8 @@ from trainer.report.records import recipe_of
 from trainer.report.run import write_report
 
 _LONG = 68  # columns of a schedule's text beside the word "phases"
+
+log = logging.getLogger(__name__)
 
 
 def log_start(trainer: Trainer) -> None:
@@ -94,7 +97,7 @@ def finish(trainer: Trainer) -> None:
     if counts is not None:
         trainer.monitor.confused(counts, trainer.loaders.info.classes)
     result = build_result(trainer)
-    write_report(trainer.run_dir, result)
+    _report(trainer.run_dir, result)
     trainer.monitor.scores(recipe_of(trainer.run_dir), result)
     trainer.run_dir.write_result(result)
     screen = trainer.monitor.screen
@@ -102,7 +105,16 @@ def finish(trainer: Trainer) -> None:
     screen.console.print(closing_table(result))
     for line in closing_lines(result):
         screen.say(line)
-    screen.say(f"report: {trainer.run_dir.report}")
+    if trainer.run_dir.report.is_file():
+        screen.say(f"report: {trainer.run_dir.report}")
+
+
+def _report(run: RunDir, result: dict[str, Any]) -> None:
+    """A run whose records of epochs are lost is finished without a page of them."""
+    try:
+        write_report(run, result)
+    except ValueError as error:
+        log.warning("no report: %s", error)
 
 
 def _confusion(trainer: Trainer) -> Tensor | None:
@@ -128,7 +140,7 @@ def finish_both(run: RunDir) -> None:
     for suffix in ("", EMA):
         if DENSE_TWIN + suffix in dense:
             result[FINETUNED_DENSE + suffix] = dense[DENSE_TWIN + suffix]
-    write_report(run, result)
+    _report(run, result)
     run.write_result(result)
     Screen(0, 0, 0).console.print(closing_table(result))
 

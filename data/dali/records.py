@@ -135,7 +135,7 @@ class DaliRecordLoader(DaliImageLoader):
     def _numbers(self, labels: Any) -> NDArray[np.int64]:
         """(N,): classes from what the readers give, decimal digits as text in WebDataset."""
         if self.records.format == "webdataset":
-            labels = np.array([int(bytes(row)) for row in labels], np.int64)
+            labels = np.array([self._digits(bytes(row)) for row in labels], np.int64)
         numbers: NDArray[np.int64] = labels.reshape(-1).astype(np.int64) - self.first_label
         if numbers.min() < 0 or numbers.max() >= self.num_classes:
             raise OSError(
@@ -144,6 +144,15 @@ class DaliRecordLoader(DaliImageLoader):
                 f"{self.num_classes} classes do not allow: see data.first_label, data.num_classes"
             )
         return numbers
+
+    def _digits(self, text: bytes) -> int:
+        try:
+            return int(np.int64(int(text)))
+        except (ValueError, OverflowError) as error:
+            raise OSError(
+                f"{self.records.paths[0].parent} holds a label that is no number: {text[:40]!r}; each .cls "
+                "is a class in decimal digits"
+            ) from error
 
     def _num_left(self, index: int) -> int:
         """Images of this rank's share that are left at a batch; the reader repeats the last."""

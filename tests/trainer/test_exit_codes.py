@@ -1,6 +1,7 @@
 """The table of exit codes in docs/machines.md, and how a run comes to those that need more than a typing
 error or a signal: tests/trainer/cli has these, tests/trainer/test_run.py has divergence."""
 
+import errno
 import re
 import signal
 import sys
@@ -13,8 +14,10 @@ from sparsity import MaskError
 from tests.trainer.runs import newest_run, tiny
 from trainer import train
 from trainer.checkpoints import checkpoint
+from trainer.checkpoints.run_dir import create
 from trainer.cli import launch
 from trainer.cli.restarts import Restarts
+from trainer.config.load import load_config
 from trainer.distributed import ranks
 from trainer.distributed.signals import SIGNALS
 from trainer.errors import EnvironmentFailure, Failure, as_user_error, exit_code_of
@@ -82,9 +85,17 @@ def test_what_nobody_foresaw_keeps_its_traceback():
         exit_code_of(lambda: (_ for _ in ()).throw(RuntimeError("odd")))
 
 
-def test_too_little_memory_is_no_mistake_of_the_users():
+def test_too_little_memory_and_a_full_disk_are_no_mistakes_of_the_users(tmp_path, monkeypatch):
     with pytest.raises(EnvironmentFailure, match="out of memory"), as_user_error("data"):
         raise OSError(12, "Cannot allocate memory")
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    for path in (None, tmp_path / "run"):
+        with pytest.raises(EnvironmentFailure, match=r"cannot be written: .*No space left"):
+            create(load_config("quickstart"), path)
 
 
 @pytest.mark.parametrize(

@@ -263,13 +263,16 @@ def test_a_finished_run_is_left_alone(finished, tiny_data, tmp_path, capsys):
     assert len(list((tmp_path / "quickstart").iterdir())) == 2
 
 
-def test_a_finished_training_without_its_result_gets_one(finished, tiny_data, tmp_path):
-    """Killed between the last checkpoint and result.json."""
+@pytest.mark.parametrize("lost", [[], ["metrics.jsonl", "report.html"]])
+def test_a_finished_training_without_its_result_gets_one(lost, finished, tiny_data, tmp_path):
+    """Killed between the last checkpoint and result.json. Without its records it has no report."""
     run = tmp_path / "quickstart" / finished.name
     shutil.copytree(finished, run)
     result = json.loads((run / "result.json").read_text())
-    (run / "result.json").unlink()
+    for name in ("result.json", *lost):
+        (run / name).unlink()
     assert main(tiny(tiny_data, tmp_path, "resume=auto")) == 0
+    assert (run / "report.html").exists() == (not lost)
     again = json.loads((run / "result.json").read_text())
     assert {key: again[key] for key in ("dense_twin", "sparse", "flops")} == {
         key: result[key] for key in ("dense_twin", "sparse", "flops")

@@ -32,7 +32,7 @@ from trainer.checkpoints.checkpoint import STATE, CheckpointError, newest_whole,
 from trainer.checkpoints.environment import environment
 from trainer.config.recipes import dump_recipe, read_yaml
 from trainer.config.schema import Config
-from trainer.errors import UserError
+from trainer.errors import UserError, as_user_error
 from trainer.paths import user_path
 
 log = logging.getLogger(__name__)
@@ -186,24 +186,21 @@ def is_finished(run: RunDir, config: Config) -> bool:
 
 
 def create(config: Config, path: Path | None = None) -> RunDir:
-    """Make the folder of a new run, at `path` or below run_root. Raises UserError where that fails."""
+    """Make the folder of a new run, at `path` or below run_root. Raises UserError where that fails, and
+    EnvironmentFailure where the disk is full."""
     if path is not None:
-        try:
+        with as_user_error(f"the run folder {path} cannot be written"):
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"the run folder {path} cannot be written: {error}") from error
         return RunDir(path)
     parent = user_path(config.run_root) / config.name
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    try:
+    with as_user_error(f"run_root {config.run_root}: the run folder cannot be written"):
         parent.mkdir(parents=True, exist_ok=True)
         for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
             made = parent / f"{stamp}{suffix}"
             with suppress(FileExistsError):
                 made.mkdir()
                 break
-    except OSError as error:
-        raise UserError(f"run_root {config.run_root}: the run folder cannot be written: {error}") from error
     return RunDir(made)
 
 

@@ -1,5 +1,6 @@
 """Packed images through DALI's readers: every image once, exact positions, damaged states."""
 
+import io
 import itertools
 import shutil
 import struct
@@ -210,6 +211,23 @@ def test_labels_that_cannot_be(packed):
     for classes, first in ((3, 0), (3, 2)):  # the files count from 1
         with pytest.raises(OSError, match=r"holds labels from 1 to 3, .* see data\.first_label"):
             list(DaliRecordLoader(records, classes, first, stream, CPU, 2, "cpu", refuse).epoch(0))
+
+
+@pytest.mark.parametrize("label", [b"x", b"", b"9" * 40])
+def test_labels_that_are_no_numbers(label, tmp_path):
+    """In the middle of a run: an OSError ends it with a message."""
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train" / "0.tar", "w") as tar:
+        for name, content in (("0.jpg", b"no picture"), ("0.cls", label)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    index = f"v1.2 1\njpg 512 10 0.jpg cls 1536 {len(label)} 0.cls\n"
+    (tmp_path / "train" / "0.idx").write_text(index)
+    records = find_records(tmp_path, "train", "webdataset")
+    loader = DaliRecordLoader(records, 3, 0, CropStream(1, 1, seed=5, sizes=((0, 8),)), CPU, 1, "cpu", refuse)
+    with pytest.raises(OSError, match=r"train holds a label that is no number: b'.*each \.cls is a class in"):
+        list(loader.epoch(0))
 
 
 def spoil(root, images):

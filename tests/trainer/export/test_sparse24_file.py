@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsity import NM
-from trainer.export.sparse24_file import export_sparse24, packed_share, read_sparse24
+from trainer.export.sparse24_file import SHAPES, export_sparse24, packed_share, read_sparse24
 
 
 def make():
@@ -55,6 +55,9 @@ def test_a_model_without_zeros_has_nothing_to_pack(tmp_path):
 def test_another_file_is_refused(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
     (tmp_path / "none.safetensors").write_bytes(b"no file of that kind")
-    for name in ("plain", "none"):
+    shapes = ("[1]", '{"a": 1}', '{"b": [2, 2]}', "[" * 5000)
+    for number, text in enumerate(shapes):
+        save_file({"a": torch.zeros(2)}, tmp_path / f"{number}.safetensors", {SHAPES: text})
+    for name in ("plain", "none", *range(len(shapes))):
         with pytest.raises(ValueError, match=f"{name}.safetensors is not a file of acdc export"):
             read_sparse24(tmp_path / f"{name}.safetensors")
