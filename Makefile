@@ -2,7 +2,7 @@
 # make test     set up, then run the tests that are not marked slow (about three minutes)
 # make test-slow  the slow tests: real launches, two ranks, damaged data (several minutes more)
 # make test-rare  the few slow ones that compile most
-# make torture    runs killed, stopped, damaged and fed with nonsense, counted; KILLS=100 and 25 minutes
+# make torture    runs killed, stopped, damaged, fed with nonsense; disks filled: counted; KILLS=100, 30 minutes
 # make setup    the set-up alone: .venv with pinned dependencies
 # make lint     ruff and mypy
 # make sanitize the C++ kernels' tests under address and undefined-behaviour sanitizers

@@ -2,87 +2,171 @@
 
 from __future__ import annotations
 
+import json
+import os
+import queue
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
+from tests.torture.moments import KINDS
 from tests.trainer.runs import (
     assert_equal_states,
-    command,
     environment_of_its_own,
     final_state,
+    launcher,
     newest_run,
     tiny,
 )
+from trainer.cli.launch import _alive, _signal_group
 
-OPTIONS = ("save.every=5st", "save.keep=9")
-IN_CHAIN = 5  # kills at most before a run is left to end
-LONGEST = 180.0  # seconds of one process
+OPTIONS = ("save.every=5st", "save.keep=9", "resume=auto")
+IN_CHAIN = 5  # kills or signals at most before a run is left to end
+LONGEST = 240.0  # seconds of one process
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+OF_SLURM = SIGNALS[::2]  # what SLURM sends
+MODULE = "tests.torture.moments"
 
 
-def left_alone(data: Path, root: Path, devices: int) -> tuple[Path, float]:
-    """The run that all others must equal, and the seconds that a process of it takes."""
-    begin = time.monotonic()
-    if (code := _wait(_start(data, root, devices), LONGEST)) != 0:
+@dataclass(frozen=True)
+class Alone:
+    """A run that was left alone, which all others must equal: its folder, the seconds that its process took,
+    how often each kind of moment came."""
+
+    run: Path
+    seconds: float
+    counts: dict[str, int]
+
+
+class Cores:
+    """Hands out cores: so many processes at a time, each kept to its own where runs have one process."""
+
+    def __init__(self, devices: int) -> None:
+        self.devices = devices
+        self._free: queue.Queue[int] = queue.Queue()
+        own = sorted(os.sched_getaffinity(0))
+        for core in own[: max(1, len(own) // devices)]:
+            self._free.put(core)
+        self.number = self._free.qsize()
+
+    def run(self, chain: Callable[[int | None], list[bool]]) -> list[bool]:
+        core = self._free.get()
+        try:
+            return chain(core if self.devices == 1 else None)
+        finally:
+            self._free.put(core)
+
+
+def left_alone(data: Path, root: Path, devices: int) -> Alone:
+    root.mkdir(parents=True)
+    counts, begin = root / "counts.json", time.monotonic()
+    core = min(os.sched_getaffinity(0)) if devices == 1 else None
+    code = _wait(start(data, root, devices, core, ACDC_COUNTS=str(counts)), LONGEST)
+    if code != 0:
         raise RuntimeError(f"an undisturbed run ended with {code}")
-    return newest_run(root), time.monotonic() - begin
+    return Alone(newest_run(root), time.monotonic() - begin, json.loads(counts.read_text()))
 
 
-def killed(
-    data: Path, root: Path, whole: Path, seconds: float, devices: int, most: int, generator: random.Random
-) -> Iterator[bool]:
-    """For each kill, up to `most`: whether its run, gone on with, ended as `whole` did. Kills come at random
-    moments of a process, which takes `seconds`, and every third within a save."""
-    done = 0
-    while done < most:
-        place = root / f"chain-{devices}-{done}"
-        kills, ended = 0, False
-        while not ended:
-            process = _start(data, place, devices)
-            if kills == min(IN_CHAIN, most - done):
-                ended = True
-                code: int | None = _wait(process, LONGEST)
+def killed(data: Path, root: Path, alone: Alone, devices: int, most: int, seed: int) -> Iterator[bool]:
+    """For each kill, `most` of them: whether its run, gone on with, ended as `alone` did. Every other kill
+    comes at any time of a process, the others at the moments of KINDS in turn."""
+
+    def chain(core: int | None, number: int, kills: int) -> list[bool]:
+        place, generator, done, stuck = (
+            root / f"chain-{devices}-{number}",
+            random.Random(f"{seed}-{number}"),
+            0,
+            False,
+        )
+        while done < kills:
+            if (number + done) % 2:
+                process = start(data, place, devices, core)
+                done += _wait(process, generator.uniform(0.05, 1) * alone.seconds) is None
             else:
-                moment = generator.uniform(0.05, 1.05) * seconds
-                code = _wait_for_a_save(process, place, moment) if kills % 3 == 2 else _wait(process, moment)
-                ended = code is not None
-                kills += code is None
-            _kill(process)
-        equal = code == 0 and _is_equal(newest_run(place), whole)
-        yield from [equal] * kills
-        done += kills
+                kind = list(KINDS)[(number + done // 2) % len(KINDS)]
+                moment = _moment(kind, alone, signal.SIGKILL, generator, devices)
+                process = start(data, place, devices, core, ACDC_MOMENT=moment)
+                code = _wait(process, LONGEST)
+                stuck |= code is None  # the other rank, or the launcher, waits for ever
+                done += code != 0  # else it had ended before
+            kill(process)
+        return [_ends_as(alone, data, place, devices, core) and not stuck] * kills
+
+    sizes = [min(IN_CHAIN, most - first) for first in range(0, most, IN_CHAIN)]
+    yield from in_turns(
+        devices, [lambda core, n=n, size=size: chain(core, n, size) for n, size in enumerate(sizes)]
+    )
 
 
-def stopped(data: Path, root: Path, whole: Path, seconds: float, generator: random.Random) -> Iterator[bool]:
-    """For each of three signals: whether the run said by its exit code that it has saved, or had ended, and
-    ended as `whole` did once gone on with."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        place = root / f"signal-{number}"
-        process = _start(data, place, 1)
-        # not before it trains: until then there is nothing to save, and no one to hear it
-        while process.poll() is None and not any(f.stat().st_size for f in place.glob("*/*/metrics.jsonl")):
-            time.sleep(0.01)
-        time.sleep(generator.uniform(0, 0.1) * seconds)
-        process.send_signal(number)
-        code = _wait(process, LONGEST)
-        _kill(process)
-        if code == 128 + number:
-            code = _wait(_start(data, place, 1), LONGEST)
-        yield code == 0 and _is_equal(newest_run(place), whole)
+def stopped(
+    data: Path, root: Path, alone: Alone, devices: int, signals: Sequence[signal.Signals], seed: int
+) -> Iterator[bool]:
+    """For each signal at each kind of moment: whether the exit code was the signal's, or 0 of a run that had
+    ended, and the run, gone on with, ended as `alone` did. On several ranks one alone gets the signal."""
+
+    def chain(core: int | None, number: signal.Signals) -> list[bool]:
+        place, generator = root / f"signal-{devices}-{number}", random.Random(f"{seed}-{number}")
+        told = []
+        for kind in ("step", "switch", "write", "evaluation", "record"):
+            moment = _moment(kind, alone, number, generator, devices)
+            process = start(data, place, devices, core, ACDC_MOMENT=moment)
+            told.append(_wait(process, LONGEST) in (0, 128 + number))
+            kill(process)
+        equal = _ends_as(alone, data, place, devices, core)
+        return [each and equal for each in told]
+
+    yield from in_turns(devices, [lambda core, number=number: chain(core, number) for number in signals])
 
 
-def _start(data: Path, root: Path, devices: int) -> subprocess.Popen[bytes]:
-    arguments = [*tiny(data, root, *OPTIONS), "resume=auto"]
-    alone = [sys.executable, "-m", "trainer.train", *arguments]
-    called = alone if devices == 1 else command("train", *arguments, "--devices", str(devices))
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(called, env=environment_of_its_own(), start_new_session=True, **silent)
+def _moment(kind: str, alone: Alone, number: int, generator: random.Random, devices: int) -> str:
+    """Early enough that some are left for the rest of a chain."""
+    count = generator.randrange(1 + alone.counts[kind] // IN_CHAIN)
+    rank = 0 if kind in ("file", "write", "record") else generator.randrange(devices)
+    return f"{kind}:{count}:{int(number)}:{rank}"
+
+
+def in_turns(devices: int, chains: list[Callable[[int | None], list[bool]]]) -> Iterator[bool]:
+    """The outcomes of chains, so many at a time as there are cores for. Each is given its core, if one is
+    enough for it."""
+    cores = Cores(devices)
+    with ThreadPoolExecutor(cores.number) as pool:
+        for outcomes in pool.map(cores.run, chains):
+            yield from outcomes
+
+
+def _ends_as(alone: Alone, data: Path, place: Path, devices: int, core: int | None) -> bool:
+    """Whether the newest run there, gone on with, ends with the same bits, and has its report."""
+    process = start(data, place, devices, core)
+    code = _wait(process, LONGEST)
+    kill(process)
+    runs = list((place / "quickstart").glob("*/result.json"))
+    return code == 0 and bool(runs) and all(is_equal(file.parent, alone.run) for file in runs)
+
+
+def start(
+    data: Path,
+    root: Path,
+    devices: int,
+    core: int | None,
+    *options: str,
+    said: Path | None = None,
+    **variables: str,
+) -> subprocess.Popen[bytes]:
+    """A run's process, or its launcher. said: a file for what it says. variables: see moments."""
+    arguments = tiny(data, root, *OPTIONS, *options)
+    module = [sys.executable, "-m", MODULE, *arguments]
+    called = module if devices == 1 else launcher(*arguments, devices=devices, module=MODULE)
+    environment = {**environment_of_its_own(), **variables}
+    if core is not None:
+        environment["ACDC_CORE"] = str(core)
+    with (said or Path(os.devnull)).open("wb") as out:
+        return subprocess.Popen(called, env=environment, start_new_session=True, stdout=out, stderr=out)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
@@ -93,35 +177,18 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
         return None
 
 
-def _wait_for_a_save(process: subprocess.Popen[bytes], place: Path, after: float) -> int | None:
-    """As _wait, until a checkpoint is being written behind so many seconds."""
-    begin = time.monotonic()
-    while process.poll() is None and time.monotonic() - begin < LONGEST:
-        saving = next(place.glob("*/*/checkpoints/.*.partial"), None)
-        if saving is not None and time.monotonic() - begin > after / 2:
-            return None
-        time.sleep(0.0005)
-    return process.poll()
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """And all that it has started."""
-    try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
-        family = []
-    for each in family:
-        try:
-            each.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=30)
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """And all that it has started: it leads a process group of its own."""
+    while _alive(process.pid):
+        _signal_group(process.pid, signal.SIGKILL)
+        time.sleep(0.02)
+        process.poll()
     process.wait()
 
 
-def _is_equal(run: Path, whole: Path) -> bool:
+def is_equal(run: Path, whole: Path) -> bool:
     try:
         assert_equal_states(final_state(run), final_state(whole))
     except (AssertionError, ValueError, OSError):
         return False
-    return True
+    return (run / "report.html").is_file()
