@@ -281,6 +281,27 @@ def record(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+TORTURE = "| `make torture`: kills end with the same bits; damage is refused or harmless | {} |"
+
+
+def test_what_the_torture_counted_is_its_record():
+    """README has its row, docs/security.md its table; until `make torture` has written one, both say so."""
+    readme, page = (path.read_text(encoding="utf-8") for path in (README, ROOT / "docs" / "security.md"))
+    shown = [line for line in page.splitlines() if re.search(r"\| [\d,]+ of [\d,]+ \|$", line)]
+    if not (ROOT / "benchmarks" / "results" / "torture.json").exists():
+        assert shown == []
+        assert "**Not counted yet.**" in page
+        assert TORTURE.format("**not counted yet**") in readme.splitlines()
+        return
+    claims = record("torture")["claims"]
+    assert shown == [f"| {each['claim']} | {each['stood']:,} of {each['of']:,} |" for each in claims.values()]
+    kills = [sum(claims[key][which] for key in ("killed", "killed_two_ranks")) for which in ("stood", "of")]
+    damages = [claims["damaged"][which] for which in ("stood", "of")]
+    counted = "; ".join(f"{stood:,} of {of:,}" for stood, of in (kills, damages))
+    assert TORTURE.format(counted) in readme.splitlines()
+    assert "Not counted yet" not in page
+
+
 def test_figures_are_those_of_the_records():
     readme, page = (path.read_text(encoding="utf-8") for path in (README, ROOT / "docs" / "benchmarks.md"))
     for claim in record("quickstart")["claims"]:

@@ -96,14 +96,19 @@ def confusion(
 
 @torch.no_grad()
 def recompute_batch_norm(
-    classifier: nn.Module, loader: Loader, epoch: int, num_batches: int, autocast: torch.autocast
+    classifier: nn.Module,
+    loader: Loader,
+    epoch: int,
+    num_batches: int,
+    autocast: torch.autocast,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Replace the running statistics of every BatchNorm by the plain average over the first `num_batches`
     training batches of `epoch` on all ranks, passing over further epochs' where one is not enough: right
     after a compression they still describe the dense model.
 
     The pass runs uncompiled and in training mode, dropout included, as the paper's implementation does it;
-    that one lets the moving average drift instead of averaging.
+    that one lets the moving average drift instead of averaging. should_stop: as evaluate's.
     """
     norms = [
         module
@@ -120,6 +125,8 @@ def recompute_batch_norm(
             with autocast:
                 classifier.forward(images, labels)
             done += 1
+            if should_stop():
+                raise Interrupted
         epoch += 1
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -106,6 +106,9 @@ class Trainer:
         totals = torch.tensor(position.totals, dtype=torch.float64, device=self.device)
         batches = self.loaders.train.epoch(epoch, position.step * self.micro_batches)
         self._clock.restart()
+        recomputed = self.config.sparsity.recompute_batch_norm and self.acdc.actions.get(epoch) is not None
+        if recomputed and position.step == 0:
+            self.save_checkpoint()  # a pass without end, perhaps: a signal within it finds all saved
         while position.step < self.steps_per_epoch:
             self.acdc.before_step()
             if position.step == 0 and self.acdc.actions.get(epoch) is not None:
@@ -153,7 +156,11 @@ class Trainer:
             count = duration_steps(span, self.steps_per_epoch) * self.micro_batches
             dtype = precision(self.config, self.device)
             autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-            recompute_batch_norm(self.engine.module, self.loaders.train, epoch, count, autocast)
+            module, loader = self.engine.module, self.loaders.train
+            try:
+                recompute_batch_norm(module, loader, epoch, count, autocast, self.should_stop)
+            except Interrupted:
+                self.stop()
         if self.config.save.mask_history and ranks.is_main():
             self.run_dir.masks.mkdir(exist_ok=True)
             save_masks(self.run_dir.masks / f"epoch-{epoch:04}.npz", self.acdc.masks())

@@ -11,8 +11,13 @@ from torch import nn
 
 from data.loader import Batch
 from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
+from trainer import loop
+from trainer.build import build_trainer
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.mask_history import load_masks
+from trainer.config.load import load_config
+from trainer.distributed.ranks import start
+from trainer.errors import Stopped
 from trainer.evaluate import recompute_batch_norm
 from trainer.train import main
 
@@ -51,6 +56,26 @@ def test_recomputed_statistics_are_plain_averages(num_batches):
     assert torch.allclose(module.norm.running_var, variance, atol=1e-5)
     assert module.norm.momentum == 0.9
     assert not module.norm.weight.grad
+
+
+def test_a_signal_while_statistics_are_recomputed(tiny_data, tmp_path, monkeypatch):
+    """It would never end. What was trained is saved, and gone on with."""
+    short = ["epochs=2", "sparsity.schedule=dense 1, sparse 1", "save.every=9ep", "save.keep=9"]
+    short += ["sparsity.recompute_batch_norm=99999999999ep"]
+    trainer = build_trainer(load_config("quickstart", tiny(tiny_data, tmp_path, *short)[1:]), start())
+    recompute, came = loop.recompute_batch_norm, trainer._stop_request
+
+    def signalled(*arguments):
+        came.number = 15
+        recompute(*arguments)
+
+    monkeypatch.setattr(loop, "recompute_batch_norm", signalled)
+    with pytest.raises(Stopped, match="a checkpoint is saved"):
+        trainer.fit()
+    trainer.close()
+    state = final_state(trainer.run_dir.path, 10)
+    assert (state["position"]["epoch"], state["position"]["step"]) == (1, 0)
+    assert not any(name.endswith(".mask") and not mask.all() for name, mask in state["model"].items())
 
 
 @pytest.mark.slow
