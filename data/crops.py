@@ -25,7 +25,8 @@ class CropDraw(NamedTuple):
 
     indices: int64, and counts: bool, (N,), see data.stream.Draw. area, ratio: float32, (N, ATTEMPTS), shares
     of the image's area and widths to heights. place: float32, (N, 2), in 0 .. 1, where the window lies, down
-    and right. flip: int32, (N,). size: side of the square image that becomes of the window, in pixels."""
+    and right. flip: int32, (N,). operations, levels: see data.stream.Draw. size: side of the square image
+    that becomes of the window, in pixels."""
 
     indices: NDArray[np.int64]
     counts: NDArray[np.bool_]
@@ -33,6 +34,8 @@ class CropDraw(NamedTuple):
     ratio: NDArray[np.float32]
     place: NDArray[np.float32]
     flip: NDArray[np.int32]
+    operations: NDArray[np.int32]
+    levels: NDArray[np.int32]
     size: int
 
 
@@ -56,7 +59,8 @@ class CropStream(TrainStream):
         place = random.random((self.global_batch, 2), np.float32)[mine]
         flip = random.integers(0, 1, self.global_batch, dtype=np.int32, endpoint=True)[mine]
         flip = flip if self.flip else np.zeros_like(flip)
-        return CropDraw(indices, counts, area, ratio, place, flip, self.size(epoch))
+        operations, levels = (part[mine] for part in self.draw_operations(random))
+        return CropDraw(indices, counts, area, ratio, place, flip, operations, levels, self.size(epoch))
 
     def fingerprint(self) -> dict[str, Any]:
         sizes = [list(pair) for pair in self.sizes]

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from data.augment import Augment
+
 _ORDER, _AUGMENT = 0, 1  # keys of independent random streams under one seed
 
 
@@ -22,13 +24,16 @@ class Draw(NamedTuple):
 
     indices: int64, (N,), into the data set. counts: bool, (N,), False where an image only fills up a last
     batch: it carries no loss and no score. shift: int32, (N, 2), rows and columns that the crop window moves,
-    in -padding .. padding. flip: int32, (N,), 1 to mirror left and right.
+    in -padding .. padding. flip: int32, (N,), 1 to mirror left and right. operations, levels: int32,
+    (N, num_ops), of data.augment.Augment; num_ops is 0 without one.
     """
 
     indices: NDArray[np.int64]
     counts: NDArray[np.bool_]
     shift: NDArray[np.int32]
     flip: NDArray[np.int32]
+    operations: NDArray[np.int32]
+    levels: NDArray[np.int32]
 
 
 D = TypeVar("D", covariant=True)
@@ -53,6 +58,9 @@ class Stream(Protocol[D]):
 
     @property
     def world_size(self) -> int: ...
+
+    @property
+    def augment(self) -> Augment | None: ...
 
     def draw(self, epoch: int, index: int) -> D: ...
 
@@ -86,6 +94,7 @@ class TrainStream:
     crop_padding: int = 0
     flip: bool = False
     max_steps: int | None = None
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         check_batch(self.global_batch, self.world_size, self.micro_batches)
@@ -125,9 +134,18 @@ class TrainStream:
         size, reach = self.global_batch, self.crop_padding
         shift = random.integers(-reach, reach, (size, 2), dtype=np.int32, endpoint=True)[mine]
         flip = random.integers(0, 1, size, dtype=np.int32, endpoint=True)[mine]
-        return Draw(indices, counts, shift, flip if self.flip else np.zeros_like(flip))
+        drawn = (part[mine] for part in self.draw_operations(random))
+        return Draw(indices, counts, shift, flip if self.flip else np.zeros_like(flip), *drawn)
+
+    def draw_operations(self, random: np.random.Generator) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The global batch's operations and levels. Drawn last, they change no other draw."""
+        if self.augment is None:
+            return _no_operations(self.global_batch)
+        return self.augment.draw(random, self.global_batch)
 
     def fingerprint(self) -> dict[str, Any]:
+        # where there is none, no word of it: checkpoints from before it go on
+        augment = {"augment": self.augment.fingerprint()} if self.augment else {}
         return {
             "num_images": self.num_images,
             "global_batch": self.global_batch,
@@ -137,6 +155,7 @@ class TrainStream:
             "flip": self.flip,
             "max_steps": self.max_steps,
             "order": _order_digest(self.seed, self.num_images),
+            **augment,
         }
 
 
@@ -148,6 +167,7 @@ class EvalStream:
     batch_size: int
     rank: int = 0
     world_size: int = 1
+    augment = None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -158,10 +178,15 @@ class EvalStream:
         indices = np.arange(begin, begin + self.batch_size)
         none = np.zeros(self.batch_size, np.int32)
         counts = indices < self.num_images
-        return Draw(np.where(counts, indices, 0), counts, np.stack([none, none], axis=1), none)
+        shift, operations = np.stack([none, none], axis=1), _no_operations(self.batch_size)
+        return Draw(np.where(counts, indices, 0), counts, shift, none, *operations)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"num_images": self.num_images}
+
+
+def _no_operations(count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    return np.zeros((count, 0), np.int32), np.zeros((count, 0), np.int32)
 
 
 @lru_cache(maxsize=2)  # the loader reads ahead, over the end of an epoch

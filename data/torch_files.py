@@ -1,8 +1,8 @@
 """Image files through Pillow, torchvision's transforms and a DataLoader: where DALI does not run, and what it
 is measured against.
 
-The same draws as in data.dali.files give the same order, windows and flips; pixels differ by what two
-decoders and two resampling filters differ.
+The same draws as in data.dali.files give the same order, windows, flips and operations; pixels differ by
+what two decoders and two resampling filters differ.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.ahead import AheadLoader
+from data.augment import Augment, apply
 from data.crops import CropDraw, central, window
 from data.images.files import ImageFiles
 from data.images.pixels import to_rgb
@@ -64,7 +65,7 @@ class TorchFileLoader(AheadLoader):
         self.close()
         self._batches = iter(
             DataLoader(
-                _Images(self.files, self.evaluation),
+                _Images(self.files, self.evaluation, self.stream.augment),
                 sampler=(draw for _, draw in self.draws(epoch, start)),
                 batch_size=None,  # a draw is a batch already
                 num_workers=self.num_workers,
@@ -112,8 +113,10 @@ class _Decoded(NamedTuple):
 class _Images(Dataset[_Decoded]):
     """draw -> decoded batch; runs in the worker processes."""
 
-    def __init__(self, files: ImageFiles, evaluation: tuple[int, int] | None) -> None:
-        self.files, self.evaluation = files, evaluation
+    def __init__(
+        self, files: ImageFiles, evaluation: tuple[int, int] | None, augment: Augment | None
+    ) -> None:
+        self.files, self.evaluation, self.augment = files, evaluation, augment
 
     def __getitem__(self, draw: Any) -> _Decoded:
         bad: list[tuple[int, str]] = []
@@ -131,6 +134,10 @@ class _Images(Dataset[_Decoded]):
                 image = functional.resized_crop(image, *crop, size=[draw.size, draw.size], antialias=True)
                 if draw.flip[i]:
                     image = functional.horizontal_flip(image)
+                if self.augment:
+                    side = draw.size, draw.size
+                    magnitudes = self.augment.magnitudes(draw.operations[i], draw.levels[i], *side)
+                    image = apply(image, draw.operations[i], magnitudes)
                 return image, int(self.files.labels[index]) if draw.counts[i] else PADDING_LABEL
             index = (index + 1) % len(self.files)  # the next of the listing stands in
         raise OSError(f"no image below {self.files.root} can be decoded")
