@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.dali.augment import Augmenter
 from data.dali.decode import Decoder, DeviceJpeg
 from data.dali.pipeline import PREFETCH, DaliLoader, dense, reason
 from data.loader import Batch
@@ -31,7 +32,7 @@ class DaliImageLoader(DaliLoader):
     decode_on: "cpu", or "gpu" for the device's JPEG decoder, which `jpeg` sets up. on_bad: called with the
     name of an image that cannot be decoded and the reason; what it raises ends the run. evaluation: (resize,
     size): the shorter side resized, and a crop from the centre, as torchvision evaluates; None for the random
-    resized crops and flips of a data.crops.CropStream.
+    resized crops, flips and operations of a data.crops.CropStream.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class DaliImageLoader(DaliLoader):
         jpeg: DeviceJpeg | None = None,
     ) -> None:
         super().__init__(stream, device, num_threads, in_thread=device.type == "cpu")
-        self.INPUTS = _IMAGES if evaluation else (*_IMAGES, *_CROPS)
+        self.augmenter = Augmenter(stream.augment, device)
+        self.INPUTS = _IMAGES if evaluation else (*_IMAGES, *_CROPS, *self.augmenter.inputs)
         self.decoder = Decoder(device, decode_on, jpeg or DeviceJpeg())
         self.on_bad = on_bad
         self.evaluation = evaluation
@@ -69,7 +71,8 @@ class DaliImageLoader(DaliLoader):
         if self.evaluation:
             return images, labels
         sizes = np.full((len(images), 2), draw.size, np.float32)
-        return images, labels, draw.area, draw.ratio, draw.place, draw.flip, sizes
+        drawn = self.augmenter.feed(draw, draw.size, draw.size)
+        return images, labels, draw.area, draw.ratio, draw.place, draw.flip, sizes, *drawn
 
     def _graph(self, dali: Any, *inputs: Any) -> tuple[Any, ...]:
         images, labels, *crop = inputs
@@ -77,14 +80,16 @@ class DaliImageLoader(DaliLoader):
         labels = labels.gpu() if self.decoder.on_gpu else labels
         if self.evaluation:
             return labels, *self.decoder.evaluation(dali, encoded, *self.evaluation)
-        area, ratio, place, flip, size = crop
-        return labels, *self.decoder.training(dali, encoded, (area, ratio, place), flip, size)
+        area, ratio, place, flip, size, *drawn = crop
+        outputs = self.decoder.training(dali, encoded, (area, ratio, place), flip, size)
+        return labels, *self.augmenter.graph(dali, outputs, drawn)
 
     def _batch(self, outputs: Sequence[Any]) -> Batch:
         labels, *images = outputs
         if self.evaluation:
             return Batch(self.decoder.evaluation_batch(images, self.evaluation[1]), dense(labels))
-        return Batch(self.decoder.training_batch(images), dense(labels))
+        drawn, crops = self.augmenter.taken(images)
+        return Batch(self.augmenter.apply(self.decoder.training_batch(crops), drawn), dense(labels))
 
     def _next(self) -> Batch:
         while True:

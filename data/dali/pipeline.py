@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,17 +44,19 @@ class DaliLoader(AheadLoader):
         import_dali()
 
     def _start(self, epoch: int, start: int) -> None:
-        dali = import_dali()
-        self._pipeline = dali.Pipeline(**self._options(PREFETCH))
-        with self._pipeline:
+        dali, source = import_dali(), itertools.starmap(self._feed, self.draws(epoch, start))
+
+        def graph() -> Any:
             inputs = dali.fn.external_source(
-                source=itertools.starmap(self._feed, self.draws(epoch, start)),
+                source=source,
                 num_outputs=len(self.INPUTS),
                 batch=True,
                 dtype=[getattr(dali.types, kind) for kind, _ in self.INPUTS],
                 layout=[layout for _, layout in self.INPUTS],
             )
-            self._pipeline.set_outputs(*self._graph(dali, *inputs))
+            return self._graph(dali, *inputs)
+
+        self._pipeline = self._define(graph, PREFETCH)
         self._pipeline.build()
 
     def _next(self) -> Batch:
@@ -67,15 +69,25 @@ class DaliLoader(AheadLoader):
 
     def serialize(self) -> bytes:
         """The same pipeline, for `deserialize`."""
+        return bytes(self._fed_by_name().serialize())
+
+    def _fed_by_name(self) -> Any:
         dali = import_dali()
-        pipeline = dali.Pipeline(**self._options(1))
-        with pipeline:
+
+        def graph() -> Any:
             inputs = [
                 dali.fn.external_source(name=str(i), dtype=getattr(dali.types, kind), layout=layout)
                 for i, (kind, layout) in enumerate(self.INPUTS)
             ]
-            pipeline.set_outputs(*self._graph(dali, *inputs))
-        return bytes(pipeline.serialize())
+            return self._graph(dali, *inputs)
+
+        return self._define(graph, 1)
+
+    def _define(self, graph: Callable[[], Any], prefetch: int) -> Any:
+        """The pipeline with the outputs of `graph`. DALI's AutoGraph reads it only where it branches."""
+        branches = self.stream.augment is not None and self.device.type == "cuda"
+        define = import_dali().pipeline_def(graph, enable_conditionals=branches, **self._options(prefetch))
+        return define()
 
     def deserialize(self, serialized: bytes) -> Any:
         """A pipeline that is fed a batch before every run, input i by the name str(i). It is there in a third

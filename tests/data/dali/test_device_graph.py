@@ -17,7 +17,7 @@ from data.stream import EvalStream, TrainStream
 from tests.data.photographs import make_tree
 from tests.data.test_file_loaders import refuse, stream
 
-dali = pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 GPU = torch.device("cuda", 0)
 JPEG = DeviceJpeg(engine_load=0.4, width_hint=640, height_hint=480)
 EVALUATION = (64, 56)
@@ -35,16 +35,10 @@ def images(files, evaluation, decode_on="gpu", device=GPU):
 
 def operators(loader):
     """(name, arguments as text, devices of inputs) of each of the graph's operators."""
-    pipeline = dali.Pipeline(batch_size=8, num_threads=2, device_id=None, exec_dynamic=True)
-    with pipeline:
-        inputs = [
-            dali.fn.external_source(name=str(i), dtype=getattr(dali.types, kind), layout=layout)
-            for i, (kind, layout) in enumerate(loader.INPUTS)
-        ]
-        outputs = loader._graph(dali, *inputs)
-        pipeline.set_outputs(*outputs)
+    loader._device_id = lambda: None
+    pipeline = loader._fed_by_name()
     pipeline.serialize()  # refuses unknown arguments and inputs on the wrong device
-    assert all(output.device == "gpu" for output in outputs) == (loader.device.type == "cuda")
+    assert all(node.device == "gpu" for node in pipeline._graph_outputs) == (loader.device.type == "cuda")
     found = []
     for op in pipeline._ops:
         text = str(op.spec).split("Arguments:")[1].split("_origin_stack")[0]
