@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from data.augment import Augment
 from data.crops import CropStream
 from data.dali.arrays import DaliArrayLoader
 from data.dali.decode import DeviceJpeg
@@ -131,7 +132,8 @@ class Arrays:
             drawn = randomise(train, self.data.random_labels, share["seed"])
             train = drawn.train
             watched = {"memorised": drawn.random, "memorised_true": drawn.true}
-        stream = TrainStream(len(train), **share, crop_padding=self.data.crop_padding, flip=self.data.flip)
+        crops: dict[str, Any] = {"crop_padding": self.data.crop_padding, "flip": self.data.flip}
+        stream = TrainStream(len(train), **share, **crops, augment=_augment(self.data))
         loader = DaliArrayLoader(train, stream, self.device, self.data.num_threads)
         evaluated = {name: self._evaluation(arrays) for name, arrays in watched.items()}
         info = replace(train.info, classes=CLASSES[self.data.name])
@@ -158,7 +160,8 @@ class _Images:
 
     def _crops(self, num_images: int, share: Mapping[str, Any]) -> CropStream:
         data = self.data
-        return CropStream(num_images, **share, flip=data.flip, min_area=data.min_area, sizes=data.sizes)
+        crops: dict[str, Any] = {"flip": data.flip, "min_area": data.min_area, "sizes": data.sizes}
+        return CropStream(num_images, **share, **crops, augment=_augment(data))
 
     def _in_order(self, num_images: int) -> EvalStream:
         return EvalStream(num_images, self.data.eval_batch_size, ranks.rank(), ranks.world_size())
@@ -273,6 +276,14 @@ class Packed(_Images):
         """The files, and how many classes they hold."""
         records = find_records(self._root, split, self.data.format)
         return records, records.num_classes or self.data.num_classes or imagenet.NUM_CLASSES
+
+
+def _augment(data: DataConfig) -> Augment | None:
+    if data.augment == "none":
+        return None
+    if data.augment == "rand":
+        return Augment("rand", data.rand_ops, data.rand_magnitude)
+    return Augment("trivial")
 
 
 def _path(text: str | None) -> Path | None:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from data.augment import OPERATIONS, Augment, apply_to_batch
 from data.crops import CropStream
 from data.dali.decode import DeviceJpeg
+from data.datasets.arrays import ImageArrays
 from data.images.files import load_image_files
 from data.stream import EvalStream, TrainStream
 
@@ -294,3 +296,26 @@ def test_the_host_does_not_wait_for_the_devices_work(tree):
         next(batches)
         assert not busy.query()
         torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_operations_are_torchvisions(channels):
+    """To 2 of 255, but for pixels that come from the very edge between two, where rounding decides which."""
+    images = np.stack([np.array(picture(i, 48, 40)) for i in range(64)])
+    images = np.ascontiguousarray(images[..., :channels])
+    arrays = ImageArrays(images, np.arange(64) % 10, 10, (0.5,) * channels, (0.5,) * channels, "pictures")
+    augment, worst = Augment("trivial"), {}
+    order = TrainStream(64, 64, seed=3, augment=augment)
+    on_gpu = DaliArrayLoader(arrays, order, GPU)
+    plain = DaliArrayLoader(arrays, TrainStream(64, 64, seed=3), CPU)
+    for epoch in range(8):
+        ours, expected = images_of(on_gpu, epoch), images_of(plain, epoch)
+        draw = order.draw(epoch, 0)
+        magnitudes = augment.magnitudes(draw.operations, draw.levels, 40, 48)
+        expected = apply_to_batch(expected, draw.operations, magnitudes)
+        far = ((ours.int() - expected.int()).abs() > 2).float().mean(dim=(1, 2, 3))
+        for (operation,), share in zip(draw.operations, far.tolist(), strict=True):
+            worst[OPERATIONS[operation]] = max(share, worst.get(OPERATIONS[operation], 0))
+    print(f"augmentation, {channels} channels, share of pixels that differ, worst image: {worst}")
+    assert len(worst) == len(OPERATIONS)
+    assert max(worst.values()) < 0.05

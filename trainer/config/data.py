@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# of both kinds of data
+AugmentLaw = Annotated[
+    Literal["none", "trivial", "rand"],
+    Field(description="training images: TrivialAugment (wide), or RandAugment, by torchvision's laws"),
+]
+RandOps = Annotated[int, Field(ge=1, le=8, description="of augment: rand, operations for each image")]
+RandMagnitude = Annotated[int, Field(ge=0, le=30, description="of augment: rand, their strength")]
+
+
+def _check_rand(data: ArrayData | ImageNetData) -> None:
+    given = [name for name in ("rand_ops", "rand_magnitude") if getattr(data, name) != _default(data, name)]
+    if given and data.augment != "rand":
+        raise ValueError(
+            f"{', '.join(given)} are RandAugment's, and augment is {data.augment}: use data.augment=rand, or "
+            "leave them out"
+        )
+
+
+def _default(data: ArrayData | ImageNetData, name: str) -> Any:
+    return type(data).model_fields[name].default
 
 
 class ArrayData(Section):
@@ -24,13 +46,23 @@ class ArrayData(Section):
         default=0, ge=0, description="pixels of zero padding to take the random crop from"
     )
     flip: bool = Field(default=False, description="mirror half of the training images")
+    augment: AugmentLaw = "none"
+    rand_ops: RandOps = 2
+    rand_magnitude: RandMagnitude = 9
     num_threads: int = Field(default=1, ge=1, description="threads of the data pipeline per device")
     random_labels: int = Field(default=0, ge=0, description="training images that get a random label")
 
     @model_validator(mode="after")
     def _memorise_what_is_there(self) -> ArrayData:
-        if self.random_labels and (self.flip or self.crop_padding):
-            raise ValueError("random_labels go without augmentation: flip: false, crop_padding: 0")
+        if self.random_labels and (self.flip or self.crop_padding or self.augment != "none"):
+            raise ValueError(
+                "random_labels go without augmentation: flip: false, crop_padding: 0, augment: none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rand_is_drawn(self) -> ArrayData:
+        _check_rand(self)
         return self
 
 
@@ -58,6 +90,9 @@ class ImageNetData(Section):
     )
     min_area: float = Field(default=0.08, gt=0, le=1, description="least share of an image that a crop takes")
     flip: bool = Field(default=True, description="mirror half of the training images")
+    augment: AugmentLaw = "none"
+    rand_ops: RandOps = 2
+    rand_magnitude: RandMagnitude = 9
     eval_resize: int = Field(default=256, ge=8, description="evaluation: shorter side after resizing")
     eval_size: int = Field(default=224, ge=8, description="evaluation: side of the crop from the centre")
     mean: list[float] | None = Field(
@@ -105,6 +140,11 @@ class ImageNetData(Section):
                 f"val_share splits folders of images, not packed files of format {self.format}; leave it "
                 "out, data.val_share=null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rand_is_drawn(self) -> ImageNetData:
+        _check_rand(self)
         return self
 
     @field_validator("image_sizes")

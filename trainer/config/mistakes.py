@@ -26,6 +26,10 @@ SYNONYMS = {
     "float32": "fp32",
     "32": "fp32",
     "cuda": "gpu",
+    "randaugment": "rand",
+    "ra": "rand",
+    "trivialaugment": "trivial",
+    "ta_wide": "trivial",
 }
 
 
@@ -88,7 +92,8 @@ def _value_meant(problem: dict[str, Any]) -> str | None:
         return f"[{value}]"
     if kind == "literal_error" and isinstance(value, str):
         allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return SYNONYMS[value] if SYNONYMS.get(value) in allowed else nearest(value, allowed)
+        synonym = SYNONYMS.get(value.lower())
+        return synonym if synonym in allowed else nearest(value, allowed)
     if kind == "less_than" and problem["ctx"]["lt"] == 1 and isinstance(value, int | float) and value < 100:
         return f"{value / 100:g}"  # a share in percent
     if kind in ("float_type", "int_type", "float_parsing", "int_parsing") and isinstance(value, str):

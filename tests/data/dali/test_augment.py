@@ -95,11 +95,11 @@ def by_dali(images, operations, magnitudes):
 def test_the_graph_for_a_gpu_computes_what_torchvision_does(law, height, width, channels):
     """To 1 of 255. Where a pixel comes from the very edge between two, the nearest of shears and rotations is
     a matter of rounding: it is one that torchvision takes for a magnitude 0.0001 less or more."""
-    operations, levels = np.meshgrid(range(len(OPERATIONS)), (-BINS + 1, -13, 0, 9, 20), indexing="ij")
+    operations, levels = np.meshgrid(range(len(OPERATIONS)), (-BINS + 1, 9, 20), indexing="ij")
     operations, levels = (part.reshape(-1, 1).astype(np.int32) for part in (operations, levels))
     images = np.stack([np.array(photograph(i, width, height)) for i in range(len(operations))])
     images = np.ascontiguousarray(images[..., :channels])
-    images[0::9, :, :, 0] = 77  # one shade, which no histogram spreads
+    images[0::4, :, :, 0] = 77  # one shade, which no histogram spreads
     magnitudes = Augment(law).magnitudes(operations, levels, height, width)
     ours = by_dali(images, operations, magnitudes)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -126,7 +126,7 @@ def test_operations_follow_each_other():
 @pytest.mark.parametrize("kind", ["arrays", "files"])
 def test_a_device_augments_pixels_by_numbers_from_the_cpu(request, kind):
     """As its graph shows, without a GPU: which branch and which matrix stay where DALI reads them."""
-    num_ops = 2
+    num_ops = 2 if kind == "arrays" else 1
     found = operators(loader(kind, request, Augment("rand", num_ops, 9), GPU))
     branching = [
         inputs for name, arguments, inputs in found if arguments["device"] == "gpu" and SPLIT in name

@@ -94,7 +94,7 @@ def test_a_recipe_of_an_earlier_version_is_compared_by_what_it_has():
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=2", "data.flip=false", "data.batch_size=32", "model.freeze=[conv1]", "optimizer.name=adamw"],
+    ["seed=2", "data.augment=rand", "data.batch_size=32", "model.freeze=[conv1]", "optimizer.name=adamw"],
 )
 def test_what_contradicts_the_past_is_refused(override):
     change = ["optimizer={name: adamw, lr: 0.05}"] if "adamw" in override else [override]

@@ -97,6 +97,14 @@ def test_resolved_configuration_loads_again(tmp_path):
         ("lr.warmup_epochs=14", "lr.warmup_epochs is 14, not below epochs, 14"),
         ("lr.kind=step", "lr: milestones belong to kind: step, which needs them"),
         ("engine.accumulation_steps=3", "data.batch_size 64 does not divide by engine.accumulation_steps 3"),
+        (
+            "data.rand_ops=1",
+            "data: rand_ops are RandAugment's, and augment is none: use data.augment=rand, or",
+        ),
+        (
+            "data.augment=randaugment",
+            "should be 'none', 'trivial' or 'rand', not 'randaugment'; did you mean",
+        ),
         ("data.random_labels=5", "data: random_labels go without augmentation: flip: false, crop_padding: 0"),
         ("optimizer.momentum=0", "nesterov needs a momentum above 0"),
         ("name=../up", "name: "),

@@ -27,6 +27,7 @@ MISTAKES = [
     ((*QUICK, "optimizer.lr=O.1"), "did you mean optimizer.lr=0.1?"),
     ((*QUICK, "optimizer.lr=0,1"), "did you mean optimizer.lr=0.1?"),
     ((*QUICK, "engine.precision=float16"), "did you mean engine.precision=fp16?"),
+    ((*QUICK, "data.augment=RandAugment"), "did you mean data.augment=rand?"),
     ((*QUICK, "epochs=3"), "write epochs=14, or for 3 epochs 'sparsity.schedule=dense 1, sparse 2'"),
     ((*QUICK, "model=resnet50"), "did you mean model.name=resnet50?"),
     (("train", "quickstrat"), "did you mean 'quickstart'?"),
