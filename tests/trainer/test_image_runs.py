@@ -77,6 +77,7 @@ def test_an_imagenet_recipe_runs(tree, tmp_path, backend, capsys):
 @pytest.mark.parametrize("form", ["folders", *slow("webdataset")])
 def test_resumed_within_an_epoch_equals_uninterrupted(tree, tmp_path, form):
     options = ["save.every=4st", "save.keep=20", "data.image_sizes=[[0, 24], [2, 32]]", f"data.format={form}"]
+    options += ["data.augment=rand"]
     if form == "webdataset":
         packed = tmp_path / "packed"
         assert acdc_command(["prepare", "shards", str(tree), str(packed), "--workers", "1"]) == 0
