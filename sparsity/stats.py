@@ -79,6 +79,9 @@ class MaskChange:
         kept, before, after = counts.sum(dim=0).tolist()
         return cls(kept, before - kept, after - kept, sum(mask.numel() for mask in new.values()))
 
+    def as_record(self) -> dict[str, int]:
+        return {"mask_kept": self.kept, "mask_dropped": self.dropped, "mask_regrown": self.regrown}
+
     @property
     def relative(self) -> float:
         """What differs, dropped + regrown, less the growth, dropped - regrown: relative_mask_difference."""

@@ -106,6 +106,12 @@ def precision(config: Config | EvalConfig, device: torch.device) -> torch.dtype:
     return PRECISIONS[precision_name(config, device)]
 
 
+def autocast(config: Config | EvalConfig, device: torch.device) -> torch.autocast:
+    """The context in which a model computes outside the engine as it does in training."""
+    dtype = precision(config, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def precision_name(config: Config | EvalConfig, device: torch.device) -> str:
     """What matrix products are computed in, as recipes write it."""
     if config.engine.precision != "auto":

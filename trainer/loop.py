@@ -21,7 +21,7 @@ from trainer.checkpoints.state import Position, capture, seed_generators
 from trainer.config.durations import duration_steps
 from trainer.distributed import ranks
 from trainer.distributed.signals import StopRequest
-from trainer.engine import num_graphs, precision, precision_name
+from trainer.engine import autocast, num_graphs, precision_name
 from trainer.errors import Diverged, Stopped, UserError
 from trainer.evaluate import Interrupted, Metrics, evaluate, recompute_batch_norm
 from trainer.kernels import accelerate, choice_table
@@ -72,9 +72,8 @@ class Trainer:
                     tested = self.evaluate(self.loaders.test, epoch)
                     self.check_finite(tested.loss, epoch)
                     self.check_weights(epoch)
-                    watched = {
-                        name: self.evaluate(loader, epoch) for name, loader in self.loaders.watched.items()
-                    }
+                    loaders = self.loaders.watched.items()
+                    watched = {name: self.evaluate(each, epoch) for name, each in loaders}
                     if self.averages is not None:
                         with self.averages.in_place() as model:
                             ranks.average_buffers(model)
@@ -106,8 +105,7 @@ class Trainer:
         totals = torch.tensor(position.totals, dtype=torch.float64, device=self.device)
         batches = self.loaders.train.epoch(epoch, position.step * self.micro_batches)
         self._clock.restart()
-        recomputed = self.config.sparsity.recompute_batch_norm and self.acdc.actions.get(epoch) is not None
-        if recomputed and position.step == 0:
+        if position.step == 0 and self.config.sparsity.recompute_batch_norm and self.acdc.actions.get(epoch):
             self.save_checkpoint()  # a pass without end, perhaps: a signal within it finds all saved
         while position.step < self.steps_per_epoch:
             self.acdc.before_step()
@@ -154,11 +152,9 @@ class Trainer:
             self.averages.mask_()
         if (span := self.config.sparsity.recompute_batch_norm) is not None:
             count = duration_steps(span, self.steps_per_epoch) * self.micro_batches
-            dtype = precision(self.config, self.device)
-            autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-            module, loader = self.engine.module, self.loaders.train
+            computed, images = autocast(self.config, self.device), self.loaders.train
             try:
-                recompute_batch_norm(module, loader, epoch, count, autocast, self.should_stop)
+                recompute_batch_norm(self.engine.module, images, epoch, count, computed, self.should_stop)
             except Interrupted:
                 self.stop()
         if self.config.save.mask_history and ranks.is_main():
@@ -191,9 +187,8 @@ class Trainer:
     def set_lr(self, epoch: int) -> None:
         """For the step that is about to come, and with lr.by=epoch for the others of its epoch."""
         config, step = self.config, self.position.step
-        self.lr = learning_rate(
-            config.lr, config.optimizer.lr, epoch, config.epochs, step, self.steps_per_epoch
-        )
+        clock = epoch, config.epochs, step, self.steps_per_epoch
+        self.lr = learning_rate(config.lr, config.optimizer.lr, *clock)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.lr
 
@@ -239,10 +234,7 @@ class Trainer:
                 "sparsity": sparsity.overall,
                 "sparsity_of_all_parameters": sparsity.of_all_parameters,
                 "mask_difference": self.acdc.mask_difference if compressed else None,
-                **{
-                    f"mask_{each}": change and getattr(change, each)
-                    for each in ("kept", "dropped", "regrown")
-                },
+                **(change.as_record() if change else {}),
                 **self._rates,
                 **self.loss_scaling(),
                 "training_flops": self.position.training_flops,
@@ -273,22 +265,19 @@ class Trainer:
             }
             # the dense twin carries the whole state: a branch goes on from there, see trainer.train
             branches = kind == "dense" and epoch + 1 < self.config.epochs and not suffix
-            state = self.capture() if branches else None
+            state = capture(self.engine, self.acdc, self.loaders.train, self.position) if branches else None
             if ranks.is_main():
                 info = {**self.info(), "result": result}
                 save_model(self.run_dir.checkpoints / (key + suffix), self.acdc.export().cpu(), info, state)
 
     def save_checkpoint(self) -> None:
         self.position.seconds = time.monotonic() - self._began
-        state = self.capture()
+        state = capture(self.engine, self.acdc, self.loaders.train, self.position)
         if ranks.is_main():
             folder = self.run_dir.checkpoints
             point = checkpoint.step_folder(folder, self.acdc.step)
             checkpoint.save(point, {checkpoint.STATE: state}, self.info())
             checkpoint.remove_old(folder, self.config.save.keep)
-
-    def capture(self) -> dict[str, Any]:
-        return capture(self.engine, self.acdc, self.loaders.train, self.position)
 
     def info(self) -> dict[str, Any]:
         return {

@@ -7,7 +7,6 @@ import re
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsity import PhaseSchedule
@@ -15,7 +14,7 @@ from sparsity.stats import shares_unpruned
 from trainer.checkpoints.run_dir import DENSE_TWIN, EMA, FINETUNED_DENSE, SPARSE, RunDir
 from trainer.config.schema import Config
 from trainer.distributed import ranks
-from trainer.engine import num_graphs, precision, precision_name
+from trainer.engine import autocast, num_graphs, precision_name
 from trainer.evaluate import confusion
 from trainer.loop import Trainer
 from trainer.monitor.drawing import phase_table
@@ -126,10 +125,10 @@ def _confusion(trainer: Trainer) -> Tensor | None:
         if trainer.monitor:
             trainer.monitor.screen.working("most confused classes", done, total)
 
-    dtype = precision(trainer.config, trainer.device)
-    autocast = torch.autocast(trainer.device.type, dtype, enabled=dtype != torch.float32)
     classifier, test = trainer.engine.module, trainer.loaders.test
-    return confusion(classifier, test, trainer.position.epoch, autocast, on_progress)
+    return confusion(
+        classifier, test, trainer.position.epoch, autocast(trainer.config, trainer.device), on_progress
+    )
 
 
 def finish_both(run: RunDir) -> None:

@@ -86,7 +86,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from trainer.config.load import parse
     from trainer.config.recipes import override
     from trainer.config.schema import EvalConfig
-    from trainer.engine import check_precision, precision, precision_name, set_up_gpu
+    from trainer.engine import autocast, check_precision, precision_name, set_up_gpu
     from trainer.evaluate import evaluate as measure
     from trainer.loaders import build_test_loader
     from trainer.models.classifier import Classifier
@@ -109,11 +109,9 @@ def evaluate(options: argparse.Namespace) -> int:
         set_up_gpu(config.engine, device)
         loader = build_test_loader(config.data, device)
         classifier = Classifier(model, info["model"]["mean"], info["model"]["std"]).to(device)
-        dtype = precision(config, device)
         weights = torch.cat([weight.flatten() for weight in model.parameters() if weight.dim() > 1])
         zeros = f"{100 * int((weights == 0).sum()) / len(weights):.3f}"
-        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # as in training
-        with autocast, as_user_error("eval"):
+        with autocast(config, device), as_user_error("eval"):
             if options.fast:
                 if device.type != "cpu":
                     raise ValueError("--fast: sparse kernels run on a CPU; this machine has a GPU")
@@ -154,7 +152,7 @@ def _import_recipe(path: Path, out: Path, options: argparse.Namespace) -> int:
     config = load_config(str(out))
     data = f"{config.data.name}, batches of {config.data.batch_size}"
     print(f"{config.model.name} on {data}, {config.epochs} epochs")
-    print(f"{config.sparsity.build_schedule()}    {config.sparsity.build_pattern()}")
+    print(f"{config.sparsity.build_schedule()}    {config.sparsity.build_pattern(config.seed)}")
     print(f"stored in {out}; look at it epoch by epoch: acdc schedule {out}")
     return 0
 

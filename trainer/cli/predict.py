@@ -23,7 +23,7 @@ def predict(options: argparse.Namespace) -> int:
     from trainer.checkpoints.saved_model import find_model, load_model
     from trainer.config.load import parse
     from trainer.config.schema import EvalConfig
-    from trainer.engine import check_precision, precision, set_up_gpu
+    from trainer.engine import autocast, check_precision, set_up_gpu
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with as_user_error("predict"):
@@ -33,7 +33,6 @@ def predict(options: argparse.Namespace) -> int:
     config = parse(EvalConfig, content, str(folder))
     check_precision(config.engine, device)
     set_up_gpu(config.engine, device)
-    dtype = precision(config, device)
     described, images = info["model"], {}
     bad: list[str] = []
     for name in dict.fromkeys(options.images):
@@ -45,12 +44,11 @@ def predict(options: argparse.Namespace) -> int:
     mean, std = (255 * torch.tensor(described[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     names = described.get("classes") or [f"class {i}" for i in range(described["num_classes"])]
     model.eval().to(device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # as in training
     width = max(map(len, images), default=0)
     for start in range(0, len(images), BATCH):
         files = list(images)[start : start + BATCH]
         pixels = ((torch.stack([images[file] for file in files]) - mean) / std).to(device)
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast(config, device):
             shares = model(pixels).float().softmax(1).cpu()
         for file, share in zip(files, shares, strict=True):
             best = share.topk(min(SHOWN, len(names)))

@@ -25,7 +25,7 @@ def schedule(options: argparse.Namespace) -> int:
             f"lr.warmup={config.lr.warmup}: how long that is, the data will tell; to see the schedule, give "
             "an epoch's steps, as in steps_per_epoch=500"
         )
-    print(f"{phases}    {config.sparsity.build_pattern()}")
+    print(f"{phases}    {config.sparsity.build_pattern(config.seed)}")
     for epoch in range(config.epochs):
         phase = phases.phase_at(epoch)
         actions = {"sparse": "compress", "dense": "decompress" if epoch else ""}

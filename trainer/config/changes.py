@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sparsity.gradual import actions_of
 from sparsity.schedule import PhaseSchedule
 from trainer.config.schema import Config
 
@@ -213,9 +212,7 @@ def _against_past(change: Change, begun: int, position: Mapping[str, Any]) -> li
 
 def _compressions(config: Config) -> set[int]:
     """The epochs that begin with one."""
-    sparsity = config.sparsity
-    actions = actions_of(sparsity.build_pattern(), sparsity.build_schedule(), sparsity.build_gradual())
-    return {epoch for epoch, pattern in actions.items() if pattern is not None}
+    return {epoch for epoch, pattern in config.sparsity.build_actions().items() if pattern is not None}
 
 
 def _is_one_of(key: str, patterns: Iterable[str]) -> bool:

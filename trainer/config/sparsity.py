@@ -73,7 +73,7 @@ class SparsityConfig(Section):
 
     @model_validator(mode="after")
     def _pattern_and_target(self) -> SparsityConfig:
-        actions_of(self.build_pattern(), self.build_schedule(), self.build_gradual())
+        self.build_actions()
         return self
 
     def build_pattern(self, seed: int = 0) -> Pattern:
@@ -100,6 +100,10 @@ class SparsityConfig(Section):
 
     def build_schedule(self) -> PhaseSchedule:
         return PhaseSchedule.parse(self.schedule)
+
+    def build_actions(self) -> dict[int, Pattern | None]:
+        """Epoch -> what happens as it begins, see sparsity.gradual.actions_of."""
+        return actions_of(self.build_pattern(), self.build_schedule(), self.build_gradual())
 
     def build_gradual(self) -> CubicSparsity | Regrowth | None:
         """How masks change within the sparse phase, of what does so."""

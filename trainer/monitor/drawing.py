@@ -47,11 +47,9 @@ def draw_schedule(config: Config, steps_per_epoch: int) -> list[str]:
 
 def sparsity_asked(config: Config, epoch: int) -> float:
     """What the recipe asks for in an epoch, over the layers that it prunes."""
-    if config.sparsity.build_schedule().phase_at(epoch).kind == "dense":
-        return 0.0
-    if (gradual := config.sparsity.build_gradual()) is not None:
-        return gradual.at(max(each for each in gradual.epochs if each <= epoch))
-    return float(getattr(config.sparsity.build_pattern(), "sparsity", 0.0))
+    actions = sorted(config.sparsity.build_actions().items())
+    begun = [action for each, action in actions if each <= epoch]
+    return float(getattr(begun[-1], "sparsity", 0.0)) if begun else 0.0
 
 
 def phase_table(config: Config) -> list[str]:
