@@ -72,8 +72,8 @@ def confusion(
     autocast: torch.autocast,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> torch.Tensor:
-    """Counts (C, C), on the CPU, over all ranks: images by their class (row) and the model's answer (column).
-    The pass runs uncompiled: it would cost a graph, and comes once, at a run's end. epoch: see evaluate.
+    """Counts (C, C) of this rank's share: images by their class (row) and the model's answer (column). The
+    pass runs uncompiled: it would cost a graph, and comes once, at a run's end. epoch: see evaluate.
     on_progress: is told batches done, and all of them."""
     num_classes, counts = 0, torch.zeros(0)
     was_training = classifier.training
@@ -91,7 +91,7 @@ def confusion(
             on_progress(done, loader.batches_per_epoch)
     finally:
         classifier.train(was_training)
-    return ranks.sum_over_ranks(counts)[:-1].view(num_classes, num_classes).cpu()
+    return counts[:-1].view(num_classes, num_classes)
 
 
 @torch.no_grad()

@@ -117,7 +117,8 @@ def _report(run: RunDir, result: dict[str, Any]) -> None:
 
 
 def _confusion(trainer: Trainer) -> Tensor | None:
-    """On every rank, see trainer.evaluate.confusion. None for noise."""
+    """See trainer.evaluate.confusion, summed over ranks, on the CPU. None for noise, and where it fails on a
+    rank: that costs a table, not the run, whose training is over."""
     if getattr(trainer.config.data, "backend", None) == "synthetic":
         return None
 
@@ -126,9 +127,16 @@ def _confusion(trainer: Trainer) -> Tensor | None:
             trainer.monitor.screen.working("most confused classes", done, total)
 
     classifier, test = trainer.engine.module, trainer.loaders.test
-    return confusion(
-        classifier, test, trainer.position.epoch, autocast(trainer.config, trainer.device), on_progress
-    )
+    computed = autocast(trainer.config, trainer.device)
+    counts = None
+    try:
+        counts = confusion(classifier, test, trainer.position.epoch, computed, on_progress)
+    except Exception as error:  # whatever it is; an uncompiled pass may need more memory than training
+        log.warning("no table of the most confused classes: %s", (str(error).splitlines() or [""])[0])
+    worked = all(ranks.all_gather(counts is not None))
+    if counts is None or not worked:
+        return None
+    return ranks.sum_over_ranks(counts).cpu()
 
 
 def finish_both(run: RunDir) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.trainer.distributed.small_net import WHOLE, buffers, evaluated_by_hand, small
+from trainer import summary
 from trainer.build import build_trainer
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
@@ -102,3 +103,13 @@ def test_the_confusion_of_classes_adds_up_to_the_accuracy(run, tiny_data):
     labels = trainer.loaders.test.arrays.labels
     assert counts.sum(1).tolist() == [int((labels == label).sum()) for label in range(len(counts))]
     assert trainer.engine.module.training
+
+
+def test_a_failing_pass_costs_the_table_not_the_run(run, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory\nmore of it")
+
+    assert summary._confusion(run[0]) is not None
+    monkeypatch.setattr(summary, "confusion", fail)
+    assert summary._confusion(run[0]) is None
+    assert caplog.messages == ["no table of the most confused classes: CUDA out of memory"]
