@@ -2,39 +2,50 @@
 
 Both are compiled and channels_last, both use fused SGD and the same images; they take turns in one process.
 Ours is in a compressed phase, with everything that a step of a run does but reading data.
+
+--logging: what records cost instead. The run's own loop takes turns with itself: epochs with all that a run
+records by default, on screen, in metrics.jsonl and TensorBoard, and epochs that record nothing. These epochs
+are short, so what the end of an epoch costs weighs more than in a run.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
 import torch
 
 from benchmarks.shared.models import NETWORKS, Ours, Stock, one_batch, short_trainer
-from benchmarks.shared.record import Parser, parse, show_spread, show_table, spread, write_record
+from benchmarks.shared.record import RESULTS, Parser, parse, show_spread, show_table, spread, write_record
 from benchmarks.shared.turns import ratios, take_turns
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
 
 DEFAULT = ("resnet50", "mobilenetv1", "wrn-28-10")
+EVERY = 50  # steps from record to record: log.every's default
 
 
 def main() -> int:
     parser = Parser("overhead", __doc__)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}")
     parser.add_number("--turns", 9, "of each contender")
-    parser.add_number("--steps", 3, "in a turn")
+    parser.add_number("--steps", 3, f"in a turn; with --logging, times {EVERY}")
     parser.add_number("--batch", None, "images in a step; default: by network and device")
+    parser.add_argument("--logging", action="store_true", help="what a run's records cost a step")
     options = parse(parser, "overhead")
     device = ranks.start()
+    what, measured, out = "overhead", measure, options.out
+    if options.logging:
+        what, measured = "logging", measure_logging
+        options.out = out.with_name("logging.json") if out == RESULTS / "overhead.json" else out
     results: dict[str, Any] = {}
-    content = {"device": str(device), "overhead": results}
+    content = {"device": str(device), what: results}
     for name in options.networks or DEFAULT:
         torch._dynamo.reset()  # the next network begins afresh
-        results[name] = measure(name, device, options)
+        results[name] = measured(name, device, options)
         write_record(options.out, content, quietly=True)
-    show(results)
+    show(results, *(("logged", "silent") if options.logging else ("ours", "stock")))
     write_record(options.out, content)
     return 0
 
@@ -58,13 +69,48 @@ def measure(name: str, device: torch.device, options: argparse.Namespace) -> dic
     return {"batch": batch, "ms_per_step": table, "ratio": ratios(seconds["ours"], seconds["stock"])}
 
 
-def show(results: dict[str, Any]) -> None:
+def measure_logging(name: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a step, logged and silent, and their ratio turn by turn. Reading data is in both."""
+    network, steps = NETWORKS[name], EVERY * options.steps
+    batch = options.batch or network.batch(device)
+    schedule = f"sparse {2 * (options.turns + 1)}"
+    overrides = (f"log.every={EVERY}st", "sparsity.accelerate=off")  # masked, as measure has it
+    with short_trainer(network, device, schedule, batch, steps, *overrides) as trainer:
+        monitor, numbers = trainer.monitor, itertools.count()
+
+        def epoch(logged: bool) -> None:
+            trainer.monitor, trainer.log_steps = (monitor, EVERY) if logged else (None, steps + 1)
+            number = next(numbers)
+            trainer.position.step, trainer.position.totals = 0, [0.0] * 4
+            trained = trainer.train_epoch(number)
+            if logged:
+                trainer.record_epoch(number, trained, trained, {})
+
+        ways = {"logged": lambda: epoch(True), "silent": lambda: epoch(False)}
+        try:
+            seconds = take_turns(ways, options.turns, 1, device)
+        finally:
+            trainer.monitor = monitor  # which closes its files
+    table = {way: spread([1000 * value / steps for value in values]) for way, values in seconds.items()}
+    return {
+        "batch": batch,
+        "steps": steps,
+        "ms_per_step": table,
+        "ratio": ratios(seconds["logged"], seconds["silent"]),
+    }
+
+
+def show(results: dict[str, Any], ours: str, theirs: str) -> None:
     rows = []
     for name, result in results.items():
-        steps = (show_spread(result["ms_per_step"][who]) for who in ("ours", "stock"))
-        rows.append((name, str(result["batch"]), *steps, show_spread(result["ratio"], 3)))
-    columns = ("network", "batch", "ours, ms", "stock, ms", "ours / stock")
+        steps = (show_spread(result["ms_per_step"][who]) for who in (ours, theirs))
+        rows.append(
+            (name, str(result["batch"]), *steps, show_spread(result["ratio"], 3 if ours == "ours" else 4))
+        )
+    columns = ("network", "batch", f"{ours}, ms", f"{theirs}, ms", f"{ours} / {theirs}")
     title = "masked step against the same model with stock layers, both compiled"
+    if ours == "logged":
+        title = "a step with what runs record by default, against one without"
     show_table(columns, rows, texts=("network",), title=title)
 
 

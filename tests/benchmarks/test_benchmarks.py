@@ -63,6 +63,19 @@ def test_overhead(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.rare
+def test_what_records_cost(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(overhead, "EVERY", 2)
+    small = ["resnet20", "--logging", "--batch", "8", "--turns", "2", "--steps", "2"]
+    result = run(overhead, monkeypatch, tmp_path, *small)["logging"]["resnet20"]
+    assert result["steps"] == 4
+    assert result["ms_per_step"].keys() == {"logged", "silent"}
+    screen = capsys.readouterr().out
+    assert screen.count("test: loss") == 3  # of the logged turns, with the one that warms up
+    assert "logged / silent" in screen
+
+
+@pytest.mark.slow
+@pytest.mark.rare
 def test_throughput(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(turns, "QUIET", 0.05)
     small = ["resnet20", "--batch", "8", "--turns", "2", "--steps", "3", "--warmup", "1", "--profile"]
