@@ -91,6 +91,12 @@ def test_the_readme_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
 
+def test_pictures_are_small():
+    pictures = [path for path in (ROOT / "docs").iterdir() if path.suffix in (".png", ".webp", ".svg")]
+    assert len(pictures) >= 3
+    assert [path.name for path in pictures if path.stat().st_size > 120_000] == []
+
+
 def anchors(path: Path) -> set[str]:
     """Of a page's headings, as GitHub and mkdocs name them."""
     headings = re.findall(r"^#+ (.+)$", without_blocks(path), flags=re.MULTILINE)
@@ -99,7 +105,8 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)]+)\)", without_blocks(path)):
+    for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", without_blocks(path)):
+        target = "".join(target)
         if target.startswith("https://"):
             continue
         file, _, anchor = target.partition("#")
