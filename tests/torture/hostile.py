@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from data.crops import CropStream
 from data.dali.records import DaliRecordLoader, count_records
@@ -26,6 +25,7 @@ from data.images.records import find_records
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.mask_history import load_masks
 from trainer.checkpoints.run_dir import find_resumed
+from trainer.checkpoints.saved_model import build_model
 from trainer.checkpoints.weights import load_weights
 from trainer.config.load import load_config
 from trainer.errors import Failure
@@ -225,7 +225,8 @@ def _as_state(file: Path) -> None:
 
 
 def _as_weights(file: Path) -> None:
-    load_weights(nn.Linear(2, 2), file, None, {"name": "linear", "num_classes": 2})
+    info = {"name": "resnet20", "num_classes": 2, "arguments": {}}
+    load_weights(build_model(info), file, None, info)
 
 
 def _as_cifar(file: Path) -> None:

@@ -87,7 +87,7 @@ def killed(data: Path, root: Path, alone: Alone, devices: int, most: int, seed: 
         while done < kills:
             if (number + done) % 2:
                 process = start(data, place, devices, core)
-                done += _wait(process, generator.uniform(0.05, 1) * alone.seconds) is None
+                done += _wait(process, generator.uniform(0.3, 1) * alone.seconds) is None
             else:
                 kind = list(KINDS)[(number + done // 2) % len(KINDS)]
                 moment = _moment(kind, alone, signal.SIGKILL, generator, devices)

@@ -8,6 +8,7 @@ ACDC_CORE=NUMBER                       it keeps to this core
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -123,6 +124,7 @@ def _watch(trainer: Any, file: Path) -> None:
 
     def watched(*args: Any) -> None:
         record(*args)
+        gc.collect()  # figures and the like refer to themselves: what waits for the collector is no leak
         held = {
             "memory": me.memory_info().rss,
             "files": me.num_fds(),

@@ -13,9 +13,9 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 def test_damaged_and_hostile_files_and_made_up_recipes(tiny_data, tmp_path):
     run = run_here(tiny_data, tmp_path, "epochs=2", "sparsity.schedule=dense 1, sparse 1")
     for outcomes in (
-        damage.damaged(run, tmp_path / "damaged", 12, 1),
-        hostile.hostile(tmp_path / "scratch", every=9),
-        fuzz.recipes(30, 1),
+        damage.damaged(run, tmp_path / "damaged", 8, 1),
+        hostile.hostile(tmp_path / "scratch", every=12),
+        fuzz.recipes(15, 1),
     ):
         assert all(list(outcomes))
 
