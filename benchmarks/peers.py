@@ -6,6 +6,9 @@ wait while one trains. A turn begins and ends with the contender's read-ahead fu
 benchmarks.shared.turns), so its N steps pay for exactly N batches, and no data work falls outside. At most
 READ_AHEAD of the N are made behind the last step, while the model rests; the record says which share of the
 time that took ("refill").
+
+With --before FOLDER, a checkout of an earlier commit, ours takes turns with ours as it was there: what new
+code costs a step that does not use it.
 """
 
 from __future__ import annotations
@@ -24,13 +27,15 @@ import psutil
 import torch
 
 from benchmarks.peers_loops import AHEAD, WORKERS
-from benchmarks.shared.record import Parser, parse, show_spread, show_table, spread, write_record
+from benchmarks.shared.record import RESULTS, Parser, parse, show_spread, show_table, spread, write_record
 from benchmarks.shared.turns import TURN, order, ratios, until_quiet
 from data.dali.pipeline import PREFETCH
 from trainer.cli.progress import progress
 
 BARS = {"resnet50": 1.15, "mobilenetv1": 1.3, "wrn-28-10": 1.2, "resnet20": 1.2}  # ours over plain
+BAR_BEFORE = 0.99  # ours over what it was
 CONTENDERS = {"ours": "ours", "tuned": "tuned PyTorch", "plain": "plain PyTorch"}
+SINCE = {"ours": "ours", "before": "before"}
 READ_AHEAD = max(PREFETCH + 1, WORKERS * AHEAD)  # batches: ours has a thread behind DALI's own queue
 WARMUP = 4  # steps: the first compiles, or measures kernels; the second compiles with these
 # What trainer.distributed.host_memory does for ours, by a user's means. MALLOC_MMAP_THRESHOLD_ would not do:
@@ -46,7 +51,11 @@ def main() -> int:
         "--steps", TURN * READ_AHEAD, f"in a turn; best {TURN} times what is read ahead or more"
     )
     parser.add_number("--images", 512, "JPEG files to train on")
+    help = "a checkout of an earlier commit, whose trainer is the only other contender"
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help=help)
     options = parse(parser, "peers")
+    if options.before and options.out == RESULTS / "peers.json":
+        options.out = RESULTS / "before.json"
     settings = {"steps": options.steps, "turns": options.turns, "workers": WORKERS, "read_ahead": READ_AHEAD}
     results: dict[str, Any] = {}
     content = {"options": settings, "peers": results}
@@ -78,16 +87,18 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if network.of_files:
             make_tree(folder / "images", options.images, batch)
         steps = WARMUP + options.steps * options.turns
-        contenders = {who: _Contender(who, name, folder, steps) for who in CONTENDERS}
+        names, before = (SINCE, options.before.resolve()) if options.before else (CONTENDERS, None)
+        contenders = {who: _Contender(who, name, folder, steps, before) for who in names}
         for contender in contenders.values():
             contender.turn(WARMUP)
-        turns: dict[str, list[Turn]] = {who: [] for who in CONTENDERS}
+        turns: dict[str, list[Turn]] = {who: [] for who in names}
         with progress(f"{name}, turns") as on_progress:
             for turn in range(options.turns):
-                for who in order(list(CONTENDERS), turn):
+                for who in order(list(names), turn):
                     turns[who].append(contenders[who].turn(options.steps))
                 on_progress(turn + 1, options.turns)
-                yield {"batch": batch, "bar": BARS[name], **summary(turns, batch * options.steps)}
+                bar = BAR_BEFORE if before else BARS[name]
+                yield {"batch": batch, "bar": bar, **summary(turns, batch * options.steps)}
         for contender in contenders.values():
             contender.end()
 
@@ -97,8 +108,7 @@ def summary(turns: Mapping[str, list[Turn]], images: int) -> dict[str, Any]:
     seconds = {who: [turn.seconds for turn in those] for who, those in turns.items()}
     return {
         "images_per_second": {who: spread([images / s for s in values]) for who, values in seconds.items()},
-        "ours_over_tuned": ratios(seconds["tuned"], seconds["ours"]),
-        "ours_over_plain": ratios(seconds["plain"], seconds["ours"]),
+        **{f"ours_over_{who}": ratios(seconds[who], seconds["ours"]) for who in seconds if who != "ours"},
         "refill": {who: spread([t.refill / t.seconds for t in those]) for who, those in turns.items()},
     }
 
@@ -111,13 +121,18 @@ def variables(who: str, given: Mapping[str, str]) -> dict[str, str]:
 
 
 class _Contender:
-    """In a process of its own, which steps when told to."""
+    """In a process of its own, which steps when told to. before: the tree whose trainer is "before"."""
 
-    def __init__(self, who: str, network: str, folder: Path, steps: int) -> None:
-        self.who = who
+    def __init__(self, who: str, network: str, folder: Path, steps: int, before: Path | None = None) -> None:
+        self.who, tree, environment = who, None, variables(who, os.environ)
+        if who == "before":
+            who, tree, folder = "ours", before, folder / "before"
+            folder.mkdir()
+            (folder / "images").symlink_to("../images")
+            environment["PYTHONPATH"] = str(before)
         command = [sys.executable, "-m", "benchmarks.peers_worker", who, network, str(folder), str(steps)]
         self._process = process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables(who, os.environ)
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=tree
         )
         assert process.stdin is not None
         assert process.stdout is not None
@@ -135,15 +150,18 @@ class _Contender:
     def end(self) -> None:
         self._orders.close()
         self._process.wait()
+        self._answers.close()
 
 
 def show(results: dict[str, Any]) -> None:
     rows = []
     for name, result in results.items():
-        rates = (show_spread(result["images_per_second"][who]) for who in CONTENDERS)
-        over = (show_spread(result[f"ours_over_{who}"], 2) for who in ("tuned", "plain"))
+        rates = map(show_spread, result["images_per_second"].values())
+        others = [who for who in result["images_per_second"] if who != "ours"]
+        over = (show_spread(result[f"ours_over_{who}"], 3) for who in others)
         rows.append((name, str(result["batch"]), *rates, *over, str(result["bar"])))
-    columns = ("network", "batch", *CONTENDERS.values(), "ours / tuned", "ours / plain", "bar, plain")
+    contenders = ((CONTENDERS | SINCE)[who] for who in ("ours", *others))
+    columns = ("network", "batch", *contenders, *(f"ours / {who}" for who in others), f"bar, {others[-1]}")
     show_table(columns, rows, texts=("network",), title="training, images per second")
 
 

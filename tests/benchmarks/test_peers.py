@@ -5,6 +5,8 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,3 +169,47 @@ def test_the_summary_pairs_turns(capsys):
     names = {name.rpartition("resnet20/")[2] for name, *_ in compare.compare(content, content, 0.05)}
     rates = {f"images_per_second/{who}" for who in peers.CONTENDERS}
     assert names == rates | {"ours_over_tuned", "ours_over_plain"}
+
+
+def test_before_is_the_trainer_of_another_tree(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "until_quiet", lambda process: time.perf_counter())
+    tree, folder = tmp_path / "tree", tmp_path / "folder"
+    (tree / "benchmarks").mkdir(parents=True)
+    folder.mkdir()
+    (tree / "benchmarks" / "__init__.py").touch()
+    (tree / "benchmarks" / "peers_worker.py").write_text(
+        "import sys, pathlib\n"
+        "who, network, folder, steps = sys.argv[1:]\n"
+        "for line in sys.stdin:\n"
+        "    pathlib.Path(folder, 'said').write_text(f'{who} {network} {steps} {int(line)}')\n"
+        "    print('done', flush=True)\n"
+    )
+    contender = peers._Contender("before", "resnet20", folder, 9, tree)
+    contender.turn(3)
+    contender.end()
+    assert (folder / "before" / "said").read_text() == "ours resnet20 9 3"
+
+
+def test_before_has_a_table_and_a_record_of_its_own(tmp_path, monkeypatch, capsys):
+    made, turn = [], peers.Turn(2.0, 0.0)
+    stub = SimpleNamespace(turn=lambda steps: turn, end=lambda: None)
+    monkeypatch.setattr(peers, "_Contender", lambda *arguments: made.append(arguments) or stub)
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    written = {}
+    monkeypatch.setattr(peers, "write_record", lambda path, content, **_: written.update({path: content}))
+    command = [
+        "peers",
+        "resnet20",
+        "--before",
+        str(tmp_path),
+        "--turns",
+        "2",
+        "--out",
+        str(tmp_path / "peers.json"),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    assert peers.main() == 0
+    assert [(who, before) for who, *_, before in made] == [("ours", tmp_path), ("before", tmp_path)]
+    found = written[tmp_path / "before.json"]["peers"]["resnet20"]
+    assert (found["ours_over_before"]["median"], found["bar"]) == (1, 0.99)
+    assert "ours / before" in capsys.readouterr().out
