@@ -81,8 +81,8 @@ def prepared(
     parameters[operations == OPERATIONS.index("Solarize")] *= 255
     bits = operations == OPERATIONS.index("Posterize")
     parameters[bits] = 256 - 2.0 ** (8 - parameters[bits])
-    matrices = np.zeros((*operations.shape, 2, 3), np.float32)
-    for place in np.ndindex(operations.shape):
+    matrices = np.tile(np.eye(2, 3, dtype=np.float32), (*operations.shape, 1, 1))
+    for place in map(tuple, np.argwhere(_BRANCH_OF[operations] == _BRANCHES.index("Moved"))):
         matrices[place] = _matrix(OPERATIONS[operations[place]], float(magnitudes[place]), height, width)
     return _BRANCH_OF[operations], matrices, parameters
 
@@ -101,7 +101,7 @@ def _matrix(operation: str, magnitude: float, height: int, width: int) -> list[l
         case "Rotate":
             cos, sin = math.cos(math.radians(magnitude)), math.sin(math.radians(magnitude))
             return [[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]]
-    return [[1, 0, 0], [0, 1, 0]]
+    raise AssertionError(operation)
 
 
 def augmented(dali: Any, images: Any, inputs: Sequence[Any], num_ops: int, grey: bool) -> Any:

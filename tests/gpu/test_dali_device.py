@@ -318,4 +318,4 @@ def test_operations_are_torchvisions(channels):
             worst[OPERATIONS[operation]] = max(share, worst.get(OPERATIONS[operation], 0))
     print(f"augmentation, {channels} channels, share of pixels that differ, worst image: {worst}")
     assert len(worst) == len(OPERATIONS)
-    assert max(worst.values()) < 0.05
+    assert max(worst.values()) < 0.1
