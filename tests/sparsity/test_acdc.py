@@ -19,6 +19,7 @@ from sparsity import (
     UniformMagnitude,
     measure,
     num_leaked,
+    relative_mask_difference,
 )
 from trainer.models import get_model
 
@@ -191,6 +192,10 @@ def test_what_changes_from_one_compression_to_the_next_is_counted():
         acdc.before_step()
     assert acdc.mask_change == MaskChange(kept=2, dropped=2, regrown=2, num_weights=10)
     assert acdc.mask_difference == acdc.mask_change.relative == 0.4
+
+    few, many = ({"fc": torch.tensor(mask).bool()} for mask in ([1, 0, 0, 1, 0], [1, 1, 1, 0, 0]))
+    assert MaskChange.between(many, few) == MaskChange(kept=1, dropped=2, regrown=1, num_weights=5)
+    assert relative_mask_difference(many, few) == 0.4  # 3 differ, less a growth of 1
 
     older = {key: value for key, value in acdc.state_dict().items() if key != "mask_change"}
     acdc.load_state_dict(older)

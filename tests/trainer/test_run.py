@@ -222,8 +222,8 @@ def test_a_run_says_how_fast_its_phases_were(finished):
     (line,) = (line for line in closing_lines(result) if line.startswith("speed "))
     assert line.endswith(f"training took {share:.2f} of a dense run's time")
     page = (finished / "report.html").read_text()
-    assert f"{dense:,.0f} images/s" in page
-    assert f"{share:.2f} of as many dense epochs" in page
+    assert f">{dense:,.0f}<" in page
+    assert f"took {share:.2f} of as many dense epochs" in page
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median
 from typing import Any
@@ -12,6 +12,7 @@ from trainer.report.page import bars, folded, note, table
 
 Record = dict[str, Any]
 MANY = 12  # phases that are listed without being asked for
+SPEEDS = {"dense": "dense_images_per_second", "sparse": "compressed_images_per_second"}  # in result.json
 COLUMNS = ("FLOPs, \u00d7\u00a0dense", "time", "time, \u00d7\u00a0dense", "images/s")
 
 
@@ -43,6 +44,8 @@ def cost_of(epochs: Sequence[Record], result: Record | None) -> list[str]:
     costs = _costs(epochs)
     by_kind = {kind: [each for each in costs if each.kind == kind] for kind in ("dense", "sparse")}
     kinds = [_sum(f"{len(those)}\u00a0{kind}", kind, those) for kind, those in by_kind.items() if those]
+    measured = (result or {}).get("speed") or {}  # without the epochs that compile
+    kinds = [replace(each, speed=measured.get(SPEEDS[each.kind]) or each.speed) for each in kinds]
     whole = _sum(f"all\u00a0{len(costs)}", "", costs)
     facts, flops = [], (result or {}).get("flops") or {}
     told = flops.get("training_ratio") or (whole.flops or 0) / (whole.dense_flops or 1)
@@ -50,8 +53,8 @@ def cost_of(epochs: Sequence[Record], result: Record | None) -> list[str]:
         facts.append(f"Training took {told:.3f} of dense training's FLOPs")
     if flops.get("inference_ratio"):
         facts.append(f"an image through the sparse model {flops['inference_ratio']:.3f} of dense")
-    if share := ((result or {}).get("speed") or {}).get("time_of_dense"):
-        facts.append(f"the steps {share:.2f} of the time of as many dense epochs")
+    if share := measured.get("time_of_dense"):
+        facts.append(f"its steps took {share:.2f} of as many dense epochs' time")
     spans = [(kind, list(those)) for kind, those in groupby(costs, lambda each: each.kind)]
     single = [_sum(f"{kind}\u00a0{_numbers(those)}", kind, those) for kind, those in spans]
     listed = table(
