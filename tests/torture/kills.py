@@ -31,6 +31,7 @@ IN_CHAIN = 5  # kills or signals at most before a run is left to end
 LONGEST = 240.0  # seconds of one process
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 OF_SLURM = SIGNALS[::2]  # what SLURM sends
+KILLED = (-signal.SIGKILL, 256 - signal.SIGKILL, 5)  # exit codes of a killed rank and of its launcher
 MODULE = "tests.torture.moments"
 
 
@@ -78,25 +79,23 @@ def killed(data: Path, root: Path, alone: Alone, devices: int, most: int, seed: 
     comes at any time of a process, the others at the moments of KINDS in turn."""
 
     def chain(core: int | None, number: int, kills: int) -> list[bool]:
-        place, generator, done, stuck = (
-            root / f"chain-{devices}-{number}",
-            random.Random(f"{seed}-{number}"),
-            0,
-            False,
-        )
+        place, generator = root / f"chain-{devices}-{number}", random.Random(f"{seed}-{number}")
+        done, well = 0, True
         while done < kills:
             if (number + done) % 2:
                 process = start(data, place, devices, core)
-                done += _wait(process, generator.uniform(0.3, 1) * alone.seconds) is None
+                code = _wait(process, generator.uniform(0.3, 1) * alone.seconds)
+                well &= code in (None, 0)
+                done += code is None
             else:
                 kind = list(KINDS)[(number + done // 2) % len(KINDS)]
                 moment = _moment(kind, alone, signal.SIGKILL, generator, devices)
                 process = start(data, place, devices, core, ACDC_MOMENT=moment)
-                code = _wait(process, LONGEST)
-                stuck |= code is None  # the other rank, or the launcher, waits for ever
+                code = _wait(process, LONGEST)  # None: the other rank, or the launcher, waits for ever
+                well &= code in (0, *KILLED)
                 done += code != 0  # else it had ended before
             kill(process)
-        return [_ends_as(alone, data, place, devices, core) and not stuck] * kills
+        return [_ends_as(alone, data, place, devices, core) and well] * kills
 
     sizes = [min(IN_CHAIN, most - first) for first in range(0, most, IN_CHAIN)]
     yield from in_turns(
