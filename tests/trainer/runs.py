@@ -67,7 +67,7 @@ def starts(recipe: str) -> list[str]:
     own_folder = recipe == "finetune" or recipe.startswith("imagefolder/")
     return (
         ["checkpoint=run"] * ("ftdense" in recipe)
-        + ["model.weights=file"] * ("gmp" in recipe)
+        + ["model.weights=file"] * ("resnet50_gmp" in recipe or "one_shot" in recipe)
         + ["data.root=folder"] * own_folder
     )
 

@@ -15,18 +15,21 @@ from trainer.models.resnet import BasicBlock, init_convolutions, stage
 class ResNetCIFAR(nn.Module):
     """Three stages of (depth - 2) / 6 basic blocks with width, 2 * width and 4 * width channels.
 
-    Input (N, in_channels, H, W) with H and W multiples of 4; output (N, num_classes) logits. Raises
-    ValueError for a depth that is not 6 n + 2, and a width below 1.
+    Input (N, in_channels, H, W) with H and W multiples of 4; output (N, num_classes) logits. stem_stride: of
+    the first convolution; 2 makes every map a quarter as large. Raises ValueError for a depth that is not
+    6 n + 2, and a width or stride below 1.
     """
 
-    def __init__(self, depth: int, num_classes: int, width: int = 16, in_channels: int = 3) -> None:
+    def __init__(
+        self, depth: int, num_classes: int, width: int = 16, in_channels: int = 3, stem_stride: int = 1
+    ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth {depth}: these ResNets have 6 n + 2 layers, e.g. 8, 20, 32, 44, 56")
-        if width < 1:
-            raise ValueError(f"width {width}: channels of the first stage, 1 or more")
+        if min(width, stem_stride) < 1:
+            raise ValueError(f"width {width}, stem_stride {stem_stride}: both are 1 or more")
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = stage(BasicBlock, width, width, blocks, 1)

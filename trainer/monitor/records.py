@@ -15,7 +15,7 @@ from data.atomic import write_text
 from sparsity import ACDC
 from sparsity.layers import maskable
 from trainer.checkpoints.run_dir import DENSE_TWIN, SPARSE, RunDir
-from trainer.monitor.pictures import as_seen, confused_table, grid, label_table
+from trainer.monitor.pictures import SHOWN, as_seen, confused_table, grid, label_table
 from trainer.monitor.screen import Screen
 from trainer.monitor.tensorboard import Board
 from trainer.monitor.tracking import Tracking
@@ -73,14 +73,22 @@ class Monitor:
         self._excepthook, threading.excepthook = threading.excepthook, self._in_thread
         self._board = Board(run_dir.tensorboard, start_step, texts)
         self._step, self.wants_batch = start_step, self._board.is_new
+        self._batch: tuple[Tensor, Tensor, Tensor | None, Sequence[str]] | None = None
         epochs = [record for record in kept if record["kind"] == "epoch"]
         self._phase = epochs[-1]["phase"] if epochs else "dense"
         write_text(run_dir.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = run_dir.metrics.open("a", encoding="utf-8")
 
     def batch(self, images: Tensor, labels: Tensor, draw: Tensor | None, classes: Sequence[str]) -> None:
-        """The run's first one, as as_seen takes it. Reads the device."""
+        """The run's first one, as as_seen takes it. Kept on the device, and drawn with the next record, when
+        the device is read anyway."""
         self.wants_batch = False
+        self._batch = images[:SHOWN].clone(), labels[:SHOWN].clone(), draw, classes
+
+    def _draw_batch(self) -> None:
+        if self._batch is None:
+            return
+        (images, labels, draw, classes), self._batch = self._batch, None
         seen, labels, share = as_seen(images, labels, draw)
         if seen.shape[1] in (1, 3):
             self._board.image("data/first_batch", grid(seen), self._step)
@@ -135,9 +143,9 @@ class Monitor:
     def close(self) -> None:
         """Raises nothing: what ends the run is said already, or it has ended well."""
         self.screen.close()
-        for file in (self._file, self._board):
+        for end in (self._draw_batch, self._file.close, self._board.close):
             try:
-                file.close()
+                end()
             except OSError as error:
                 log.warning("the last records may be missing: %s", error)
         threading.excepthook = self._excepthook
@@ -150,6 +158,7 @@ class Monitor:
             self._excepthook(failure)
 
     def _record(self, record: dict[str, Any]) -> None:
+        self._draw_batch()
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         values = {**record, "sparse_phase": float(record["phase"] == "sparse")}

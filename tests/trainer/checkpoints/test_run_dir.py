@@ -64,7 +64,7 @@ def test_any_flipped_bit_in_the_result_leaves_a_report(run):
         path.write_bytes(flipped(content, generator))
         (run / "report.html").unlink()
         write_report(RunDir(run))
-        assert (run / "report.html").read_text().count("<figure>") > 3
+        assert (run / "report.html").read_text().count("<figure") > 3
 
 
 def test_any_flipped_bit_in_the_metrics_leaves_the_other_records(run):
