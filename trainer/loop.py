@@ -59,12 +59,12 @@ class Trainer:
         self._rates: dict[str, float] = {}
         self._sparsity: tuple[int, Sparsity] | None = None
         self._tuned = False
-        self._stop_request = StopRequest()
+        self.stop_request = StopRequest()
         self._began = time.monotonic() - position.seconds
 
     def fit(self) -> None:
         """Train from the position to the last epoch. Raises Diverged, or Stopped after a signal."""
-        with self._stop_request:
+        with self.stop_request:
             for epoch in range(self.position.epoch, self.config.epochs):
                 trained = self.train_epoch(epoch)
                 ranks.average_buffers(self.acdc.model)
@@ -321,7 +321,7 @@ class Trainer:
 
     def should_stop(self, at_once: bool = False) -> bool:
         """Whether a signal came to any rank, or a bad file where the recipe says to stop. See StopRequest."""
-        return self._stop_request.came(self.loaders.bad_files.failure is not None, self.device, at_once)
+        return self.stop_request.came(self.loaders.bad_files.failure is not None, self.device, at_once)
 
     def close(self) -> None:
         """Let go of the run's files and optimizer."""
@@ -341,7 +341,7 @@ class Trainer:
             raise UserError(
                 f"{failure}\na checkpoint is saved at step {step}. {cure}; then go on with resume={folder}"
             )
-        numbers = filter(None, ranks.all_gather(self._stop_request.number))  # a signal may reach some alone
+        numbers = filter(None, ranks.all_gather(self.stop_request.number))  # a signal may reach some alone
         raise Stopped(
             f"stopped at step {step}; a checkpoint is saved. Go on with resume={folder}",
             next(numbers, signal.SIGTERM),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any
 
@@ -15,7 +16,7 @@ from trainer.checkpoints.run_dir import DENSE_TWIN, EMA, FINETUNED_DENSE, SPARSE
 from trainer.config.schema import Config
 from trainer.distributed import ranks
 from trainer.engine import autocast, num_graphs, precision_name
-from trainer.evaluate import confusion
+from trainer.evaluate import Interrupted, confusion
 from trainer.loop import Trainer
 from trainer.monitor.drawing import phase_table
 from trainer.monitor.screen import Screen, closing_lines, closing_table
@@ -118,19 +119,25 @@ def _report(run: RunDir, result: dict[str, Any]) -> None:
 
 def _confusion(trainer: Trainer) -> Tensor | None:
     """See trainer.evaluate.confusion, summed over ranks, on the CPU. None for noise, and where it fails on a
-    rank: that costs a table, not the run, whose training is over."""
-    if getattr(trainer.config.data, "backend", None) == "synthetic":
+    rank or a signal comes to one: that costs a table, not the run, whose training is over."""
+    config = trainer.config
+    if getattr(config.data, "backend", None) == "synthetic":
         return None
 
     def on_progress(done: int, total: int) -> None:
+        if trainer.stop_request.number:  # no ranks are asked: one that has failed would not answer
+            raise Interrupted("a signal came")
         if trainer.monitor:
             trainer.monitor.screen.working("most confused classes", done, total)
 
     classifier, test = trainer.engine.module, trainer.loaders.test
-    computed = autocast(trainer.config, trainer.device)
+    computed = autocast(config, trainer.device)
+    # what follows here ends within the time that a signal leaves; a dense branch does not
+    patient: AbstractContextManager[object] = nullcontext() if config.finetune_dense else trainer.stop_request
     counts = None
     try:
-        counts = confusion(classifier, test, trainer.position.epoch, computed, on_progress)
+        with patient:
+            counts = confusion(classifier, test, trainer.position.epoch, computed, on_progress)
     except Exception as error:  # whatever it is; an uncompiled pass may need more memory than training
         log.warning("no table of the most confused classes: %s", (str(error).splitlines() or [""])[0])
     worked = all(ranks.all_gather(counts is not None))

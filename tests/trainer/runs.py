@@ -92,7 +92,7 @@ class StopAfter:
     def __call__(self) -> None:
         self.before_step()
         if self.trainer.acdc.step == self.step:
-            self.trainer._stop_request.number = 15
+            self.trainer.stop_request.number = 15
 
 
 def fit_and_close(trainer: Any, stop: int | None = None) -> None:

@@ -108,7 +108,7 @@ def stop_at(monkeypatch, path_ends, step):
 
     def watched(self, batches):
         if self.run_dir.path.name.endswith(path_ends) and self.acdc.step == step:
-            self._stop_request.number = 15
+            self.stop_request.number = 15
         return train_batch(self, batches)
 
     monkeypatch.setattr(Trainer, "train_batch", watched)

@@ -113,3 +113,9 @@ def test_a_failing_pass_costs_the_table_not_the_run(run, monkeypatch, caplog):
     monkeypatch.setattr(summary, "confusion", fail)
     assert summary._confusion(run[0]) is None
     assert caplog.messages == ["no table of the most confused classes: CUDA out of memory"]
+
+
+def test_a_signal_costs_the_table_not_the_run(run, monkeypatch, caplog):
+    monkeypatch.setattr(run[0].stop_request, "number", 15)
+    assert summary._confusion(run[0]) is None
+    assert caplog.messages == ["no table of the most confused classes: a signal came"]

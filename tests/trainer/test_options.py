@@ -63,7 +63,7 @@ def test_a_signal_while_statistics_are_recomputed(tiny_data, tmp_path, monkeypat
     short = ["epochs=2", "sparsity.schedule=dense 1, sparse 1", "save.every=9ep", "save.keep=9"]
     short += ["sparsity.recompute_batch_norm=99999999999ep"]
     trainer = build_trainer(load_config("quickstart", tiny(tiny_data, tmp_path, *short)[1:]), start())
-    recompute, came = loop.recompute_batch_norm, trainer._stop_request
+    recompute, came = loop.recompute_batch_norm, trainer.stop_request
 
     def signalled(*arguments):
         came.number = 15

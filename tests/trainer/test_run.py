@@ -187,7 +187,7 @@ class StopsWhile:
     def epoch(self, epoch, start=0):
         for number, batch in enumerate(self.loader.epoch(epoch, start)):
             if number == 0 and epoch == self.at:
-                self.trainer._stop_request._receive(15, None)
+                self.trainer.stop_request._receive(15, None)
             yield batch
 
 
