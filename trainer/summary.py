@@ -24,6 +24,7 @@ from trainer.report.records import recipe_of
 from trainer.report.run import write_report
 
 _LONG = 68  # columns of a schedule's text beside the word "phases"
+_MOST_CLASSES = 5000  # in a table of confused ones: 200 MB of counts
 
 log = logging.getLogger(__name__)
 
@@ -118,10 +119,11 @@ def _report(run: RunDir, result: dict[str, Any]) -> None:
 
 
 def _confusion(trainer: Trainer) -> Tensor | None:
-    """See trainer.evaluate.confusion, summed over ranks, on the CPU. None for noise, and where it fails on a
-    rank or a signal comes to one: that costs a table, not the run, whose training is over."""
-    config = trainer.config
-    if getattr(config.data, "backend", None) == "synthetic":
+    """See trainer.evaluate.confusion, summed over ranks, on the CPU. None for noise, for very many classes,
+    and where it fails on a rank or a signal comes to one: that costs a table, not the run, whose training is
+    over."""
+    config, classes = trainer.config, trainer.loaders.info.num_classes
+    if getattr(config.data, "backend", None) == "synthetic" or classes > _MOST_CLASSES:
         return None
 
     def on_progress(done: int, total: int) -> None:
