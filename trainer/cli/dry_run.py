@@ -54,6 +54,9 @@ def _changed(began: Path, past: Any, task: Task) -> list[Change]:
     """What the recipe changes in that of the training state `began`. Raises UserError where the run would."""
     with as_user_error(f"resume {began}"):
         state = checkpoint.read(began, checkpoint.STATE)
+        # packed images have a shard for each process, and a run may have more of these than a dry one
+        if "shards" in (data := state.get("data") or {}):
+            state["data"] = {**data, "shards": 1}
         check_restorable(state, task.acdc, task.loaders.train)
         found = changes(past, task.config)
         check_changes(found, task.config, asdict(Position(**state["position"])))

@@ -1,6 +1,8 @@
 """acdc train --dry-run: all that a run would say of itself, and nothing left behind."""
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +11,8 @@ from trainer.cli.main import main
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+from trainer.cli import dry_run
 
 
 def test_it_shows_recipe_phases_and_layers_and_makes_no_folder(tiny_data, tmp_path, capsys):
@@ -31,3 +35,14 @@ def test_it_shows_recipe_phases_and_layers_and_makes_no_folder(tiny_data, tmp_pa
 def test_it_finds_what_a_run_would_stumble_over(tiny_data, tmp_path, capsys):
     assert main(["train", *tiny(tiny_data, tmp_path, "model.name=resnet5O"), "--dry-run"]) == 2
     assert "did you mean 'resnet50'?" in capsys.readouterr().err
+
+
+def test_packed_images_may_be_shared_by_more_processes_than_its_own(monkeypatch):
+    state = {"data": {"seed": 1, "shards": 8}, "position": {}}
+    monkeypatch.setattr(dry_run.checkpoint, "read", lambda *_: state)
+    monkeypatch.setattr(dry_run, "check_restorable", lambda state, *_: checked.update(state["data"]))
+    monkeypatch.setattr(dry_run, "check_changes", lambda *_: None)
+    checked = {}
+    task = SimpleNamespace(acdc=None, config=None, loaders=SimpleNamespace(train=None))
+    assert dry_run._changed(Path("step-1"), None, task) == []
+    assert checked == {"seed": 1, "shards": 1}  # as a loader of one process has it
