@@ -124,8 +124,8 @@ def training_flops(config: Config, found: Measured) -> tuple[float, float]:
     grows in proportion."""
     planned = dense = 0.0
     most = getattr(config.sparsity.build_pattern(), "sparsity", 0.0) or 1.0
-    for epoch in range(config.epochs):
-        flops, share = found.flops.at(epoch), sparsity_asked(config, epoch) / most
+    for epoch, asked in enumerate(sparsity_asked(config)):
+        flops, share = found.flops.at(epoch), asked / most
         density = {name: 1 - share * (1 - kept) for name, kept in found.density.items()}
         planned += found.num_images * flops.training(density)
         dense += found.num_images * flops.training()

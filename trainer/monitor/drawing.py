@@ -32,7 +32,8 @@ def draw_schedule(config: Config, steps_per_epoch: int) -> list[str]:
         return learning_rate(config.lr, config.optimizer.lr, *clock)
 
     rates = [max(rate(*moment) for moment in column) for column in columns]
-    sparsity = [max(sparsity_asked(config, epoch) for epoch, _ in column) for column in columns]
+    asked = sparsity_asked(config)
+    sparsity = [max(asked[epoch] for epoch, _ in column) for column in columns]
     both = f", {_BOTH} both" if _BOTH in marks else ""
     lines = [
         f"{'phase':{_LABEL}}{''.join(marks)}",
@@ -45,29 +46,31 @@ def draw_schedule(config: Config, steps_per_epoch: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def sparsity_asked(config: Config, epoch: int) -> float:
-    """What the recipe asks for in an epoch, over the layers that it prunes."""
-    actions = sorted(config.sparsity.build_actions().items())
-    begun = [action for each, action in actions if each <= epoch]
-    return float(getattr(begun[-1], "sparsity", 0.0)) if begun else 0.0
+def sparsity_asked(config: Config) -> list[float]:
+    """What the recipe asks for in each epoch, over the layers that it prunes."""
+    actions, asked = config.sparsity.build_actions(), [0.0]
+    for epoch in range(config.epochs):
+        now = getattr(actions[epoch], "sparsity", 0.0) if epoch in actions else asked[-1]
+        asked.append(float(now))
+    return asked[1:]
 
 
 def phase_table(config: Config) -> list[str]:
     """Every phase with its epochs, counted from 1 as a run's lines count them, in as few lines as fit into 80
     columns; of more than 20 the first ones."""
-    phases = config.sparsity.build_schedule().phases
-    shown = [_cell(config, phase) for phase in phases[: _ROWS * (WIDTH // _CELL)]]
+    phases, asked = config.sparsity.build_schedule().phases, sparsity_asked(config)
+    shown = [_cell(asked, phase) for phase in phases[: _ROWS * (WIDTH // _CELL)]]
     rows = math.ceil(len(shown) / math.ceil(len(shown) / _ROWS))  # columns of one length, as far as it goes
     if len(phases) > len(shown):
         shown[-1] = f"{len(phases) - len(shown) + 1} more phases"
     return ["".join(f"{cell:{_CELL}}" for cell in shown[row::rows]).rstrip() for row in range(rows)]
 
 
-def _cell(config: Config, phase: Phase) -> str:
+def _cell(asked: Sequence[float], phase: Phase) -> str:
     epochs = f"{phase.start + 1}" if phase.num_epochs == 1 else f"{phase.start + 1}-{phase.end}"
     if phase.kind == "dense":
         return f"{epochs:>7} dense"
-    return f"{epochs:>7} sparse {100 * sparsity_asked(config, phase.end - 1):.3g} %"
+    return f"{epochs:>7} sparse {100 * asked[phase.end - 1]:.3g} %"
 
 
 def for_encoding(text: str, encoding: str | None) -> str:
