@@ -86,6 +86,7 @@ def trial_of(config: Config) -> Config:
     phases = {
         "schedule": ", ".join(f"{kind} 2" for kind in kinds),
         "gradual": None,
+        "regrowth": None,
         "recompute_batch_norm": None,
     }
     return config.model_copy(

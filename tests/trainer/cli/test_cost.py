@@ -9,6 +9,7 @@ from tests.trainer.runs import tiny
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
+from sparsity import RandomMask
 from sparsity.flops import LayerFlops, ModelFlops
 from trainer.cli import cost
 from trainer.cli.cost import Measured, seconds, training_flops, trial_of
@@ -53,6 +54,12 @@ def test_a_trial_has_the_phases_of_its_recipe(schedule, expected):
     assert trial.sparsity.schedule == expected
     assert trial.epochs == trial.sparsity.build_schedule().num_epochs
     assert (trial.sparsity.target, trial.data, trial.engine) == (0.9, config.data, config.engine)
+
+
+def test_a_trial_keeps_its_masks_between_the_steps_it_measures():
+    early = ["sparsity.schedule=dense 1, sparse 19", "sparsity.regrowth.end=2"]
+    config = load_config("fashion_mnist/set", early)
+    assert trial_of(config).sparsity.build_actions() == {2: RandomMask(0.9)}
 
 
 def test_the_command_measures_and_leaves_nothing_behind(tiny_data, tmp_path, capsys, monkeypatch):
