@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
+from sparsity import MaskError
 from trainer.build import build_trainer
 from trainer.config.optimization import LRConfig
 from trainer.config.schema import Config, LogConfig, SaveConfig
 from trainer.distributed import ranks
 from trainer.engine import precision_name
-from trainer.errors import is_out_of_memory, out_of_memory
+from trainer.errors import UserError, is_out_of_memory, out_of_memory
 from trainer.loop import Trainer
 from trainer.monitor.drawing import sparsity_asked
 from trainer.monitor.flops import RunFlops
@@ -69,6 +70,8 @@ def measure_cost(config: Config) -> Measured:
                 rates = _rates(trainer)
                 density = {name: 1 - share for name, share in trainer.sparsity().by_layer.items()}
                 images = trainer.loaders.train.num_images
+    except MaskError as error:
+        raise UserError(f"sparsity: {error}") from error
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise out_of_memory(error) from error
