@@ -17,13 +17,14 @@ from trainer.config.schema import Config, LogConfig, SaveConfig
 from trainer.distributed import ranks
 from trainer.engine import precision_name
 from trainer.errors import UserError, is_out_of_memory, out_of_memory
+from trainer.loaders import build_loaders
 from trainer.loop import Trainer
 from trainer.monitor.drawing import sparsity_asked
 from trainer.monitor.flops import RunFlops
 from trainer.monitor.screen import count
 from trainer.monitor.terminal import announce
 
-STEPS = 10  # measured in each kind of phase, after as many that compile and choose kernels
+STEPS = 10  # at most: measured in each kind of phase, after as many that compile and choose kernels
 _NEVER = "1000000000st"
 _GENTLE = 1e-6  # of the recipe's learning rate: nothing diverges, masks are those of fresh weights
 
@@ -65,8 +66,9 @@ def measure_cost(config: Config) -> Measured:
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run"
-            with closing(build_trainer(trial_of(config), device, path, announce)) as trainer:
-                announce("measuring", f"{STEPS} steps in each kind of phase, after {STEPS} that compile")
+            steps = _steps(config, device)
+            with closing(build_trainer(trial_of(config, steps), device, path, announce)) as trainer:
+                announce("measuring", f"{steps} steps in each kind of phase, after {steps} that compile")
                 rates = _rates(trainer)
                 density = {name: 1 - share for name, share in trainer.sparsity().by_layer.items()}
                 images = trainer.loaders.train.num_images
@@ -83,7 +85,13 @@ def measure_cost(config: Config) -> Measured:
     return Measured(rates, trainer.steps_per_epoch, density, trainer.flops, images, where)
 
 
-def trial_of(config: Config) -> Config:
+def _steps(config: Config, device: torch.device) -> int:
+    """Of a short epoch: STEPS, or all that a small data set has."""
+    train = build_loaders(config, device).train
+    return min(STEPS, train.batches_per_epoch // config.engine.accumulation_steps)
+
+
+def trial_of(config: Config, steps: int) -> Config:
     """Two short epochs of each kind that the recipe has, compressed as at its end; all else as it is."""
     kinds = [kind for kind in ("dense", "sparse") if f"{kind} " in str(config.sparsity.build_schedule())]
     phases = {
@@ -95,7 +103,7 @@ def trial_of(config: Config) -> Config:
     return config.model_copy(
         update={
             "epochs": 2 * len(kinds),
-            "steps_per_epoch": STEPS,
+            "steps_per_epoch": steps,
             "sparsity": config.sparsity.model_copy(update=phases),
             "optimizer": config.optimizer.model_copy(update={"lr": _GENTLE * config.optimizer.lr}),
             "lr": LRConfig(kind="constant"),

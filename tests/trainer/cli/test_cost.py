@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from tests.trainer.runs import tiny
 
@@ -50,7 +51,7 @@ def test_gradual_pruning_costs_by_its_sparsity():
 )
 def test_a_trial_has_the_phases_of_its_recipe(schedule, expected):
     config = load_config("quickstart", [f"sparsity.schedule={schedule}"])
-    trial = trial_of(config)
+    trial = trial_of(config, 10)
     assert trial.sparsity.schedule == expected
     assert trial.epochs == trial.sparsity.build_schedule().num_epochs
     assert (trial.sparsity.target, trial.data, trial.engine) == (0.9, config.data, config.engine)
@@ -59,7 +60,13 @@ def test_a_trial_has_the_phases_of_its_recipe(schedule, expected):
 def test_a_trial_keeps_its_masks_between_the_steps_it_measures():
     early = ["sparsity.schedule=dense 1, sparse 19", "sparsity.regrowth.end=2"]
     config = load_config("fashion_mnist/set", early)
-    assert trial_of(config).sparsity.build_actions() == {2: RandomMask(0.9)}
+    assert trial_of(config, 10).sparsity.build_actions() == {2: RandomMask(0.9)}
+
+
+def test_a_small_set_of_images_has_the_steps_that_it_has(tiny_data, tmp_path):
+    config = load_config("quickstart", [*tiny(tiny_data, tmp_path)[1:], "data.batch_size=64"])
+    assert cost._steps(config, torch.device("cpu")) == 5  # of 320 images
+    assert cost._steps(config.model_copy(update={"steps_per_epoch": 3}), torch.device("cpu")) == 3
 
 
 def test_the_command_measures_and_leaves_nothing_behind(tiny_data, tmp_path, capsys, monkeypatch):
