@@ -58,12 +58,11 @@ def _about(run_dir: RunDir, epochs: Sequence[Record], result: Record | None) -> 
         facts.append(duration(seconds))
     if hardware := hardware_of(json_of(run_dir.path / "env.json")):
         facts.append(hardware)
+    begun, left = ("", epochs[0]["epoch"]), ("", total - done)  # a branch begins later
+    spans = [(kind, len(list(those))) for kind, those in groupby(each["phase"] for each in epochs)]
     strip = "".join(
-        f'<i class="{kind}" style="flex-grow:{len(list(those))}"></i>'
-        for kind, those in groupby(each["phase"] for each in epochs)
+        f'<i class="{kind}" style="flex-grow:{count}"></i>' for kind, count in (begun, *spans, left) if count
     )
-    left = total - len(epochs)
-    strip += f'<i style="flex-grow:{left}"></i>' if left else ""
     schedule = (result or {}).get("schedule") or recipe.get("sparsity.schedule") or ""
     return f"{note(' · '.join(facts))}<div class=strip aria-hidden=true>{strip}</div>{note(str(schedule))}"
 

@@ -127,6 +127,18 @@ def test_an_unfinished_run_has_a_page_too(make):
     assert "difference" not in page.text
 
 
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [(slice(None), "sparse 1"), (slice(3, None), " 3, dense 1, sparse 1"), (slice(4), " 1")],
+)
+def test_the_strip_of_phases_is_as_long_as_the_run_where_a_branch_begins_later(make, shown, expected):
+    run = make(records=[epoch(i, kind) for i, kind in enumerate(KINDS)][shown])
+    write_report(run)
+    spans = re.findall(r'<i class="(\w*)" style="flex-grow:(\d+)"></i>', run.report.read_text())
+    assert ", ".join(map(" ".join, spans)).endswith(expected)
+    assert sum(int(count) for _, count in spans) == 5
+
+
 def test_old_and_odd_records_are_drawn_as_far_as_they_go(make):
     bare = {
         key: value for key, value in epoch(0, "dense").items() if key not in ("seconds", "layer_sparsity")
