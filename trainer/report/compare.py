@@ -22,21 +22,21 @@ Record = dict[str, Any]
 
 def write_comparison(runs: Sequence[RunDir], path: Path) -> None:
     """Raises ValueError for a run without a finished epoch, OSError where it cannot be written."""
-    records = {_name(run): run.read_metrics() for run in runs}
-    epochs = {_name(run): epoch_records(run, records[_name(run)]) for run in runs}
+    names, records = _names(runs), [run.read_metrics() for run in runs]
+    epochs = [epoch_records(run, each) for run, each in zip(runs, records, strict=True)]
     kinds = [KINDS[place % len(KINDS)] + " again" * (place >= len(KINDS)) for place in range(len(epochs))]
-    last = max(each[-1]["epoch"] + 1 for each in epochs.values())
-    spans = [phases([record["phase"] for record in each]) for each in epochs.values()]
+    last = max(each[-1]["epoch"] + 1 for each in epochs)
+    spans = [phases([record["phase"] for record in each]) for each in epochs]
     shaded = spans[0] if all(each == spans[0] for each in spans) else []
 
     def curves(key: str, times: float = 1, marks: str = "line") -> list[Series]:
-        given = zip(epochs.items(), kinds, strict=True)
-        return [Series(name, points(each, key, times), kind, marks) for (name, each), kind in given]
+        given = zip(names, epochs, kinds, strict=True)
+        return [Series(name, points(each, key, times), kind, marks) for name, each, kind in given]
 
     learning = []
-    for run, kind in zip(runs, kinds, strict=True):
-        given, marks = rates(records[_name(run)], recipe_of(run))
-        learning.append(Series(_name(run), given, kind, marks))
+    for run, name, each, kind in zip(runs, names, records, kinds, strict=True):
+        given, marks = rates(each, recipe_of(run))
+        learning.append(Series(name, given, kind, marks))
     small = [
         chart(title, series, last, shaded, legend=False, from_zero=from_zero)
         for title, series, from_zero in (
@@ -48,19 +48,21 @@ def write_comparison(runs: Sequence[RunDir], path: Path) -> None:
             ("waiting for data, % of the time", curves("data_wait", 100), True),
         )
     ]
-    rows = [_row(run, epochs[_name(run)]) for run in runs]
+    rows = [(name, *_row(run, each)) for name, run, each in zip(names, runs, epochs, strict=True)]
     body = [
         f"<header><h1>{len(runs)} runs</h1>{note('their curves over each other, and what differs')}</header>",
-        section("Results", table(COLUMNS, rows, kinds=kinds), _links(runs, path)),
+        section("Results", table(COLUMNS, rows, kinds=kinds), _links(runs, names, path)),
         section("Accuracy", chart("test top-1, %", curves("val_top1"), last, shaded, wide=320)),
         section("Training", grid(*small)),
-        section("Where their recipes differ", _differences(runs)),
+        section("Where their recipes differ", _differences(runs, names)),
     ]
-    write_text(path, page(", ".join(epochs), body))
+    write_text(path, page(", ".join(names), body))
 
 
-def _name(run: RunDir) -> str:
-    return f"{run.path.parent.name} {run.path.name}"
+def _names(runs: Sequence[RunDir]) -> list[str]:
+    """Short ones, where they tell the runs apart."""
+    short = [f"{run.path.parent.name} {run.path.name}" for run in runs]
+    return short if len(set(short)) == len(short) else [str(run.path) for run in runs]
 
 
 def _row(run: RunDir, epochs: Sequence[Record]) -> tuple[str, ...]:
@@ -69,11 +71,10 @@ def _row(run: RunDir, epochs: Sequence[Record]) -> tuple[str, ...]:
     result = run.read_result()
     if result is None:
         done = epochs[-1]["epoch"] + 1
-        return (_name(run), *["-"] * 4, f"not finished: {done} epochs", time)
+        return (*["-"] * 4, f"not finished: {done} epochs", time)
     dense, sparse = result.get(DENSE_TWIN), result.get(SPARSE)
     ratio = (result.get("flops") or {}).get("training_ratio")
     return (
-        _name(run),
         f"{dense['top1']:.2f}" if dense else "-",
         f"{sparse['top1']:.2f}" if sparse else "-",
         f"{sparse['top1'] - dense['top1']:+.2f}".replace("-", "\u2212") if dense and sparse else "-",
@@ -83,18 +84,18 @@ def _row(run: RunDir, epochs: Sequence[Record]) -> tuple[str, ...]:
     )
 
 
-def _links(runs: Sequence[RunDir], path: Path) -> str:
+def _links(runs: Sequence[RunDir], names: Sequence[str], path: Path) -> str:
     """To the runs' own pages, as far as they have one."""
     here = path.resolve().parent
     links = [
-        f'<a href="{html.escape(os.path.relpath(run.report.resolve(), here))}">{html.escape(_name(run))}</a>'
-        for run in runs
+        f'<a href="{html.escape(os.path.relpath(run.report.resolve(), here))}">{html.escape(name)}</a>'
+        for run, name in zip(runs, names, strict=True)
         if run.report.exists()
     ]
     return f"<p class=soft>Their pages: {', '.join(links)}</p>" if links else ""
 
 
-def _differences(runs: Sequence[RunDir]) -> str:
+def _differences(runs: Sequence[RunDir], names: Sequence[str]) -> str:
     recipes = [recipe_of(run) for run in runs]
     keys = list(dict.fromkeys(key for recipe in recipes for key in recipe))
     missing: Any = object()
@@ -105,4 +106,4 @@ def _differences(runs: Sequence[RunDir]) -> str:
     ]
     if not rows:
         return note("Their recipes are the same.")
-    return table(("", *map(_name, runs)), rows, texts=range(len(runs) + 1))
+    return table(("", *names), rows, texts=range(len(runs) + 1))

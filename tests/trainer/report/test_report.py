@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from html.parser import HTMLParser
 
@@ -338,3 +339,12 @@ def test_several_runs_on_one_page(make, tmp_path, capsys):
     assert "2 runs" in Page(out.read_text()).text
     assert main(["report", *(str(run.path) for run in runs), "--picture", str(tmp_path / "a.svg")]) == 2
     assert "--picture draws one run" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_in_two_places_are_told_apart(make, tmp_path):
+    run = make()
+    other = RunDir(shutil.copytree(run.path, tmp_path / "elsewhere" / "shop" / "now"))
+    write_comparison([run, other], tmp_path / "runs.html")
+    text = Page((tmp_path / "runs.html").read_text()).text
+    assert f"{run.path} 53.25" in text
+    assert f"{other.path} 53.25" in text
