@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.accuracy import figures
 from benchmarks.accuracy.runs import Run, runs_of, train
 from benchmarks.accuracy.tables import TABLES
-from benchmarks.shared.record import RESULTS, Parser, console, show_table
+from benchmarks.shared.record import RESULTS, Parser, console, mention_changes, show_table
 from trainer.errors import UserError
 from trainer.paths import user_path
 
@@ -38,6 +38,7 @@ def main() -> int:
         plan(runs, left, results)
         return 0
     if not options.draw:
+        mention_changes()
         for number, run in enumerate(left, 1):
             console().print(f"{number} of {len(left)}: {run}", style="bold")
             try:

@@ -76,10 +76,15 @@ def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
         "--out", type=Path, default=RESULTS / f"{name}.json", metavar="FILE", help="where the record goes"
     )
     options = parser.parse_args()
+    mention_changes()
+    return options
+
+
+def mention_changes() -> None:
+    """Where the tree has some, say at once that no record to publish comes from it."""
     if (fault := reason_unpublished(REVISION)) is not None:
         notice = f"{fault}: what this run measures is not a record to publish"
         Console(stderr=True).print(notice, style="red", soft_wrap=True)
-    return options
 
 
 def settings(options: argparse.Namespace) -> dict[str, str]:
