@@ -48,15 +48,19 @@ def read(table: str, results: Path) -> list[Found]:
 
 def lines(table: str, found: Sequence[Found]) -> list[tuple[str, ...]]:
     """A line of COLUMNS for each row that has records. Mean and standard deviation over seeds; differences
-    are paired by seed, mean and standard error; FLOPs of training as a share of dense training's."""
+    are paired by seed, mean and standard error; FLOPs of training as a share of as many dense epochs', and
+    hours, both with the training that a row starts from."""
+    by_name = {each.row.name: each for each in found}
     base = next((each.final() for each in found if each.row.name == BASE.get(table)), {})
-    return [_line(each, base) for each in found if each.records]
+    befores = [by_name[each.row.after].records if each.row.after else None for each in found]
+    return [_line(each, base, before) for each, before in zip(found, befores, strict=True) if each.records]
 
 
-def _line(found: Found, base: dict[int, float]) -> tuple[str, ...]:
+def _line(found: Found, base: dict[int, float], before: dict[int, Any] | None) -> tuple[str, ...]:
     final, results = found.final(), [record["result"] for record in found.records.values()]
     pairs = [final[seed] - base[seed] for seed in final if seed in base]
     is_base = final == {seed: base.get(seed) for seed in final}
+    costs = _costs(found.records, before)
     return (
         found.row.title,
         str(len(final)),
@@ -65,9 +69,25 @@ def _line(found: Found, base: dict[int, float]) -> tuple[str, ...]:
         "" if is_base or not pairs else show_difference(pairs),
         show(found.of("dense_twin")) if results[0]["sparse"] else "",
         show(found.of("finetuned_dense")),
-        f"{statistics.mean(result['flops']['training_ratio'] for result in results):.2f}",
-        f"{statistics.mean(result['seconds'] for result in results) / 3600:.2f}",
+        f"{statistics.mean(share for share, _ in costs):.2f}" if costs else "",
+        f"{statistics.mean(hours for _, hours in costs):.2f}" if costs else "",
     )
+
+
+def _costs(records: dict[int, Any], before: dict[int, Any] | None) -> list[tuple[float, float]]:
+    """(FLOPs as a share, hours) by seed. before: records of what they start from, None where that is nothing;
+    one whose own beginning has no record is left out."""
+    costs = []
+    for seed, record in records.items():
+        parts = (
+            [record["result"]] if before is None else [record["result"], before.get(seed, {}).get("result")]
+        )
+        if None not in parts:
+            flops = [part["flops"] for part in parts]
+            dense = sum(each["training"] / each["training_ratio"] for each in flops)
+            hours = sum(part["seconds"] for part in parts) / 3600
+            costs.append((sum(each["training"] for each in flops) / dense, hours))
+    return costs
 
 
 def _final(result: dict[str, Any]) -> dict[str, Any]:

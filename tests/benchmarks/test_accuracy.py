@@ -72,6 +72,15 @@ def test_the_lines_of_a_table(results):
     assert "fine-tuned" not in head  # nothing is
 
 
+def test_a_row_costs_what_it_starts_from_as_well():
+    rows = {row.name: row for row in tables.TABLES["main"]}
+    before = figures.Found(rows["dense_12"], {1: record(90.0, sparse=False, seconds=7200.0)})
+    # as many FLOPs as the 12 dense epochs, 0.6 of its own dense epochs' 10^15
+    after = figures.Found(rows["one_shot_90"], {seed: record(90.0, seconds=3600.0) for seed in (1, 2)})
+    _, line = figures.lines("main", [before, after])
+    assert line[-2:] == (f"{2 * 6e14 / (6e14 + 1e15):.2f}", "3.00")  # of seed 1 alone
+
+
 @pytest.mark.parametrize("table", ["main", "memorisation", "compute"])
 def test_pictures_are_drawn_of_what_there_is(table, tmp_path):
     for row in tables.TABLES[table][:4]:
