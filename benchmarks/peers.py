@@ -30,6 +30,7 @@ from benchmarks.peers_loops import AHEAD, WORKERS
 from benchmarks.shared.record import RESULTS, Parser, parse, show_spread, show_table, spread, write_record
 from benchmarks.shared.turns import TURN, order, ratios, until_quiet
 from data.dali.pipeline import PREFETCH
+from trainer.checkpoints.environment import revision
 from trainer.cli.progress import progress
 
 BARS = {"resnet50": 1.15, "mobilenetv1": 1.3, "wrn-28-10": 1.2, "resnet20": 1.2}  # ours over plain
@@ -54,9 +55,13 @@ def main() -> int:
     help = "a checkout of an earlier commit, whose trainer is the only other contender"
     parser.add_argument("--before", type=Path, metavar="FOLDER", help=help)
     options = parse(parser, "peers")
-    if options.before and options.out == RESULTS / "peers.json":
-        options.out = RESULTS / "before.json"
-    settings = {"steps": options.steps, "turns": options.turns, "workers": WORKERS, "read_ahead": READ_AHEAD}
+    settings: dict[str, Any] = {"steps": options.steps, "turns": options.turns}
+    settings |= {"workers": WORKERS, "read_ahead": READ_AHEAD}
+    if options.before:
+        if not (options.before / "benchmarks" / "peers_worker.py").is_file():
+            parser.error(f"--before {options.before}: there is no checkout of this project")
+        settings["before"] = revision(options.before.resolve())
+        options.out = RESULTS / "before.json" if options.out == RESULTS / "peers.json" else options.out
     results: dict[str, Any] = {}
     content = {"options": settings, "peers": results}
     for name in options.networks or BARS:
