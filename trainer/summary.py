@@ -111,10 +111,13 @@ def finish(trainer: Trainer) -> None:
 
 
 def _report(run: RunDir, result: dict[str, Any]) -> None:
-    """A run whose records of epochs are lost is finished without a page of them."""
+    """A page that fails, as where records of epochs are lost, costs the page: the run is finished. Raises
+    OSError: the disk would not take the result either."""
     try:
         write_report(run, result)
-    except ValueError as error:
+    except OSError:
+        raise
+    except Exception as error:
         log.warning("no report: %s", error)
 
 

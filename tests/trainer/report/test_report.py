@@ -348,3 +348,14 @@ def test_runs_of_one_name_in_two_places_are_told_apart(make, tmp_path):
     text = Page((tmp_path / "runs.html").read_text()).text
     assert f"{run.path} 53.25" in text
     assert f"{other.path} 53.25" in text
+
+
+def test_a_page_that_fails_costs_the_page_not_the_run(make, caplog):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    from trainer.summary import _report
+
+    run = make()
+    run.kernels.write_text("[1]")
+    _report(run, {})
+    assert "no report: 'int' object has no attribute 'get'" in caplog.text
+    assert not run.report.exists()
