@@ -79,7 +79,7 @@ class Regrowth:
 def actions_of(
     pattern: Pattern, schedule: PhaseSchedule, changing: CubicSparsity | Regrowth | None
 ) -> dict[int, Pattern | None]:
-    """Epoch -> what happens as it begins: a pattern to compress by, or None to decompress."""
+    """Epoch of the schedule -> what happens as it begins: a pattern to compress by, or None to decompress."""
     actions: dict[int, Pattern | None] = dict.fromkeys(schedule.decompressions)
     if changing is None:
         return {**actions, **dict.fromkeys(schedule.compressions, pattern)}
@@ -90,11 +90,13 @@ def actions_of(
         )
     (start,) = schedule.compressions
     if isinstance(changing, CubicSparsity):
-        return _growing_sparsity(pattern, start, changing)
-    return _regrowing(pattern, start, changing)
+        return _growing_sparsity(pattern, start, schedule.num_epochs, changing)
+    return _regrowing(pattern, start, schedule.num_epochs, changing)
 
 
-def _growing_sparsity(pattern: Pattern, start: int, law: CubicSparsity) -> dict[int, Pattern | None]:
+def _growing_sparsity(
+    pattern: Pattern, start: int, num_epochs: int, law: CubicSparsity
+) -> dict[int, Pattern | None]:
     if not isinstance(pattern, GlobalMagnitude | UniformMagnitude):
         raise ValueError(
             f"gradual pruning changes the sparsity of a magnitude pattern, which {pattern} is not"
@@ -103,16 +105,17 @@ def _growing_sparsity(pattern: Pattern, start: int, law: CubicSparsity) -> dict[
         raise ValueError(
             f"gradual pruning from epoch {law.start} needs a sparse phase that begins there, not in {start}"
         )
-    return {epoch: replace(pattern, sparsity=law.at(epoch)) for epoch in law.epochs}
+    epochs = range(start, min(law.end, num_epochs), law.every)
+    return {epoch: replace(pattern, sparsity=law.at(epoch)) for epoch in epochs}
 
 
-def _regrowing(pattern: Pattern, start: int, law: Regrowth) -> dict[int, Pattern | None]:
+def _regrowing(pattern: Pattern, start: int, num_epochs: int, law: Regrowth) -> dict[int, Pattern | None]:
     if not isinstance(pattern, RandomMask):
         raise ValueError(f"regrowth goes on from a random mask, which {pattern} does not draw")
     if law.end <= start:
         raise ValueError(f"regrowth until epoch {law.end} must end behind epoch {start}, where masks begin")
     updates = {
         epoch: DropAndGrow(pattern.sparsity, law.at(epoch, start), pattern.seed + epoch)
-        for epoch in range(start + law.every, law.end, law.every)
+        for epoch in range(start + law.every, min(law.end, num_epochs), law.every)
     }
     return {start: pattern, **updates}

@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from sparsity import ACDC, NM, CubicSparsity, GlobalMagnitude, PhaseSchedule, measure, num_leaked
+from sparsity import (
+    ACDC,
+    NM,
+    CubicSparsity,
+    GlobalMagnitude,
+    PhaseSchedule,
+    RandomMask,
+    Regrowth,
+    measure,
+    num_leaked,
+)
+from sparsity.gradual import actions_of
 
 
 @pytest.mark.parametrize("target", [80, 90])
@@ -85,6 +96,17 @@ def test_impossible_laws_are_refused():
     for arguments in ((0.1, 0.5, 5, 5), (0.1, 0.5, 1, 5, 0)):
         with pytest.raises(ValueError, match="0 <= start < end"):
             CubicSparsity(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "law"),
+    [
+        (GlobalMagnitude(0.9), CubicSparsity(0.1, 0.9, 1, 10**12, 2)),
+        (RandomMask(0.9), Regrowth(0.3, 10**12, 2)),
+    ],
+)
+def test_masks_change_within_the_schedule_alone(pattern, law):
+    assert list(actions_of(pattern, PhaseSchedule.parse("dense 1, sparse 5"), law)) == [1, 3, 5]
 
 
 def test_a_dense_schedule_masks_nothing():
