@@ -18,7 +18,7 @@ def schedule(options: argparse.Namespace) -> int:
     from trainer.optim import learning_rate
 
     config = load_config(options.config, options.overrides)
-    phases = config.sparsity.build_schedule()
+    phases, actions = config.sparsity.build_schedule(), config.sparsity.build_actions()
     steps = config.steps_per_epoch or _STEPS
     if config.steps_per_epoch is None and (config.lr.warmup or "").endswith("st"):
         raise UserError(
@@ -27,9 +27,9 @@ def schedule(options: argparse.Namespace) -> int:
         )
     print(f"{phases}    {config.sparsity.build_pattern(config.seed)}")
     for epoch in range(config.epochs):
-        phase = phases.phase_at(epoch)
-        actions = {"sparse": "compress", "dense": "decompress" if epoch else ""}
-        action = actions[phase.kind] if epoch == phase.start else ""
+        phase, action = phases.phase_at(epoch), ""
+        if epoch in actions:
+            action = "decompress" if actions[epoch] is None else "compress"
         ends = (0,) if config.lr.by == "epoch" else (0, steps - 1)
         base = config.optimizer.lr
         rates = [learning_rate(config.lr, base, epoch, config.epochs, step, steps) for step in ends]

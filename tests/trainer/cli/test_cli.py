@@ -26,6 +26,13 @@ def test_schedule_shows_phases_and_learning_rates(capsys):
     assert max(map(len, lines[15:])) <= 80
 
 
+@pytest.mark.parametrize(("recipe", "epochs"), [("gmp", range(2, 15)), ("set", range(15))])
+def test_the_schedule_shows_every_compression_within_a_phase(recipe, epochs, capsys):
+    assert main(["schedule", f"fashion_mnist/{recipe}"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("  compress")]
+    assert [int(line.split()[1]) for line in lines] == list(epochs)
+
+
 def test_prepare_then_train_data_is_the_full_set(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACDC_DATA", str(tmp_path / "home"))
     source = write_fashion_idx(tmp_path / "idx", 64, 16)
