@@ -156,6 +156,7 @@ class Trainer:
             try:
                 recompute_batch_norm(self.engine.module, images, epoch, count, computed, self.should_stop)
             except Interrupted:
+                self.acdc.step -= 1  # begun, not taken: what is saved is from before
                 self.stop()
         if self.config.save.mask_history and ranks.is_main():
             self.run_dir.masks.mkdir(exist_ok=True)

@@ -70,7 +70,7 @@ def test_a_signal_while_statistics_are_recomputed(tiny_data, tmp_path, monkeypat
         recompute(*arguments)
 
     monkeypatch.setattr(loop, "recompute_batch_norm", signalled)
-    with pytest.raises(Stopped, match="a checkpoint is saved"):
+    with pytest.raises(Stopped, match="stopped at step 10; a checkpoint is saved"):
         trainer.fit()
     trainer.close()
     state = final_state(trainer.run_dir.path, 10)
