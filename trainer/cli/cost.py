@@ -12,6 +12,7 @@ import torch
 
 from sparsity import MaskError
 from trainer.build import build_trainer
+from trainer.config.data import ImageNetData
 from trainer.config.optimization import LRConfig
 from trainer.config.schema import Config, LogConfig, SaveConfig
 from trainer.distributed import ranks
@@ -82,7 +83,7 @@ def measure_cost(config: Config) -> Measured:
         images = min(images, config.steps_per_epoch * config.data.batch_size)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     where = f"1 x {name} in {precision_name(config, device)}"
-    return Measured(rates, trainer.steps_per_epoch, density, trainer.flops, images, where)
+    return Measured(rates, trainer.steps_per_epoch, density, _flops(config, trainer.flops), images, where)
 
 
 def _steps(config: Config, device: torch.device) -> int:
@@ -91,8 +92,17 @@ def _steps(config: Config, device: torch.device) -> int:
     return min(STEPS, train.batches_per_epoch // config.engine.accumulation_steps)
 
 
+def _flops(config: Config, trial: RunFlops) -> RunFlops:
+    """Of a recipe from those of its trial, which has later sizes of images later."""
+    if not isinstance(config.data, ImageNetData):
+        return trial
+    begins = [epoch for epoch, _ in config.data.sizes]
+    return RunFlops(trial.inference, tuple(zip(begins, (flops for _, flops in trial.sizes), strict=True)))
+
+
 def trial_of(config: Config, steps: int) -> Config:
-    """Two short epochs of each kind that the recipe has, compressed as at its end; all else as it is."""
+    """Two short epochs of each kind that the recipe has, compressed as at its end, on images of the first
+    epoch's size; all else as it is."""
     kinds = [kind for kind in ("dense", "sparse") if f"{kind} " in str(config.sparsity.build_schedule())]
     phases = {
         "schedule": ", ".join(f"{kind} 2" for kind in kinds),
@@ -100,9 +110,14 @@ def trial_of(config: Config, steps: int) -> Config:
         "regrowth": None,
         "recompute_batch_norm": None,
     }
+    data, epochs = config.data, 2 * len(kinds)
+    if isinstance(data, ImageNetData):
+        later = [[epoch + epochs if epoch else 0, side] for epoch, side in data.image_sizes]
+        data = data.model_copy(update={"image_sizes": later})
     return config.model_copy(
         update={
-            "epochs": 2 * len(kinds),
+            "epochs": epochs,
+            "data": data,
             "steps_per_epoch": steps,
             "sparsity": config.sparsity.model_copy(update=phases),
             "optimizer": config.optimizer.model_copy(update={"lr": _GENTLE * config.optimizer.lr}),

@@ -63,6 +63,15 @@ def test_a_trial_keeps_its_masks_between_the_steps_it_measures():
     assert trial_of(config, 10).sparsity.build_actions() == {2: RandomMask(0.9)}
 
 
+def test_a_trial_has_images_of_one_size():
+    config = load_config("imagenet/resnet50_dense", ["data.image_sizes=[[0, 64], [1, 96], [3, 128]]"])
+    trial = trial_of(config, 10)
+    assert trial.epochs == 2
+    assert trial.data.sizes == ((0, 64), (3, 96), (5, 128))
+    counted = RunFlops(flops, tuple((epoch, flops) for epoch, _ in trial.data.sizes))
+    assert [epoch for epoch, _ in cost._flops(config, counted).sizes] == [0, 1, 3]
+
+
 def test_a_small_set_of_images_has_the_steps_that_it_has(tiny_data, tmp_path):
     config = load_config("quickstart", [*tiny(tiny_data, tmp_path)[1:], "data.batch_size=64"])
     assert cost._steps(config, torch.device("cpu")) == 5  # of 320 images
