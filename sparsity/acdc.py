@@ -4,7 +4,8 @@ The algorithm, in the words that the code uses:
 
     for each optimizer step:
         before_step:
-            at the first step of a sparse phase, compress:
+            at the first step of a sparse phase, and within it where masks change (gradual), compress:
+                second moments of dropped weights: as below, for those that grow
                 masks    = pattern(master weights)
                 weights  = weights * masks         (masters and compute weights)
                 momentum = momentum * masks
