@@ -133,6 +133,12 @@ def test_every_model_computes():
             assert model(torch.empty(2, 3, size, size)).shape == (2, 7)
 
 
+def test_a_strided_stem_makes_maps_a_quarter_as_large():
+    images = torch.zeros(1, 3, 32, 32)
+    maps = [get_model("resnet_cifar", 7, depth=8, stem_stride=stride).conv1(images) for stride in (1, 2)]
+    assert [each.shape for each in maps] == [(1, 16, 32, 32), (1, 16, 16, 16)]
+
+
 def test_width_multipliers():
     counts = []
     for width in (0.25, 0.5, 0.75, 1.0):
@@ -160,6 +166,7 @@ def test_wide_resnet_is_the_papers_variant():
         ("mobilenetv1", {"width": 0.3}, "32 channels times it is not a whole number"),
         ("wide_resnet28_10", {"depth": 27}, "WideResNets have 6 n \\+ 4 layers"),
         ("resnet_cifar", {"depth": 8, "width": 0}, "width 0"),
+        ("resnet_cifar", {"depth": 8, "stem_stride": 0}, "stem_stride 0"),
         ("torchvision:resnet19", {}, "torchvision has no classification model 'resnet19'; did you mean"),
         ("torchvision:resnet18", {"in_channels": 1}, "take 3 input channels, the data has 1"),
     ],
