@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.execution import Execution, Wish, check_kernels, kernel_names
-from sparsity.gradual import CubicSparsity, Regrowth, actions_of
+from sparsity.gradual import CubicSparsity, Regrowth, actions_of, settled
 from sparsity.guard import StepWatch, check_equal_on_all_ranks, check_owners, check_zeros, warn_of_empty
 from sparsity.kernels.interface import Kernel
 from sparsity.layers import mask_layers, to_plain
@@ -81,7 +81,7 @@ class ACDC:
         self.mask_change: MaskChange | None = None  # from the last compression but one to the last
         self.mask_difference: float | None = None  # as a share; older states have nothing else
         self._execution = Execution(model, self.layers)
-        self._settled = gradual.settled if isinstance(gradual, CubicSparsity) else 0  # see masks_settled
+        self._settled = settled(self.actions)  # epoch, see masks_settled
         self._reset_momentum = reset_momentum
         self._previous: dict[str, Tensor] = {}  # masks of the last compression, while its phase is over
         self._masters: Masters | None = None

@@ -8,6 +8,7 @@ fixed sparsity (SET: Mocanu et al., Nature Communications 2018).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from sparsity.patterns import DropAndGrow, GlobalMagnitude, Pattern, RandomMask, UniformMagnitude
@@ -47,13 +48,6 @@ class CubicSparsity:
         progress = min(max((epoch - self.start) / (self.end - self.start), 0.0), 1.0)
         return self.final + (self.initial - self.final) * (1 - progress) ** 3
 
-    @property
-    def settled(self) -> int:
-        """The first of the epochs with at most twice the density of the last. Masks from then on tell which
-        kernels pay for the rest of the run; the first ones, nearly dense, would tell that none do."""
-        last = 1 - self.at(self.epochs[-1])
-        return next(epoch for epoch in self.epochs if 1 - self.at(epoch) <= 2 * last)
-
 
 @dataclass(frozen=True)
 class Regrowth:
@@ -92,6 +86,18 @@ def actions_of(
     if isinstance(changing, CubicSparsity):
         return _growing_sparsity(pattern, start, schedule.num_epochs, changing)
     return _regrowing(pattern, start, schedule.num_epochs, changing)
+
+
+def settled(actions: Mapping[int, Pattern | None]) -> int:
+    """The first compression with at most twice the density of the last, by its epoch; 0 without any. Masks
+    from then on tell which kernels pay for the rest of the run; those of early gradual pruning, nearly dense,
+    would tell that none do. actions: see actions_of."""
+    density = {
+        epoch: 1 - float(getattr(pattern, "sparsity", 0.0))
+        for epoch, pattern in sorted(actions.items(), key=lambda action: action[0])
+        if pattern is not None
+    }
+    return next((epoch for epoch in density if density[epoch] <= 2 * density[max(density)]), 0)
 
 
 def _growing_sparsity(

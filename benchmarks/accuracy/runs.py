@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.accuracy.images import root_of
 from benchmarks.accuracy.tables import FIRST_TUNING_SEED, TABLES, Row
-from benchmarks.shared.record import write_record
+from benchmarks.shared.record import REVISION, place_of, reason_unpublished, write_record
 from trainer.checkpoints.run_dir import DENSE_TWIN, RunDir
 from trainer.errors import UserError
 
@@ -61,7 +61,11 @@ def train(run: Run, root: Path, results: Path) -> dict[str, Any]:
         "result": result,
         "curve": curve(folder),
     }
-    write_record(run.record(results), content)
+    path = run.record(results)
+    changed = [start["revision"] for start in trained_on(folder) if reason_unpublished(start["revision"])]
+    write_record(
+        place_of(path, changed[0]) if changed and not reason_unpublished(REVISION) else path, content
+    )
     return content
 
 

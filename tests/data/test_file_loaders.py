@@ -262,7 +262,7 @@ def test_worker_processes_give_the_same(tree):
         assert torch.equal(a.labels, b.labels)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_damaged_part_counts_only_where_it_is_needed(tmp_path):
     """Truncated files serve crops above the damage: what a batch holds depends on its own draw, not on what
     was met before, nor on the number of ranks. Portraits, squares, landscapes."""

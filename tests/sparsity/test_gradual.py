@@ -15,7 +15,7 @@ from sparsity import (
     measure,
     num_leaked,
 )
-from sparsity.gradual import actions_of
+from sparsity.gradual import actions_of, settled
 
 
 @pytest.mark.parametrize("target", [80, 90])
@@ -30,13 +30,16 @@ def test_sparsities_equal_the_papers_baseline(target, golden):
     )
 
 
-@pytest.mark.parametrize(("final", "settled"), [(0.4, 1), (0.8, 16), (0.9, 21)])
-def test_masks_are_settled_once_the_density_is_near_its_last(final, settled):
+@pytest.mark.parametrize(("final", "first"), [(0.4, 1), (0.8, 16), (0.9, 21)])
+def test_masks_are_settled_once_the_density_is_near_its_last(final, first):
     gradual = CubicSparsity(0.05, final, start=1, end=40, every=5)
-    assert gradual.settled == settled
+    masks = actions_of(GlobalMagnitude(final), PhaseSchedule.parse("dense 1, sparse 89"), gradual)
+    assert settled(masks) == first
+    cut_off = actions_of(GlobalMagnitude(final), PhaseSchedule.parse("dense 1, sparse 2"), gradual)
+    assert settled(cut_off) == 1  # one compression is all there is
     last = 1 - gradual.at(36)
     assert [1 - gradual.at(epoch) <= 2 * last for epoch in gradual.epochs] == [
-        epoch >= settled for epoch in gradual.epochs
+        epoch >= first for epoch in gradual.epochs
     ]
 
 

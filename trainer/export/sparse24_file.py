@@ -62,6 +62,8 @@ def read_sparse24(path: Path) -> dict[str, Tensor]:
         for key, (outputs, inputs, *kernel) in shapes.items():
             packed = Packed24(state.pop(f"{key}.values"), state.pop(f"{key}.places"))
             state[key] = unpack24(packed).view(outputs, *kernel, inputs).movedim(-1, 1).contiguous()
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # of another kind of file, or one made to harm: nothing in it is executed
         raise ValueError(f"{path} is not a file of acdc export --format sparse24: {error}") from error
     return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,11 @@ class Monitor:
         self._batch = images[:SHOWN].clone(), labels[:SHOWN].clone(), draw, classes
 
     def _draw_batch(self) -> None:
-        if self._batch is None:
-            return
-        (images, labels, draw, classes), self._batch = self._batch, None
+        if self._batch is not None:
+            batch, self._batch = self._batch, None
+            self._draw("the first batch", lambda: self._draw_this(*batch))
+
+    def _draw_this(self, images: Tensor, labels: Tensor, draw: Tensor | None, classes: Sequence[str]) -> None:
         seen, labels, share = as_seen(images, labels, draw)
         if seen.shape[1] in (1, 3):
             self._board.image("data/first_batch", grid(seen), self._step)
@@ -112,7 +114,7 @@ class Monitor:
         )
         again = record.get("mask_difference") is not None  # gradual pruning compresses within a phase
         if record["phase"] == "sparse" and (self._phase != "sparse" or again):
-            self._board.kept(layer_sparsity, record["step"])
+            self._draw("layers", lambda: self._board.kept(layer_sparsity, record["step"]))
         self._step, self._phase = record["step"], record["phase"]
         self._board.flush()
         self.screen.epoch(record)
@@ -128,11 +130,23 @@ class Monitor:
         """Of a finished run. recipe: by dotted keys. result: as result.json has it."""
         pair = {key: result.get(key) for key in (DENSE_TWIN, SPARSE)}
         scores = {f"result/{key}_top1": row["top1"] for key, row in pair.items() if row}
-        self._board.scores(recipe, scores, self._closing)
+        self._draw("scores", lambda: self._board.scores(recipe, scores, self._closing))
 
     def confused(self, counts: Tensor, classes: Sequence[str]) -> None:
         """Of a finished run's model, see trainer.evaluate.confusion."""
-        self._board.text("test/most_confused", confused_table(counts, classes), self._closing)
+        self._draw(
+            "confused classes",
+            lambda: self._board.text("test/most_confused", confused_table(counts, classes), self._closing),
+        )
+
+    def _draw(self, what: str, draw: Callable[[], None]) -> None:
+        """What one looks at ends no run. A full disk does, as for all records."""
+        try:
+            draw()
+        except OSError:
+            raise
+        except Exception as error:  # of libraries that draw
+            log.warning("TensorBoard lacks %s: %s", what, error)
 
     @property
     def _closing(self) -> int:

@@ -152,3 +152,21 @@ def test_acdc_board_opens_a_folder_without_smoothing(tmp_path, monkeypatch, caps
     assert main(["board", str(tmp_path), "--port", "7007"]) == 0
     assert started == [["-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", "7007"]]
     assert "http://localhost:7007/?smoothing=0#custom_scalars&_smoothingWeight=0 " in capsys.readouterr().out
+
+
+def test_a_picture_that_fails_ends_no_run_but_a_full_disk_does(tmp_path, monkeypatch, caplog):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    monitor = Monitor(RunDir(tmp_path), Screen(0, 0, 0), 0)
+    for failure in (ValueError("image too large"), OSError(28, "No space left on device")):
+
+        def fail(*_, failure=failure):
+            raise failure
+
+        monkeypatch.setattr(monitor._board, "kept", fail)
+        if isinstance(failure, OSError):
+            with pytest.raises(OSError, match="No space left"):
+                monitor.epoch({**record(0, "sparse"), "mask_difference": 0.1}, {"fc": 0.75})
+        else:
+            monitor.epoch(record(0, "sparse"), {"fc": 0.75})
+            assert "TensorBoard lacks layers: image too large" in caplog.text
+    monitor.close()
