@@ -6,7 +6,6 @@ a run under benchmarks/results/accuracy/TABLE/. What was found, and what it rest
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ def main() -> int:
     if unknown := set(options.rows or ()) - {row.name for row in TABLES[options.table]}:
         parser.error(f"no row {', '.join(sorted(unknown))} in {options.table}; see --plan")
     runs = [run for run in runs_of(options.table) if not options.rows or run.row.name in options.rows]
-    left = [run for run in runs if not run.record(results).exists()]
+    left = [run for run in runs if run.read(results) is None]
     if options.plan:
         plan(runs, left, results)
         return 0
@@ -60,8 +59,7 @@ def plan(runs: Sequence[Run], left: Sequence[Run], results: Path) -> None:
     """Row by row: records there are, and hours that the others take, by records of this table."""
     rates = []
     for run in runs:
-        if run not in left:
-            record = json.loads(run.record(results).read_text(encoding="utf-8"))
+        if (record := run.read(results)) is not None:
             rates.append(record["result"]["seconds"] / len(record["curve"]))
     rate = statistics.median(rates) if rates else None  # seconds an epoch
     rows = []

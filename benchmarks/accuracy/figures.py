@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -41,8 +40,8 @@ def read(table: str, results: Path) -> list[Found]:
     """All rows of the table, in its order, with the records that there are."""
     found = {row.name: Found(row, {}) for row in TABLES[table]}
     for run in runs_of(table):
-        if (path := run.record(results)).exists():
-            found[run.row.name].records[run.seed] = json.loads(path.read_text(encoding="utf-8"))
+        if (record := run.read(results)) is not None:
+            found[run.row.name].records[run.seed] = record
     return list(found.values())
 
 

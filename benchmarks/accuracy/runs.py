@@ -1,7 +1,7 @@
 """One run of a table: whether its record is there, its training by `acdc train`, its record.
 
-A run that was stopped goes on where it was, by resume=auto in a folder of its own; one that has a record is
-not trained again.
+A run that was stopped goes on where it was, by resume=auto in a folder of its own; one that has a record of
+the recipe as it is now is not trained again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from benchmarks.accuracy.images import root_of
 from benchmarks.accuracy.tables import FIRST_TUNING_SEED, TABLES, Row
 from benchmarks.shared.record import REVISION, place_of, reason_unpublished, write_record
 from trainer.checkpoints.run_dir import DENSE_TWIN, RunDir
+from trainer.config.changes import changes
+from trainer.config.recipes import read_yaml
 from trainer.errors import UserError
 
 CURVE = ("phase", "train_loss", "val_loss", "val_top1", "memorised_top1", "memorised_true_top1")
@@ -34,6 +36,19 @@ class Run:
 
     def record(self, results: Path) -> Path:
         return results / self.table / f"{self.row.name}_{self.seed}.json"
+
+    def read(self, results: Path) -> dict[str, Any] | None:
+        """Its record; None where there is none, or one of a recipe that is another now."""
+        path = self.record(results)
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return content if self.is_of(content.get("config")) else None
+
+    def is_of(self, config: Any) -> bool:
+        """Whether a configuration is this run's. What later versions added had its default."""
+        if not config:
+            return False
+        found = changes(config, self.row.config())
+        return all(change.is_free or change.key == "seed" for change in found)
 
 
 def runs_of(table: str) -> Iterator[Run]:
@@ -57,6 +72,7 @@ def train(run: Run, root: Path, results: Path) -> dict[str, Any]:
         "overrides": list(run.row.overrides),
         "images": run.row.images,
         "seed": run.seed,
+        "config": run.row.config().model_dump(mode="json"),
         "trained_on": trained_on(folder),
         "result": result,
         "curve": curve(folder),
@@ -72,7 +88,8 @@ def train(run: Run, root: Path, results: Path) -> dict[str, Any]:
 def finished(run: Run, root: Path) -> RunDir | None:
     """The run's folder, where it has come to its end."""
     for path in sorted(_folder(run, root).glob("*/*/result.json")):
-        if (folder := RunDir(path.parent)).read_result() is not None:
+        folder = RunDir(path.parent)
+        if run.is_of(read_yaml(path.parent / "config.yaml")) and folder.read_result() is not None:
             return folder
     return None
 

@@ -106,6 +106,19 @@ def _tuning() -> tuple[Row, ...]:
         for recipe in ("dense", "acdc", "gmp", "set")
         for lr in (0.05, 0.1, 0.2)
     ]
+    for width in (24, 32):
+        network = (f"model.arguments.width={width}",)
+        for recipe in ("dense", "acdc"):
+            rows.append(
+                Row(f"{recipe}_width_{width}", f"{recipe}, width {width}", recipe, network, 1, "held_out")
+            )
+    for name, text in (
+        ("long_phases", "dense 2, (sparse 2, dense 2) x3, dense 2, sparse 4"),
+        ("long_end", "dense 2, (sparse 1, dense 1) x4, sparse 1, dense 3, sparse 6"),
+        ("three_phases", "dense 4, sparse 2, dense 2, sparse 2, dense 4, sparse 6"),
+    ):
+        phases = (f"sparsity.schedule={text}",)
+        rows.append(Row(f"acdc_{name}", f"acdc, {name}", "acdc", phases, 1, "held_out"))
     rows.append(Row("dense_12", "dense, 12 epochs", "dense", _epochs(12, "dense 12"), 1, "held_out"))
     for lr in (0.02, 0.05, 0.1):
         name, title, change = f"one_shot_lr_{lr}", f"one-shot, lr {lr}", (f"optimizer.lr={lr}",)

@@ -12,8 +12,10 @@ from benchmarks.accuracy.images import root_of
 from data.datasets import fashion_mnist
 from trainer.errors import UserError
 
+ROWS = {row.name: row for row in tables.TABLES["main"]}
 
-def record(top1: float, sparse: bool = True, seconds: float = 36.0) -> dict:
+
+def record(row: tables.Row, top1: float, sparse: bool = True, seconds: float = 36.0) -> dict:
     dense = {"top1": top1 + 0.5, "sparsity": 0.0}
     result = {
         "dense_twin": dense if sparse else {"top1": top1, "sparsity": 0.0},
@@ -21,7 +23,8 @@ def record(top1: float, sparse: bool = True, seconds: float = 36.0) -> dict:
         "flops": {"training_ratio": 0.6 if sparse else 1.0, "training": 6e14},
         "seconds": seconds,
     }
-    return {"result": result, "curve": [["dense", 1.0, 1.0, top1, 10.0, 80.0]] * 2}
+    config = row.config().model_dump(mode="json")
+    return {"config": config, "result": result, "curve": [["dense", 1.0, 1.0, top1, 10.0, 80.0]] * 2}
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def results(tmp_path):
         for seed, top1 in enumerate(tops, 1):
             path = tmp_path / "main" / f"{name}_{seed}.json"
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(record(top1, name != "dense")))
+            path.write_text(json.dumps(record(ROWS[name], top1, name != "dense")))
     return tmp_path
 
 
@@ -74,9 +77,13 @@ def test_the_lines_of_a_table(results):
 
 def test_a_row_costs_what_it_starts_from_as_well():
     rows = {row.name: row for row in tables.TABLES["main"]}
-    before = figures.Found(rows["dense_12"], {1: record(90.0, sparse=False, seconds=7200.0)})
+    before = figures.Found(
+        rows["dense_12"], {1: record(rows["dense_12"], 90.0, sparse=False, seconds=7200.0)}
+    )
     # as many FLOPs as the 12 dense epochs, 0.6 of its own dense epochs' 10^15
-    after = figures.Found(rows["one_shot_90"], {seed: record(90.0, seconds=3600.0) for seed in (1, 2)})
+    after = figures.Found(
+        rows["one_shot_90"], {seed: record(rows["one_shot_90"], 90.0, seconds=3600.0) for seed in (1, 2)}
+    )
     _, line = figures.lines("main", [before, after])
     assert line[-2:] == (f"{2 * 6e14 / (6e14 + 1e15):.2f}", "3.00")  # of seed 1 alone
 
@@ -86,7 +93,7 @@ def test_pictures_are_drawn_of_what_there_is(table, tmp_path):
     for row in tables.TABLES[table][:4]:
         path = tmp_path / table / f"{row.name}_1.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(record(90.0)))
+        path.write_text(json.dumps(record(row, 90.0)))
     figures.draw(table, figures.read(table, tmp_path), tmp_path / "picture.svg")
     assert "<svg" in (tmp_path / "picture.svg").read_text()
 
@@ -97,6 +104,17 @@ def test_the_plan_counts_what_is_left(results, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "3 of 5" in said
     assert "2 of 5 runs are left, 40 epochs: about 0.2 hours" in said  # 18 seconds an epoch
+
+
+def test_a_record_of_another_recipe_is_left_to_train(results, monkeypatch, capsys):
+    path = results / "main" / "dense_2.json"
+    content = json.loads(path.read_text())
+    content["config"]["optimizer"]["lr"] = 0.3
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "argv", ["accuracy", "--plan", "--rows", "dense", "--out", str(results)])
+    assert accuracy.main() == 0
+    assert "3 of 5 runs are left" in capsys.readouterr().out
+    assert figures.lines("main", figures.read("main", results))[0][3] == "91.20 ± 0.28"
 
 
 def test_a_row_that_there_is_not_is_an_error(monkeypatch, capsys):
