@@ -17,6 +17,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from benchmarks.accuracy import figures
+from benchmarks.accuracy.tables import TABLES
 from benchmarks.shared.record import show_spread
 from trainer.cli.main import build_parser, main
 from trainer.config.load import load_config
@@ -307,6 +309,17 @@ def test_what_the_torture_counted_is_its_record():
     counted = "; ".join(f"{stood:,} of {of:,}" for stood, of in (kills, damages))
     assert TORTURE.format(counted) in readme.splitlines()
     assert "Not counted yet" not in page
+
+
+def test_the_evidence_page_has_the_figures_of_recipes_and_records():
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    for path in (ROOT / "configs" / "imagenet").glob("*.yaml"):
+        if found := re.search(r"Paper: +([\d.]+ %)", path.read_text(encoding="utf-8")):
+            assert f"| `imagenet/{path.stem}` | {found[1]} |" in page
+    for table in TABLES:
+        found = figures.read(table, ROOT / "benchmarks" / "results" / "accuracy")
+        rows = figures.lines(table, found)
+        assert [line for line in figures.markdown(rows) if rows and line not in page] == [], table
 
 
 def test_figures_are_those_of_the_records():
