@@ -186,6 +186,7 @@ def test_kernels24(monkeypatch, tmp_path, capsys):
     assert "no 2:4 kernels on this machine" in capsys.readouterr().out
 
 
+@pytest.mark.rare
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 def test_sparse_kernels(monkeypatch, tmp_path, capsys):
     small = ["resnet20", "--percent", "50", "10", "--precision", "fp32", "--batch", "4"]

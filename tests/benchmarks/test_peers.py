@@ -197,19 +197,13 @@ def test_before_has_a_table_and_a_record_of_its_own(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(peers, "RESULTS", tmp_path)
     written = {}
     monkeypatch.setattr(peers, "write_record", lambda path, content, **_: written.update({path: content}))
-    command = [
-        "peers",
-        "resnet20",
-        "--before",
-        str(tmp_path),
-        "--turns",
-        "2",
-        "--out",
-        str(tmp_path / "peers.json"),
-    ]
-    monkeypatch.setattr(sys, "argv", command)
+    checkout = tmp_path / "before"
+    (checkout / "benchmarks").mkdir(parents=True)
+    (checkout / "benchmarks" / "peers_worker.py").touch()
+    given = ["--before", str(checkout), "--turns", "2", "--out", str(tmp_path / "peers.json")]
+    monkeypatch.setattr(sys, "argv", ["peers", "resnet20", *given])
     assert peers.main() == 0
-    assert [(who, before) for who, *_, before in made] == [("ours", tmp_path), ("before", tmp_path)]
+    assert [(who, before) for who, *_, before in made] == [("ours", checkout), ("before", checkout)]
     found = written[tmp_path / "before.json"]["peers"]["resnet20"]
     assert (found["ours_over_before"]["median"], found["bar"]) == (1, 0.99)
     assert "ours / before" in capsys.readouterr().out
