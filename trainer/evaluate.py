@@ -74,7 +74,7 @@ def confusion(
 ) -> torch.Tensor:
     """Counts (C, C) of this rank's share: images by their class (row) and the model's answer (column). The
     pass runs uncompiled: it would cost a graph, and comes once, at a run's end. epoch: see evaluate.
-    on_progress: is told batches done, and all of them."""
+    on_progress: called with the number of batches done, and of all."""
     num_classes, counts = 0, torch.zeros(0)
     was_training = classifier.training
     classifier.eval()

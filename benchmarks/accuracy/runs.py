@@ -58,11 +58,11 @@ def runs_of(table: str) -> Iterator[Run]:
         yield from (Run(table, row, first + seed) for row in rows if seed < row.seeds)
 
 
-def train(run: Run, root: Path, results: Path) -> dict[str, Any]:
-    """Train to the end, whatever was done before, write the record and return it. root: of all run folders.
+def train(run: Run, root: Path, results: Path) -> None:
+    """Train to the end, whatever was done before, and write the record. root: of all run folders.
     Raises UserError where the run ends otherwise."""
     folder = finished(run, root) or _train(run, root)
-    result = folder.read_result()
+    result, starts = folder.read_result(), trained_on(folder)
     assert result is not None
     del result["run"]
     content = {
@@ -73,16 +73,15 @@ def train(run: Run, root: Path, results: Path) -> dict[str, Any]:
         "images": run.row.images,
         "seed": run.seed,
         "config": run.row.config().model_dump(mode="json"),
-        "trained_on": trained_on(folder),
+        "trained_on": starts,
         "result": result,
         "curve": curve(folder),
     }
     path = run.record(results)
-    changed = [start["revision"] for start in trained_on(folder) if reason_unpublished(start["revision"])]
-    write_record(
-        place_of(path, changed[0]) if changed and not reason_unpublished(REVISION) else path, content
-    )
-    return content
+    changed = [start["revision"] for start in starts if reason_unpublished(start["revision"])]
+    if changed and not reason_unpublished(REVISION):  # else write_record sees to it
+        path = place_of(path, changed[0])
+    write_record(path, content)
 
 
 def finished(run: Run, root: Path) -> RunDir | None:
