@@ -28,6 +28,10 @@ class Sparsity:
     def of_all_parameters(self) -> float:
         return (self.num_weights - self.num_kept) / self.num_parameters
 
+    @property
+    def density_by_layer(self) -> dict[str, float]:
+        return {name: 1 - share for name, share in self.by_layer.items()}
+
 
 def measure(model: nn.Module, masks: Mapping[str, Tensor]) -> Sparsity:
     """Count the kept weights of keep-masks by layer name. One device read for all layers."""

@@ -68,10 +68,12 @@ class Trainer:
             for epoch in range(self.position.epoch, self.config.epochs):
                 trained = self.train_epoch(epoch)
                 ranks.average_buffers(self.acdc.model)
+                self.check_weights(epoch)
+                if self.config.engine.compile and self.graphs_at_first is None:
+                    self.save_checkpoint()  # no signal is seen while the evaluation is compiled
                 try:
                     tested = self.evaluate(self.loaders.test, epoch)
                     self.check_finite(tested.loss, epoch)
-                    self.check_weights(epoch)
                     loaders = self.loaders.watched.items()
                     watched = {name: self.evaluate(each, epoch) for name, each in loaders}
                     if self.averages is not None:
@@ -98,15 +100,16 @@ class Trainer:
 
     def train_epoch(self, epoch: int) -> Metrics:
         """The rest of an epoch from the position's step on; loss and accuracy over the whole of it."""
-        position = self.position
+        position, config = self.position, self.config
         self.set_lr(epoch)
         if position.step == 0:
-            seed_generators(self.config.seed, epoch)
+            seed_generators(config.seed, epoch)
         totals = torch.tensor(position.totals, dtype=torch.float64, device=self.device)
         batches = self.loaders.train.epoch(epoch, position.step * self.micro_batches)
         self._clock.restart()
-        if position.step == 0 and self.config.sparsity.recompute_batch_norm and self.acdc.actions.get(epoch):
-            self.save_checkpoint()  # a pass without end, perhaps: a signal within it finds all saved
+        slow = config.sparsity.recompute_batch_norm or (config.engine.compile and not self._tuned)
+        if position.step == 0 and self.acdc.actions.get(epoch) and slow:
+            self.save_checkpoint()  # no signal is seen for a while: it finds all saved
         while position.step < self.steps_per_epoch:
             self.acdc.before_step()
             if position.step == 0 and self.acdc.actions.get(epoch) is not None:
@@ -115,14 +118,14 @@ class Trainer:
                 self.monitor.phase_begins(self.acdc.step, self.acdc.phase.kind, self.sparsity().overall)
             if not self._tuned and self.acdc.phase.kind == "sparse" and self.acdc.masks_settled:
                 self.accelerate()
-            if self.config.lr.by == "step":
+            if config.lr.by == "step":
                 self.set_lr(epoch)
             for _ in range(self.micro_batches):
                 totals += self.train_batch(batches)
             if self.averages is not None:
                 self.averages.update()
             position.step += 1
-            self._clock.step(self.config.data.batch_size)
+            self._clock.step(config.data.batch_size)
             if self.monitor:
                 self.monitor.screen.step(self.acdc.phase.kind)
             if position.step == self.steps_per_epoch:
@@ -208,9 +211,8 @@ class Trainer:
         self, epoch: int, trained: Metrics, tested: Metrics, watched: dict[str, Metrics]
     ) -> None:
         sparsity = self.sparsity()
-        density = {name: 1 - share for name, share in sparsity.by_layer.items()}
         flops = self.flops.at(epoch)
-        self.position.training_flops += flops.training(density) * trained.num_images
+        self.position.training_flops += flops.training(sparsity.density_by_layer) * trained.num_images
         self.position.dense_training_flops += flops.training() * trained.num_images
         self.position.seconds = time.monotonic() - self._began
         if self.graphs_at_first is None:
@@ -254,7 +256,6 @@ class Trainer:
             if phase is None or epoch + 1 != phase.end:
                 continue
             sparsity = self.sparsity()
-            density = {name: 1 - share for name, share in sparsity.by_layer.items()}
             self.position.pair[key + suffix] = result = {
                 **asdict(tested),
                 "epoch": epoch,
@@ -262,7 +263,7 @@ class Trainer:
                 "sparsity_of_all_parameters": sparsity.of_all_parameters,
                 "num_weights": sparsity.num_weights,
                 "num_kept": sparsity.num_kept,
-                "inference_flops": self.flops.inference.forward(density),
+                "inference_flops": self.flops.inference.forward(sparsity.density_by_layer),
             }
             # the dense twin carries the whole state: a branch goes on from there, see trainer.train
             branches = kind == "dense" and epoch + 1 < self.config.epochs and not suffix

@@ -71,7 +71,7 @@ def measure_cost(config: Config) -> Measured:
             with closing(build_trainer(trial_of(config, steps), device, path, announce)) as trainer:
                 announce("measuring", f"{steps} steps in each kind of phase, after {steps} that compile")
                 rates = _rates(trainer)
-                density = {name: 1 - share for name, share in trainer.sparsity().by_layer.items()}
+                density = trainer.sparsity().density_by_layer
                 images = trainer.loaders.train.num_images
     except MaskError as error:
         raise UserError(f"sparsity: {error}") from error
