@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 from rich.box import SIMPLE_HEAVY
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from trainer.monitor.bar import Bar, Part, fit
 
-LINE_EVERY = 10.0  # seconds between plain lines within an epoch
+LINE_EVERY = 10.0  # seconds between plain lines, whatever the run is at
 
 
 class Screen:
@@ -28,6 +28,9 @@ class Screen:
         self._status: list[Part] = []
         self._phase = self._working = ""
         self._bar = Bar(self.console, self._now) if self.console.is_terminal and num_steps else None
+        self._closed = threading.Event()
+        if self._bar is None and num_steps:
+            threading.Thread(target=self._write_lines, daemon=True).start()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -38,12 +41,10 @@ class Screen:
         self._phase, self._working = phase, ""
         if self._started is None:
             self._started = (time.monotonic(), self.done)
-        self._line_now_and_then(lambda: fit(self._all(), 10**6))
 
     def working(self, what: str, done: int, total: int) -> None:
         """Progress of what happens between two steps and takes long."""
         self._working = f"{what} {done}/{total}"
-        self._line_now_and_then(lambda: f"{what}: {done} of {total}")
 
     def status(self, epoch: int, phase: str, sparsity: float, loss: float, images_per_second: float) -> None:
         """What the bar shows, or the next plain line: figures read from the device just now."""
@@ -80,12 +81,13 @@ class Screen:
         return f"{_clock(pace * (self.num_steps - self.done))} left"
 
     def close(self) -> None:
+        self._closed.set()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def _now(self) -> tuple[float, list[Part]]:
-        """For the bar. Its thread calls this while the run goes on."""
+        """For the bar or a line. Their threads call this while the run goes on."""
         share = self.done / self.num_steps
         if self._working:
             return share, [Part(0, self._working), self._place(), self._left()]
@@ -104,9 +106,14 @@ class Screen:
     def _left(self) -> Part:
         return Part(2, self.time_left())
 
-    def _line_now_and_then(self, text: Callable[[], str]) -> None:
-        if self._bar is None and time.monotonic() - self._last_line > LINE_EVERY:
-            self._line(text())
+    def _write_lines(self) -> None:
+        """A thread's: compiling, for one, keeps the run's own away for a minute."""
+        while not self._closed.wait(1.0):
+            self.line_if_late()
+
+    def line_if_late(self) -> None:
+        if time.monotonic() - self._last_line > LINE_EVERY:
+            self._line(fit(self._now()[1], 10**6))
 
     def _line(self, text: str) -> None:
         self.say(text)

@@ -1,6 +1,7 @@
 """What a run shows while it goes: a bar that fits any terminal, plain lines where there is none."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -80,11 +81,26 @@ def test_an_epochs_line_fits_a_terminal_and_says_all_in_a_file(clock):
 
 
 def test_without_a_terminal_a_line_comes_every_ten_seconds(clock):
+    """From the first second on: what is compiled then takes longest."""
     screen, file = screen_of(80, terminal=False)
-    for _ in range(25):
+    screen.close()  # the thread, which would ask by itself
+    for second in range(36):
         clock[0] += 1.0
-        screen.step("dense")
+        if second >= 12:
+            screen.step("dense")
+        if second >= 24:
+            screen.working("measuring kernels", second, 99)
+        screen.line_if_late()
     assert file.getvalue().splitlines() == [
-        "dense  step 11/1,200,000  333:19:49 left",
-        "dense  step 22/1,200,000  333:19:38 left",
+        "first step  step 0/1,200,000  0:00:11",
+        "dense  step 10/1,200,000  333:19:50 left",
+        "measuring kernels 32/99  step 21/1,200,000  333:19:39 left",
     ]
+
+
+def test_without_a_terminal_a_run_that_compiles_is_not_silent(monkeypatch):
+    monkeypatch.setattr(module, "LINE_EVERY", 0.5)
+    screen, file = screen_of(80, terminal=False)
+    time.sleep(2.5)
+    screen.close()
+    assert "first step  step 0/1,200,000  0:00:01" in file.getvalue()
