@@ -106,12 +106,11 @@ def _tuning() -> tuple[Row, ...]:
         for recipe in ("dense", "acdc", "gmp", "set")
         for lr in (0.05, 0.1, 0.2)
     ]
-    for width in (24, 32):
-        network = (f"model.arguments.width={width}",)
-        for recipe in ("dense", "acdc"):
-            rows.append(
-                Row(f"{recipe}_width_{width}", f"{recipe}, width {width}", recipe, network, 1, "held_out")
-            )
+    for recipe in ("dense", "acdc"):
+        for lr in (0.05, 0.1):
+            name, title = f"{recipe}_width_16_lr_{lr}", f"{recipe}, width 16, lr {lr}"
+            narrow = (f"optimizer.lr={lr}", "model.arguments.width=16")
+            rows.append(Row(name, title, recipe, narrow, 1, "held_out"))
     for name, text in (
         ("long_phases", "dense 2, (sparse 2, dense 2) x3, dense 2, sparse 4"),
         ("long_end", "dense 2, (sparse 1, dense 1) x4, sparse 1, dense 3, sparse 6"),
