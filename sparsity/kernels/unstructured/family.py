@@ -289,7 +289,8 @@ def candidates(shape: Shape, dtype: torch.dtype) -> list[Tile]:
     height, width = shape.convolution.output_size(shape.height, shape.width)
     if shape.convolution.is_flat:
         whole = -(-shape.images * height * width * dtype.itemsize // vector_bytes())
-        runs = sorted((run for rows, run in grids if rows == 1), reverse=True)
+        most = 7 if 14 < whole < 128 else 14  # better many tiles than few: a thread computes one at a time
+        runs = sorted((run for rows, run in grids if rows == 1 and run <= most), reverse=True)
         padded = {run: -(-whole // run) * run for run in runs}  # units that are computed
         longest = [run for run in runs if padded[run] <= 1.2 * min(padded.values())][:2]
         tiles = [Tile(1, run, 1, SECOND_CACHE) for run in longest]

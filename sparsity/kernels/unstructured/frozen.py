@@ -18,8 +18,8 @@ from sparsity.kernels.unstructured.plan import PAST_CACHES, Convolution, Tile
 
 FULL = 0.7  # share of lanes with images in them, below which lanes are pixels
 SLAB = 400_000  # bytes, where they are
-RUNS = ((14, 42), (7, 5), (4, 3), (2, 0))  # units of a tile, from how many units of a map on
-SIZES = 8  # of maps that a plan is laid out for at a time, beside the one with images in the lanes
+RUNS = (2, 4, 7, 8, 14)  # units of tiles that there may be code for
+SIZES = 8  # of maps that a plan is laid out for at a time
 
 
 class _Layer:
@@ -35,7 +35,7 @@ class FrozenPlan:
     0.
 
     Where there are too few images to fill vectors with, as one, and the kernel is larger than 1 x 1, vectors
-    are filled with pixels: laid out for each size of maps at its first use, and kept for the SIZES used last.
+    are filled with pixels: laid out for each size of maps at its first use, and kept for the SIZES met last.
     Threads may share a plan. Raises KernelUnavailableError.
     """
 
@@ -45,14 +45,13 @@ class FrozenPlan:
         self.outputs, self.inputs = int(weight.shape[0]), int(weight.shape[1]) * convolution.groups
         self._library, self._lock = library.load(), threading.Lock()
         self._filled_with_images = self._layer(0, 0, tile)
-        self._filled_with_pixels: dict[tuple[int, int], _Layer] = {}  # by images and width, oldest first
+        self._known: dict[torch.Size, tuple[library.Size, _Layer]] = {}  # by (H, W, N), oldest first
 
     def infer(self, maps: Tensor, other: Tensor | None, bias: Tensor | None, relu: bool) -> Tensor:
         """maps: (inputs, H, W, N). other: (outputs, H', W', N), and so is what is returned; see
         operator.infer."""
-        size = self.convolution.size(maps.shape[1:])
+        size, layer = self._known.get(maps.shape[1:]) or self._learn(maps.shape[1:])
         output = maps.new_empty(self.outputs, size.out_height, size.out_width, size.images)
-        layer = self._layer_for(size)  # held until the product is done: another thread may displace it
         epilogue = library.Epilogue(
             *(None if each is None else each.data_ptr() for each in (bias, other)), relu
         )
@@ -68,23 +67,26 @@ class FrozenPlan:
         assert status == 0
         return output
 
+    def _learn(self, of: torch.Size) -> tuple[library.Size, _Layer]:
+        """What computes maps of this size (H, W, N)."""
+        size = self.convolution.size(of)
+        found = size, self._layer_for(size)
+        with self._lock:  # threads that use a layer hold it until their products are done
+            if len(self._known) >= SIZES:
+                del self._known[next(iter(self._known))]
+            self._known[of] = found
+        return found
+
     def _layer_for(self, size: library.Size) -> _Layer:
         lanes = library.vector_bytes() // self.dtype.itemsize
         full = size.images / (-(-size.images // lanes) * lanes) if size.images else 1.0
         if full >= FULL or self.convolution.is_flat:
             return self._filled_with_images
-        key = (size.images, size.out_width)
-        with self._lock:
-            layer = self._filled_with_pixels.pop(key, None)
-            if layer is None:
-                units = -(-size.out_height * size.out_width * size.images // lanes)
-                known = ((run, least) for run, least in RUNS if self._library.has_tile(1, run))
-                run = next(run for run, least in known if units >= least)
-                layer = self._layer(*key, Tile(1, run, 1, SLAB))
-            self._filled_with_pixels[key] = layer
-            if len(self._filled_with_pixels) > SIZES:
-                del self._filled_with_pixels[next(iter(self._filled_with_pixels))]
-        return layer
+        units = -(-size.out_height * size.out_width * size.images // lanes)
+        # one tile, of which each thread computes some outputs; or six and more, a thread one
+        whole = [run for run in RUNS if run >= units and self._library.has_tile(1, run)]
+        run = whole[0] if whole else 7 if units >= 6 * 7 else 4
+        return self._layer(size.images, size.out_width, Tile(1, run, 1, SLAB))
 
     def _layer(self, images: int, width: int, tile: Tile) -> _Layer:
         if not self._library.has_tile(tile.rows, tile.columns * tile.units):

@@ -111,17 +111,19 @@ struct Layout {
         }
     }
 
-    void pack(const Gather& plan, const Block& block, const Map& in, char* slab) const {
-        const char* source = in.data + block.channel * in.channel;
-        for (int32_t c = 0; c < block.channels; c++, source += in.channel, slab += plan.channel_bytes) {
-            if (c + 4 < block.channels)  // channels lie too far apart for the hardware to foresee
+    // The channels from `first` on, before `end`, of a block; slab: the whole block's.
+    void pack(const Gather& plan, const Block& block, const Map& in, char* slab, int32_t first, int32_t end) const {
+        const char* source = in.data + (block.channel + first) * in.channel;
+        slab += first * plan.channel_bytes;
+        for (int32_t c = first; c < end; c++, source += in.channel, slab += plan.channel_bytes) {
+            if (c + 4 < end)  // channels lie too far apart for the hardware to foresee
                 for (const Move& move : whole) __builtin_prefetch(source + 4 * in.channel + move.from, 0, 1);
             for (const Move& move : whole) store(slab + move.to, load<Words>(source + move.from));
             for (int32_t to : zero) store(slab + to, Words{});
-            for (const Move& move : part) memcpy(slab + move.to, source + move.from, move.bytes);
+            for (const Move& move : part) copy(slab + move.to, source + move.from, move.bytes);
             for (const Move& move : apart) {
-                const auto* from = reinterpret_cast<const typename E::Stored*>(source + move.from);
-                auto* to = reinterpret_cast<typename E::Stored*>(slab + move.to);
+                const auto* __restrict from = reinterpret_cast<const typename E::Stored*>(source + move.from);
+                auto* __restrict to = reinterpret_cast<typename E::Stored*>(slab + move.to);
                 if (pixel == 1 && stride == 2)
                     for (int32_t i = 0; i < move.bytes; i++) to[i] = from[2 * i];
                 else
@@ -192,25 +194,25 @@ enum Ending { KEEP, STORE, STREAM, STORE_PART, STORE_PIECES };  // what happens 
 // The sums of one output, with what stands behind.
 template <class E, int ROWS, int RUN>
 void finish(const Epilogue& epilogue, int32_t output, const Map& out, const Layout<E>& layout, Ending ending, Floats* sum) {
-    constexpr int NUM = ROWS * RUN;
-    char others[NUM * UNIT] = {};
+    constexpr int NUM = ROWS * RUN, SUMS = NUM * E::PARTS;
+    const Floats bias = Floats{} + (epilogue.bias ? epilogue.bias[output] : 0.f);
+    UNROLL for (int i = 0; i < SUMS; i++) sum[i] += bias;
     if (epilogue.other) {
         const char* other = epilogue.other + output * out.channel;
-        if (ending == STORE_PIECES) {
-            for (const auto& piece : layout.pieces) memcpy(others + piece.from, other + piece.to, piece.bytes);
-        } else {
-            for (int i = 0; i < NUM; i++) memcpy(others + i * UNIT, other + layout.at[i], layout.bytes[i]);
+        char pieces[NUM * UNIT] = {};
+        if (ending == STORE_PIECES)
+            for (const auto& piece : layout.pieces) copy(pieces + piece.from, other + piece.to, piece.bytes);
+        UNROLL for (int i = 0; i < NUM; i++) {
+            Floats added[E::PARTS];
+            E::widen(ending == STORE_PIECES ? load<Words>(pieces + i * UNIT)
+                     : ending == STORE_PART ? load_part(other + layout.at[i], layout.bytes[i])
+                                            : load<Words>(other + layout.at[i]),
+                     added);
+            UNROLL for (int p = 0; p < E::PARTS; p++) sum[i * E::PARTS + p] += added[p];
         }
     }
-    const Floats bias = Floats{} + (epilogue.bias ? epilogue.bias[output] : 0.f);
-    const Floats least = Floats{} - (epilogue.relu ? 0.f : std::numeric_limits<float>::infinity());
-    for (int i = 0; i < NUM; i++) {
-        Floats added[E::PARTS];
-        E::widen(load<Words>(others + i * UNIT), added);
-        for (int p = 0; p < E::PARTS; p++) {
-            const Floats value = sum[i * E::PARTS + p] + bias + added[p];
-            sum[i * E::PARTS + p] = value < least ? least : value;  // NaN stays NaN
-        }
+    if (epilogue.relu) {
+        UNROLL for (int i = 0; i < SUMS; i++) sum[i] = sum[i] < Floats{} ? Floats{} : sum[i];  // NaN stays NaN
     }
 }
 
@@ -219,23 +221,47 @@ template <class E, int ROWS, int RUN>
 void multiply(const Gather& plan, const Row* row, const Row* end, const char* slab, char* partial, const Map& out,
               const Layout<E>& layout, bool first, Ending ending, const Epilogue* epilogue, Ahead<E>& ahead) {
     constexpr int NUM = ROWS * RUN, SUMS = NUM * E::PARTS;
+    constexpr bool TWICE = SUMS <= 4;  // each sum as two, else the next product waits for the last one's
     const int64_t step = plan.step_bytes();
     const int32_t* at = layout.at.data();
+    auto add = [&](const Kept* kept, Floats* sum) {
+        const char* from = slab + kept->offset;
+        const typename E::Factor factor(kept->value);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            UNROLL for (int k = 0; k < RUN; k++) {
+                factor.add_product(load<Words>(from + r * step + k * UNIT), sum + (r * RUN + k) * E::PARTS);
+            }
+        }
+    };
+    char units[NUM * UNIT], *before = nullptr;  // of STORE_PIECES: sums of the row before, by now in the cache
+    auto pieces_to = [&](char* to) {
+        for (const auto& piece : layout.pieces) copy(to + piece.to, units + piece.from, piece.bytes);
+    };
+    auto fetch = [&](int32_t output) {  // what a row writes, and adds, while the row before it is computed
+        auto at_place = [&](int64_t place) {
+            place += output * out.channel;
+            if (ending != STREAM) __builtin_prefetch(out.data + place, 1);
+            if (epilogue && epilogue->other) __builtin_prefetch(epilogue->other + place);
+        };
+        if (ending == STORE_PIECES)
+            for (const auto& piece : layout.pieces) at_place(piece.to);
+        else
+            UNROLL for (int i = 0; i < NUM; i++) at_place(at[i]);
+    };
     for (; row < end; row++) {
+        if (ending != KEEP && row + 1 < end) fetch(row[1].output);
         char* mine = partial + int64_t(row->output) * (SUMS * UNIT);
         Floats sum[SUMS];
         ahead.fetch();
         UNROLL for (int i = 0; i < SUMS; i++) sum[i] = first ? Floats{} : load<Floats>(mine + i * UNIT);
         const Kept* kept = plan.kept.data() + row->kept;
-        for (const Kept* last = kept + row->count; kept < last; kept++) {
-            const char* from = slab + kept->offset;
-            const typename E::Factor factor(kept->value);
-            UNROLL for (int r = 0; r < ROWS; r++) {
-                UNROLL for (int k = 0; k < RUN; k++) {
-                    factor.add_product(load<Words>(from + r * step + k * UNIT), sum + (r * RUN + k) * E::PARTS);
-                }
-            }
+        const Kept* last = kept + row->count;
+        if constexpr (TWICE) {
+            Floats others[SUMS] = {};
+            for (; kept + 1 < last; kept += 2) add(kept, sum), add(kept + 1, others);
+            UNROLL for (int i = 0; i < SUMS; i++) sum[i] += others[i];
         }
+        for (; kept < last; kept++) add(kept, sum);
         if (ending == KEEP) {
             UNROLL for (int i = 0; i < SUMS; i++) store(mine + i * UNIT, sum[i]);
             continue;
@@ -247,16 +273,14 @@ void multiply(const Gather& plan, const Row* row, const Row* end, const char* sl
         } else if (ending == STORE) {
             UNROLL for (int i = 0; i < NUM; i++) store(to + at[i], E::round(sum + i * E::PARTS));
         } else if (ending == STORE_PART) {
-            UNROLL for (int i = 0; i < NUM; i++) {
-                Words unit = E::round(sum + i * E::PARTS);
-                if (layout.bytes[i] > 0) memcpy(to + at[i], &unit, layout.bytes[i]);
-            }
+            UNROLL for (int i = 0; i < NUM; i++) store_part(to + at[i], E::round(sum + i * E::PARTS), layout.bytes[i]);
         } else {
-            char units[NUM * UNIT];
+            if (before) pieces_to(before);
             UNROLL for (int i = 0; i < NUM; i++) store(units + i * UNIT, E::round(sum + i * E::PARTS));
-            for (const auto& piece : layout.pieces) memcpy(to + piece.to, units + piece.from, piece.bytes);
+            before = to;
         }
     }
+    if (before) pieces_to(before);
 }
 
 // gradients: of the block's kept weights; added to.
@@ -279,11 +303,7 @@ void correlate(const Gather& plan, const Block& block, const char* slab, const M
             UNROLL for (int i = 0; i < NUM; i++) __builtin_prefetch(next + at[i]);
             UNROLL for (int i = 0; i < NUM; i++) of_output[i] = load<Words>(from + at[i]);
         } else {
-            UNROLL for (int i = 0; i < NUM; i++) {
-                Words unit{};
-                if (layout.bytes[i] > 0) memcpy(&unit, from + at[i], layout.bytes[i]);
-                of_output[i] = unit;
-            }
+            UNROLL for (int i = 0; i < NUM; i++) of_output[i] = load_part(from + at[i], layout.bytes[i]);
         }
         for (const Kept* last = kept + row->count; kept < last; kept++) {
             const char* input = slab + kept->offset;
@@ -335,12 +355,56 @@ inline std::pair<const Row*, const Row*> rows_of_part(const Gather& plan, const 
     return {at(part), at(part + 1)};
 }
 
+// Where to is what the sums of a row, behind the last block, are written in.
+template <class E>
+Ending ending_of(const Gather& plan, const Layout<E>& layout, bool past_caches) {
+    return plan.pitch > 0 ? STORE_PIECES : !layout.inside ? STORE_PART : past_caches ? STREAM : STORE;
+}
+
+template <class E>
+void set(Layout<E>& layout, const Gather& plan, const Map& in, const Map& out, Tiles::Place here) {
+    if (plan.pitch > 0) layout.set_pixels(plan, in, out, int64_t(here.x) * E::IMAGES);
+    else layout.set(plan, in, out, here.y, here.x, here.unit);
+}
+
+// Few tiles: all threads pack a slab, then all walk it, each for parts of the outputs.
+template <class E, int ROWS, int RUN>
+void outputs_of_few(const Gather& plan, const Map& in, const Map& out, bool past_caches, const Epilogue* epilogue, int threads,
+                    const Tiles& tiles, int64_t parts) {
+    const size_t last = plan.blocks.size() - 1;
+    char* slab = workspace(0, plan.slab_bytes());
+    char* partial = last > 0 ? workspace(1, size_t(plan.outputs) * ROWS * RUN * E::PARTS * UNIT) : nullptr;
+#pragma omp parallel num_threads(threads)
+    {
+        Layout<E> layout;
+        for (int64_t tile = 0; tile < tiles.count(); tile++) {
+            set(layout, plan, in, out, tiles.place(plan, tile));
+            const Ending ending = ending_of(plan, layout, past_caches);
+            for (size_t b = 0; b <= last; b++) {
+                const Block& block = plan.blocks[b];
+#pragma omp for schedule(static)
+                for (int32_t c = 0; c < block.channels; c += 8)
+                    layout.pack(plan, block, in, slab, c, std::min(c + 8, block.channels));
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t part = 0; part < parts; part++) {
+                    auto [row, end] = rows_of_part(plan, block, part, parts);
+                    Ahead<E> nothing{layout};
+                    multiply<E, ROWS, RUN>(plan, row, end, slab, partial, out, layout, b == 0, b == last ? ending : KEEP,
+                                           epilogue, nothing);
+                }
+            }
+        }
+        end_of_stream();
+    }
+}
+
 template <class E, int ROWS, int RUN>
 void outputs_of(const Gather& plan, const Map& in, const Map& out, bool past_caches, const Epilogue* epilogue, int threads) {
     const Tiles tiles(plan, out, E::IMAGES);
-    // Few tiles: several threads work on one, each packs it and computes a part of the outputs
     const int64_t parts = std::clamp<int64_t>(3 * threads / std::max<int64_t>(tiles.count(), 1), 1, (plan.outputs + 15) / 16);
-    const int64_t chunk = parts > 1 ? 1 : 4;  // of tiles: neighbours share cache lines of the input
+    if (parts > 1) return outputs_of_few<E, ROWS, RUN>(plan, in, out, past_caches, epilogue, threads, tiles, parts);
+    // Of tiles: neighbours share cache lines of the input
+    const int64_t chunk = std::clamp<int64_t>(tiles.count() / (2 * threads), 1, 4);
     const size_t last = plan.blocks.size() - 1;
 #pragma omp parallel num_threads(threads)
     {
@@ -348,23 +412,19 @@ void outputs_of(const Gather& plan, const Map& in, const Map& out, bool past_cac
         char* partial = last > 0 ? workspace(1, size_t(plan.outputs) * ROWS * RUN * E::PARTS * UNIT) : nullptr;
         Layout<E> layout;
 #pragma omp for schedule(dynamic, chunk)
-        for (int64_t job = 0; job < tiles.count() * parts; job++) {
-            const int64_t tile = job / parts, part = job % parts;
+        for (int64_t tile = 0; tile < tiles.count(); tile++) {
             const Tiles::Place here = tiles.place(plan, tile);
             Ahead<E> ahead{layout};
-            if (plan.pitch > 0) {
-                layout.set_pixels(plan, in, out, int64_t(here.x) * E::IMAGES);
-            } else {
-                layout.set(plan, in, out, here.y, here.x, here.unit);
-                if (parts == 1 && tile % chunk < chunk - 1 && tile + 1 < tiles.count())
-                    ahead.aim(plan, in, plan.blocks[0], plan.blocks[last], here, tiles.place(plan, tile + 1));
-            }
-            Ending ending = plan.pitch > 0 ? STORE_PIECES : !layout.inside ? STORE_PART : past_caches ? STREAM : STORE;
+            set(layout, plan, in, out, here);
+            if (plan.pitch == 0 && tile % chunk < chunk - 1 && tile + 1 < tiles.count())
+                ahead.aim(plan, in, plan.blocks[0], plan.blocks[last], here, tiles.place(plan, tile + 1));
+            const Ending ending = ending_of(plan, layout, past_caches);
             for (size_t b = 0; b <= last; b++) {
-                auto [row, end] = rows_of_part(plan, plan.blocks[b], part, parts);
-                layout.pack(plan, plan.blocks[b], in, slab);
-                multiply<E, ROWS, RUN>(plan, row, end, slab, partial, out, layout, b == 0, b == last ? ending : KEEP, epilogue,
-                                       ahead);
+                const Block& block = plan.blocks[b];
+                layout.pack(plan, block, in, slab, 0, block.channels);
+                const Row* row = plan.rows.data() + block.row;
+                multiply<E, ROWS, RUN>(plan, row, row + block.rows, slab, partial, out, layout, b == 0,
+                                       b == last ? ending : KEEP, epilogue, ahead);
             }
         }
         end_of_stream();
@@ -400,7 +460,7 @@ void weight_gradient_of(const Gather& plan, const Map& in, const Map& out, float
                 for (int64_t b = first_block; b < end_block; b++) {
                     const Block& block = plan.blocks[b];
                     if (block.rows == 0) continue;
-                    layout.pack(plan, block, in, slab);
+                    layout.pack(plan, block, in, slab, 0, block.channels);
                     correlate<E, ROWS, RUN>(plan, block, slab, out, layout, mine + block.kept, ahead);
                 }
             }

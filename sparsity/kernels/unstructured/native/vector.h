@@ -37,6 +37,33 @@ inline void store(void* to, V vector) {
     memcpy(to, &vector, UNIT);
 }
 
+// The first bytes of a unit, from any address to any. By masks where there is code for them: memory that was just
+// written is slow to read back in other pieces. Whole units without, which is faster.
+inline Words load_part(const void* from, int64_t bytes) {
+    if (bytes == UNIT) return load<Words>(from);
+#if UNIT == 64
+    return reinterpret_cast<Words>(_mm512_maskz_loadu_epi8((__mmask64{1} << bytes) - 1, from));
+#else
+    Words unit{};
+    memcpy(&unit, from, bytes);
+    return unit;
+#endif
+}
+
+inline void store_part(void* to, Words unit, int64_t bytes) {
+    if (bytes == UNIT) return store(to, unit);
+#if UNIT == 64
+    _mm512_mask_storeu_epi8(to, (__mmask64{1} << bytes) - 1, reinterpret_cast<__m512i>(unit));
+#else
+    memcpy(to, &unit, bytes);
+#endif
+}
+
+inline void copy(char* to, const char* from, int64_t bytes) {  // that do not overlap
+    for (; bytes >= UNIT; to += UNIT, from += UNIT, bytes -= UNIT) store(to, load<Words>(from));
+    store_part(to, load_part(from, bytes), bytes);
+}
+
 // Past the caches, for results that are not read soon. `to` is a multiple of UNIT.
 inline void stream(void* to, Words vector) {
 #if UNIT == 64
@@ -83,8 +110,8 @@ struct BFloat16 {
     struct Factor {
         __m512bh even, odd;
         explicit Factor(float weight)
-            : even(reinterpret_cast<__m512bh>(_mm512_set1_epi32(int(bits_of(weight) >> 16)))),
-              odd(reinterpret_cast<__m512bh>(_mm512_set1_epi32(int(bits_of(weight))))) {}
+            : even(reinterpret_cast<__m512bh>(_mm512_srli_epi32(_mm512_castps_si512(_mm512_set1_ps(weight)), 16))),
+              odd(reinterpret_cast<__m512bh>(_mm512_set1_ps(weight))) {}
         void add_product(Words unit, Floats* sum) const {
             sum[0] = _mm512_dpbf16_ps(sum[0], reinterpret_cast<__m512bh>(unit), even);
             sum[1] = _mm512_dpbf16_ps(sum[1], reinterpret_cast<__m512bh>(unit), odd);
