@@ -5,13 +5,16 @@ Ours is in a compressed phase, with everything that a step of a run does but rea
 
 --logging: what records cost instead. The run's own loop takes turns with itself: epochs with all that a run
 records by default, on screen, in metrics.jsonl and TensorBoard, and epochs that record nothing. These epochs
-are short, so what the end of an epoch costs weighs more than in a run.
+are short, so what the end of an epoch costs weighs more than in a run. Besides, the loop's calls that record
+are timed: their share of a step is seen where turns differ by more.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from trainer.cli.progress import progress
 from trainer.distributed import ranks
 
 DEFAULT = ("resnet50", "mobilenetv1", "wrn-28-10")
+RECORDING = "percent_of_step_recording"
 EVERY = 50  # steps from record to record: log.every's default
 
 
@@ -76,7 +80,9 @@ def measure_logging(name: str, device: torch.device, options: argparse.Namespace
     schedule = f"sparse {2 * (options.turns + 1)}"
     overrides = (f"log.every={EVERY}st", "sparsity.accelerate=off")  # masked, as measure has it
     with short_trainer(network, device, schedule, batch, steps, *overrides) as trainer:
-        monitor, numbers = trainer.monitor, itertools.count()
+        monitor, numbers, recording = trainer.monitor, itertools.count(), Stopwatch()
+        trainer.log_step = recording.of(trainer.log_step)  # type: ignore[method-assign]
+        trainer.record_epoch = recording.of(trainer.record_epoch)  # type: ignore[method-assign]
 
         def epoch(logged: bool) -> None:
             trainer.monitor, trainer.log_steps = (monitor, EVERY) if logged else (None, steps + 1)
@@ -92,24 +98,41 @@ def measure_logging(name: str, device: torch.device, options: argparse.Namespace
         finally:
             trainer.monitor = monitor  # which closes its files
     table = {way: spread([1000 * value / steps for value in values]) for way, values in seconds.items()}
+    recorded = recording.seconds / (options.turns + 1) / steps  # one more: the turn that warms up
     return {
         "batch": batch,
         "steps": steps,
         "ms_per_step": table,
+        RECORDING: round(1e5 * recorded / table["silent"]["median"], 3),
         "ratio": ratios(seconds["logged"], seconds["silent"]),
     }
+
+
+class Stopwatch:
+    """Seconds in calls."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def of(self, call: Callable[..., None]) -> Callable[..., None]:
+        def timed(*arguments: Any) -> None:
+            began = time.perf_counter()
+            call(*arguments)
+            self.seconds += time.perf_counter() - began
+
+        return timed
 
 
 def show(results: dict[str, Any], ours: str, theirs: str) -> None:
     rows = []
     for name, result in results.items():
         steps = (show_spread(result["ms_per_step"][who]) for who in (ours, theirs))
-        rows.append(
-            (name, str(result["batch"]), *steps, show_spread(result["ratio"], 3 if ours == "ours" else 4))
-        )
-    columns = ("network", "batch", f"{ours}, ms", f"{theirs}, ms", f"{ours} / {theirs}")
+        recording = [f"{result[RECORDING]:.2f}"] if RECORDING in result else []
+        rows.append((name, str(result["batch"]), *steps, show_spread(result["ratio"], 3), *recording))
+    columns = ["network", "batch", f"{ours}, ms", f"{theirs}, ms", f"{ours} / {theirs}"]
     title = "masked step against the same model with stock layers, both compiled"
     if ours == "logged":
+        columns.append("recording, % of a step")
         title = "a step with what runs record by default, against one without"
     show_table(columns, rows, texts=("network",), title=title)
 

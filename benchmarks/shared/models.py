@@ -155,10 +155,12 @@ class Stock:
 
 
 class Ours:
-    """A trainer's own step: masks, DeepSpeed engine and all."""
+    """A trainer's own step: masks, DeepSpeed engine and all, but no records."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        if trainer.monitor:
+            trainer.monitor.screen.close()  # nor a bar or lines among the benchmark's
 
     def step(self, batch: Batch) -> Tensor:
         return self.steps(iter([batch]))
