@@ -335,7 +335,9 @@ def test_figures_are_those_of_the_records():
         assert show_spread(measured["ratio"], 3) in page
         if network == "resnet50":
             assert show_spread(measured["ratio"], 3).replace(" (", " times (") in readme
-    names = ("sparse_step", "sparse_step_small", "sparse_step_wrn", "sparse_step_avx2")
+    for measured in record("before")["peers"].values():
+        assert show_spread(measured["ours_over_before"], 3) in page
+    names = [f"sparse_step{which}" for which in ("", "_small", "_wrn", "_wrn_bf16", "_avx2")]
     for name, result in [(each, result) for each in names for result in record(each)["sparse_step"]]:
         percent = f"{result['percent']:g}"
         gains = (show_spread(result[f"{who}_to_compressed"], 2) for who in ("dense", "stock"))
