@@ -68,7 +68,7 @@ def train(run: Run, root: Path, results: Path) -> None:
     content = {
         "table": run.table,
         "row": run.row.name,
-        "recipe": f"fashion_mnist/{run.row.recipe}",
+        "recipe": run.row.recipe_name,
         "overrides": list(run.row.overrides),
         "images": run.row.images,
         "seed": run.seed,
@@ -109,7 +109,7 @@ def _train(run: Run, root: Path) -> RunDir:
         before = Run(run.table, row, run.seed)
         dense = finished(before, root) or _train(before, root)
         arguments.append(f"model.weights={dense.checkpoints / DENSE_TWIN}")
-    command = ["train", f"fashion_mnist/{run.row.recipe}", *arguments, "resume=auto"]
+    command = ["train", run.row.recipe_name, *arguments, "resume=auto"]
     code = subprocess.run([sys.executable, "-m", "trainer.cli.main", *command], check=False).returncode
     folder = finished(run, root)
     if code or folder is None:

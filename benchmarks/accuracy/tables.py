@@ -1,4 +1,4 @@
-"""Which runs belong to which table. All recipes are in configs/fashion_mnist/.
+"""Which runs belong to which table. All recipes but the quickstart are in configs/fashion_mnist/.
 
 Seeds count from 1 in tables that count, and from FIRST_TUNING_SEED in `tuning`, whose runs are also evaluated
 on held-out training images: what was chosen by it was not chosen by the figures that are published.
@@ -32,7 +32,12 @@ class Row:
     def config(self) -> Config:
         """Without what only a run knows: its folder, and whose weights it starts from."""
         weights = ("model.weights=FILE",) if self.after else ()
-        return load_config(f"fashion_mnist/{self.recipe}", [*self.overrides, *weights])
+        return load_config(self.recipe_name, [*self.overrides, *weights])
+
+    @property
+    def recipe_name(self) -> str:
+        """As `acdc train` takes it."""
+        return self.recipe if self.recipe == "quickstart" else f"fashion_mnist/{self.recipe}"
 
 
 def _target(percent: int) -> str:
@@ -125,10 +130,26 @@ def _tuning() -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def _quickstart() -> tuple[Row, ...]:
+    """Precision and sparse kernels of CPUs change how fast it is, and its figures by rounding alone."""
+    return tuple(
+        Row(
+            f"{precision}_{name}",
+            f"{precision}, {title}",
+            "quickstart",
+            (f"engine.precision={precision}", f"sparsity.accelerate={accelerate}"),
+            images="bundled",
+        )
+        for precision in ("fp32", "bf16")
+        for name, title, accelerate in (("masked", "masked", "off"), ("kernels", "sparse kernels", "require"))
+    )
+
+
 TABLES = {
     "main": _main(),
     "memorisation": _memorisation(),
     "compute": _compute(),
     "ablations": _ablations(),
+    "quickstart": _quickstart(),
     "tuning": _tuning(),
 }

@@ -42,7 +42,7 @@ def results(tmp_path):
 def test_every_row_loads_and_goes_on_from_one_before_it(table):
     names = []
     for row in tables.TABLES[table]:
-        assert row.config().engine.precision == "fp32"
+        assert row.config().engine.precision == ("bf16" if row.name.startswith("bf16") else "fp32")
         assert row.after is None or row.after in names
         names.append(row.name)
     assert len(set(names)) == len(names)
@@ -128,6 +128,7 @@ def test_parts_of_the_images(monkeypatch, tmp_path):
     monkeypatch.setenv("ACDC_DATA", str(tmp_path))
     with pytest.raises(UserError, match="acdc prepare fashion-mnist"):
         root_of("all")
+    assert len(fashion_mnist.load(root_of("bundled"), "train")) == 12_000
     with np.load(fashion_mnist.BUNDLED) as bundled:
         fashion_mnist.write_archive(tmp_path / "fashion-mnist" / fashion_mnist.ARCHIVE, dict(bundled))
     whole = fashion_mnist.load(root_of("all"), "train")
@@ -153,6 +154,7 @@ def test_a_run_is_trained_once_and_goes_on_from_another_ones_network(monkeypatch
     )  # fmt: skip
     monkeypatch.setitem(tables.TABLES, "main", rows)
     folder = tmp_path / "full"
+    assert len(fashion_mnist.load(root_of("bundled"), "train")) == 12_000
     with np.load(fashion_mnist.BUNDLED) as bundled:
         fashion_mnist.write_archive(folder / fashion_mnist.ARCHIVE, dict(bundled))
     monkeypatch.setattr(runs, "root_of", lambda images: folder)
