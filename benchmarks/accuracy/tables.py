@@ -120,9 +120,13 @@ def _tuning() -> tuple[Row, ...]:
         ("long_phases", "dense 2, (sparse 2, dense 2) x3, dense 2, sparse 4"),
         ("long_end", "dense 2, (sparse 1, dense 1) x4, sparse 1, dense 3, sparse 6"),
         ("three_phases", "dense 4, sparse 2, dense 2, sparse 2, dense 4, sparse 6"),
+        ("two_phases", "dense 6, sparse 4, dense 4, sparse 6"),
     ):
         phases = (f"sparsity.schedule={text}",)
         rows.append(Row(f"acdc_{name}", f"acdc, {name}", "acdc", phases, 1, "held_out"))
+    for recipe in ("dense", "acdc", "gmp"):
+        decay = ("optimizer.weight_decay=2e-4",)
+        rows.append(Row(f"{recipe}_decay_2e-4", f"{recipe}, weight decay 2e-4", recipe, decay, 1, "held_out"))
     rows.append(Row("dense_12", "dense, 12 epochs", "dense", _epochs(12, "dense 12"), 1, "held_out"))
     for lr in (0.02, 0.05, 0.1):
         name, title, change = f"one_shot_lr_{lr}", f"one-shot, lr {lr}", (f"optimizer.lr={lr}",)
