@@ -337,12 +337,16 @@ def test_figures_are_those_of_the_records():
             assert show_spread(measured["ratio"], 3).replace(" (", " times (") in readme
     for measured in record("before")["peers"].values():
         assert show_spread(measured["ours_over_before"], 3) in page
-    names = [f"sparse_step{which}" for which in ("", "_small", "_wrn", "_wrn_bf16", "_avx2")]
+    logging = record("logging")["logging"]["resnet20"]
+    assert f"{show_spread(logging['ratio'], 3)} times as long as a silent one" in page
+    assert f"take {logging['percent_of_step_recording']:.2f} % of a step" in page
+    names = [f"sparse_step{which}" for which in ("", "_small", "_wrn", "_wrn_bf16", "_run", "_avx2")]
     for name, result in [(each, result) for each in names for result in record(each)["sparse_step"]]:
         percent = f"{result['percent']:g}"
         gains = (show_spread(result[f"{who}_to_compressed"], 2) for who in ("dense", "stock"))
         whole = f"{result['whole_run']['of_dense']['median']:.2f}"
         network = result["network"] + ", AVX2" * name.endswith("avx2")
+        network = "ResNet8, masks of a run" if name.endswith("_run") else network
         row = f"| {network} | {result['precision']} | {percent} | {' | '.join(gains)} | {whole} |"
         assert row in page
         if network == "resnet50":
