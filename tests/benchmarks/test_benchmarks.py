@@ -177,7 +177,7 @@ def test_phase_switch(monkeypatch, tmp_path):
         assert result["compress"]["median"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_kernels24(monkeypatch, tmp_path, capsys):
     record = run(kernels24, monkeypatch, tmp_path, "--most", "1")
     assert record["reference"]
