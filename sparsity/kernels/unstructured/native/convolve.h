@@ -8,7 +8,6 @@
 // of threads, each share has sums of its own, and these are added in order: so are results, bit for bit.
 #pragma once
 #include <cstdlib>
-#include <limits>
 #include <memory>
 
 #include "plan.h"
@@ -355,7 +354,7 @@ inline std::pair<const Row*, const Row*> rows_of_part(const Gather& plan, const 
     return {at(part), at(part + 1)};
 }
 
-// Where to is what the sums of a row, behind the last block, are written in.
+// How the sums of a row leave the registers, behind the last block.
 template <class E>
 Ending ending_of(const Gather& plan, const Layout<E>& layout, bool past_caches) {
     return plan.pitch > 0 ? STORE_PIECES : !layout.inside ? STORE_PART : past_caches ? STREAM : STORE;

@@ -155,12 +155,6 @@ struct BFloat16 {
 #endif
 
   private:
-    static uint32_t bits_of(float value) {
-        uint32_t bits;
-        memcpy(&bits, &value, sizeof bits);
-        return bits;
-    }
-
     static Floats even(Words unit) { return reinterpret_cast<Floats>(unit << 16); }
     static Floats odd(Words unit) { return reinterpret_cast<Floats>(unit & 0xffff0000u); }
 
