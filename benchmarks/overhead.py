@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -83,14 +84,17 @@ def measure_logging(name: str, device: torch.device, options: argparse.Namespace
         monitor, numbers, recording = trainer.monitor, itertools.count(), Stopwatch()
         trainer.log_step = recording.of(trainer.log_step)  # type: ignore[method-assign]
         trainer.record_epoch = recording.of(trainer.record_epoch)  # type: ignore[method-assign]
+        of_epochs: list[float] = []  # seconds in these calls
 
         def epoch(logged: bool) -> None:
             trainer.monitor, trainer.log_steps = (monitor, EVERY) if logged else (None, steps + 1)
             number = next(numbers)
             trainer.position.step, trainer.position.totals = 0, [0.0] * 4
+            recording.seconds = 0.0
             trained = trainer.train_epoch(number)
             if logged:
                 trainer.record_epoch(number, trained, trained, {})
+                of_epochs.append(recording.seconds)
 
         ways = {"logged": lambda: epoch(True), "silent": lambda: epoch(False)}
         try:
@@ -98,12 +102,13 @@ def measure_logging(name: str, device: torch.device, options: argparse.Namespace
         finally:
             trainer.monitor = monitor  # which closes its files
     table = {way: spread([1000 * value / steps for value in values]) for way, values in seconds.items()}
-    recorded = recording.seconds / (options.turns + 1) / steps  # one more: the turn that warms up
+    recorded = statistics.median(of_epochs[1:]) / steps  # the first draws and imports what others find
     return {
         "batch": batch,
         "steps": steps,
         "ms_per_step": table,
         RECORDING: round(1e5 * recorded / table["silent"]["median"], 3),
+        "ms_recording_in_first_epoch": round(1000 * of_epochs[0], 1),
         "ratio": ratios(seconds["logged"], seconds["silent"]),
     }
 

@@ -14,11 +14,8 @@ from matplotlib.figure import Figure
 from benchmarks.accuracy.runs import CURVE, runs_of
 from benchmarks.accuracy.tables import TABLES, Row
 
-BASE = {
-    "main": "dense",
-    "ablations": "as_it_is",
-    "quickstart": "fp32_masked",
-}  # rows that others are compared with
+# Rows that others are compared with, seed by seed
+BASE = {"main": "dense", "ablations": "as_it_is", "quickstart": "fp32_masked"}
 COLUMNS = ("method", "n", "sparsity", "top-1 %", "difference", "dense twin", "fine-tuned", "FLOPs", "hours")
 COLORS = ("#1f5f99", "#c8590a", "#2e7d32", "#8e44ad", "#666666")
 SHADE = "#f3e3c8"
