@@ -132,7 +132,7 @@ def show(results: dict[str, Any], ours: str, theirs: str) -> None:
     rows = []
     for name, result in results.items():
         steps = (show_spread(result["ms_per_step"][who]) for who in (ours, theirs))
-        recording = [f"{result[RECORDING]:.2f}"] if RECORDING in result else []
+        recording = [f"{result[RECORDING]:.3f}"] if RECORDING in result else []
         rows.append((name, str(result["batch"]), *steps, show_spread(result["ratio"], 3), *recording))
     columns = ["network", "batch", f"{ours}, ms", f"{theirs}, ms", f"{ours} / {theirs}"]
     title = "masked step against the same model with stock layers, both compiled"
