@@ -16,7 +16,8 @@ class ResNetCIFAR(nn.Module):
     """Three stages of (depth - 2) / 6 basic blocks with width, 2 * width and 4 * width channels.
 
     Input (N, in_channels, H, W) with H and W multiples of 4; output (N, num_classes) logits. stem_stride: of
-    the first convolution; 2 makes every map a quarter as large. Raises ValueError for a depth that is not
+    the first convolution; 2 makes every map a quarter as large. Its kernel is 3 x 3, and larger from stride 3
+    on (2 * stride - 1), so that it sees every pixel. Raises ValueError for a depth that is not
     6 n + 2, and a width or stride below 1.
     """
 
@@ -29,7 +30,8 @@ class ResNetCIFAR(nn.Module):
         if min(width, stem_stride) < 1:
             raise ValueError(f"width {width}, stem_stride {stem_stride}: both are 1 or more")
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False)
+        kernel = max(3, 2 * stem_stride - 1)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel, stem_stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = stage(BasicBlock, width, width, blocks, 1)
