@@ -17,9 +17,13 @@ from sparsity.kernels.unstructured.kernel import SparseKernel
 from sparsity.kernels.unstructured.plan import PAST_CACHES, Convolution, Tile
 
 FULL = 0.7  # share of lanes with images in them, below which lanes are pixels
-SLAB = 400_000  # bytes, where they are
-RUNS = (2, 4, 7, 8, 14)  # units of tiles that there may be code for
 SIZES = 8  # of maps that a plan is laid out for at a time
+
+
+def lanes_are_pixels(convolution: Convolution, images: int, dtype: torch.dtype) -> bool:
+    """Whether there are too few images to fill vectors with, as one, and the kernel is larger than 1 x 1."""
+    lanes = library.vector_bytes() // dtype.itemsize
+    return not convolution.is_flat and images < FULL * lanes * -(-images // lanes)
 
 
 class _Layer:
@@ -34,13 +38,13 @@ class FrozenPlan:
     """Of one layer and its weight (outputs, inputs / groups, *kernel), or (outputs, inputs), dropped weights
     0.
 
-    Where there are too few images to fill vectors with, as one, and the kernel is larger than 1 x 1, vectors
-    are filled with pixels: laid out for each size of maps at its first use, and kept for the SIZES met last.
-    Threads may share a plan. Raises KernelUnavailableError.
+    Where lanes are pixels, the plan is laid out for each size of maps at its first use, and kept for the
+    SIZES met last; the tile is as many units of one row then. Threads may share a plan. Raises
+    KernelUnavailableError.
     """
 
     def __init__(self, convolution: Convolution, weight: Tensor, tile: Tile, dtype: torch.dtype) -> None:
-        self.convolution, self.dtype = convolution, dtype
+        self.convolution, self.tile, self.dtype = convolution, tile, dtype
         self._weight, self._mask = weight.detach().contiguous(), (weight.detach() != 0).contiguous()
         self.outputs, self.inputs = int(weight.shape[0]), int(weight.shape[1]) * convolution.groups
         self._library, self._lock = library.load(), threading.Lock()
@@ -78,15 +82,10 @@ class FrozenPlan:
         return found
 
     def _layer_for(self, size: library.Size) -> _Layer:
-        lanes = library.vector_bytes() // self.dtype.itemsize
-        full = size.images / (-(-size.images // lanes) * lanes) if size.images else 1.0
-        if full >= FULL or self.convolution.is_flat:
+        if not lanes_are_pixels(self.convolution, size.images, self.dtype):
             return self._filled_with_images
-        units = -(-size.out_height * size.out_width * size.images // lanes)
-        # one tile, of which each thread computes some outputs; or six and more, a thread one
-        whole = [run for run in RUNS if run >= units and self._library.has_tile(1, run)]
-        run = whole[0] if whole else 7 if units >= 6 * 7 else 4
-        return self._layer(size.images, size.out_width, Tile(1, run, 1, SLAB))
+        run = self.tile.rows * self.tile.columns * self.tile.units
+        return self._layer(size.images, size.out_width, Tile(1, run, 1, self.tile.slab_bytes))
 
     def _layer(self, images: int, width: int, tile: Tile) -> _Layer:
         if not self._library.has_tile(tile.rows, tile.columns * tile.units):
