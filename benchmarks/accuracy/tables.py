@@ -127,10 +127,11 @@ def _tuning() -> tuple[Row, ...]:
     wide = ("model.arguments.width=48", "model.arguments.stem_stride=4")
     three_phases = "sparsity.schedule=dense 4, sparse 2, dense 2, sparse 2, dense 4, sparse 6"
     for recipe in ("dense", "gmp", "acdc"):
-        phases = (three_phases,) if recipe == "acdc" else ()
-        rows.append(Row(f"{recipe}_width_48", f"{recipe}, width 48", recipe, (*wide, *phases), 1, "held_out"))
-        small = (*wide, *phases, "data.batch_size=64", "optimizer.lr=0.05")
-        rows.append(Row(f"{recipe}_width_48_batch_64", f"{recipe}, width 48, batch 64", recipe, small, 1, "held_out"))
+        chosen = (*wide, three_phases) if recipe == "acdc" else wide
+        rows.append(Row(f"{recipe}_width_48", f"{recipe}, width 48", recipe, chosen, 1, "held_out"))
+        small = (*chosen, "data.batch_size=64", "optimizer.lr=0.05")
+        title = f"{recipe}, width 48, batch 64"
+        rows.append(Row(f"{recipe}_width_48_batch_64", title, recipe, small, 1, "held_out"))
     for recipe in ("dense", "acdc", "gmp"):
         decay = ("optimizer.weight_decay=2e-4",)
         rows.append(Row(f"{recipe}_decay_2e-4", f"{recipe}, weight decay 2e-4", recipe, decay, 1, "held_out"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.optimization import fuse
 
+from sparsity.inference.chain import Chain, Step
 from sparsity.kernels.unstructured.graphs import is_addition, is_relu, only_user, summand
 
 log = logging.getLogger(__name__)
@@ -64,6 +67,41 @@ def take_in(model: GraphModule, takes: Callable[[nn.Module], bool]) -> None:
             for old in reversed(taken):
                 model.graph.erase_node(old)
     model.recompile()
+
+
+def join(model: GraphModule, takes: Callable[[nn.Module], bool]) -> None:
+    """Compute neighbours that it takes, which take_in has gone through before, in one call."""
+    neighbours: list[list[Node]] = [[]]
+    for node in model.graph.nodes:
+        layer = _module(model, node)
+        if layer is not None and takes(layer) and not node.kwargs:
+            neighbours[-1].append(node)
+        elif neighbours[-1]:
+            neighbours.append([])
+    for number, nodes in enumerate(each for each in neighbours if len(each) > 1):
+        _join(model, nodes, f"chain{number}")
+    model.recompile()
+
+
+def _join(model: GraphModule, nodes: list[Node], name: str) -> None:
+    used = dict.fromkeys(given for node in nodes for given in node.all_input_nodes)
+    inputs = [node for node in used if node not in nodes]
+    values = {node: value for value, node in enumerate([*inputs, *nodes])}
+    outputs = [node for node in nodes if any(user not in nodes for user in node.users)]
+    steps = []
+    for node in nodes:
+        given: Any = node.args
+        input, other, relu = (*given, None, False)[:3]
+        steps.append(Step(model.get_submodule(str(node.target)), values[input], values.get(other), relu))
+    model.add_submodule(name, Chain(steps, len(inputs), [values[node] for node in outputs]))
+    with model.graph.inserting_after(nodes[-1]):
+        whole = model.graph.call_module(name, tuple(inputs))
+    with model.graph.inserting_after(whole):
+        for place, node in enumerate(outputs):
+            of_node = model.graph.call_function(operator.getitem, (whole, place))
+            node.replace_all_uses_with(of_node, lambda user: user not in nodes)
+    for node in reversed(nodes):
+        model.graph.erase_node(node)
 
 
 def _module(model: GraphModule, node: Node) -> nn.Module | None:

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from sparsity.flops import Call
 from sparsity.inference.file import read
-from sparsity.inference.graph import dense_beside, fold_batch_norm, take_in
+from sparsity.inference.graph import dense_beside, fold_batch_norm, join, take_in
 from sparsity.kernels.choose import choose_kernels
 from sparsity.kernels.interface import Kernel, KernelUnavailableError
 from sparsity.kernels.unstructured.family import SparseFamily
@@ -84,7 +84,8 @@ def accelerated(model: nn.Module, example: Tensor) -> nn.Module:
     if isinstance(model, GraphModule):
         for name in dense_beside(model, SparseConv2d):
             _run(layers[name], DENSE_INNERMOST)
-        take_in(model, lambda layer: isinstance(layer, _Sparse) and isinstance(layer.kernel, FrozenKernel))
+        take_in(model, _is_frozen)
+        join(model, lambda layer: isinstance(layer, nn.Conv2d) and _is_frozen(layer))
     channels_last: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return channels_last
 
@@ -102,6 +103,10 @@ def _calls(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) -> 
     for hook in hooks:
         hook.remove()
     return calls
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    return isinstance(layer, _Sparse) and isinstance(layer.kernel, FrozenKernel)
 
 
 def _run(layer: nn.Conv2d | nn.Linear, kernel: Kernel) -> None:

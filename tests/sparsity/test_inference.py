@@ -2,12 +2,15 @@
 
 import copy
 import io
+import operator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from sparsity.inference import accelerated, load, model, read, save
+from sparsity.inference.chain import Chain
 from sparsity.inference.file import pack_bits, unpack_bits
 from sparsity.kernels.choose import LayerChoice
 from sparsity.kernels.unstructured import frozen
@@ -192,7 +195,76 @@ def test_what_stands_behind_a_layer_is_computed_within(forced, how, nodes, image
             rounded = accelerated(net, batch)(batch)
         assert torch.allclose(rounded.float(), net(batch), rtol=0.1, atol=0.1)
     if nodes is not None:
-        assert [node.target for node in fast.graph.nodes if node.op.startswith("call")] == nodes
+        assert list(_called(fast)) == nodes
+
+
+class Deep(nn.Module):
+    """Layers in one chain, two of whose values are used behind it; one stays in use for long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))
+        self.down = nn.Conv2d(8, 4, 1, bias=False)
+
+    def forward(self, x):
+        first = torch.relu(self.layers[0](x))
+        y = first
+        for layer in self.layers[1:5]:
+            y = torch.relu(layer(y))
+        y, narrow = torch.relu(self.layers[5](y) + first), self.down(first)
+        return y.mean((2, 3)).sum(1) + narrow.mean((1, 2, 3))
+
+
+def _called(fast):
+    """Names of layers and functions in the order in which they are called, those in chains, too."""
+    names = {module: name for name, module in fast.named_modules()}
+    for node in fast.graph.nodes:
+        module = fast.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, Chain):
+            yield from (names[step.layer] for step in module.steps)
+        elif node.op.startswith("call") and node.target is not operator.getitem:
+            yield node.target
+
+
+@needs_compiler
+@pytest.mark.parametrize("images", [0, 1, 16])
+def test_a_chain_computes_what_its_layers_do_one_by_one(forced, images):
+    torch.manual_seed(0)
+    fast, batch = accelerated(Deep().eval(), torch.randn(1, 8, 9, 7)), torch.randn(images, 8, 9, 7)
+    (chain,) = (module for module in fast.modules() if isinstance(module, Chain))
+    assert len(chain.steps) == 7
+    assert len(chain.outputs) == 2
+    with torch.no_grad():
+        for size in (batch, batch[:, :, :5], batch):  # a smaller one uses the memory of the larger one
+            expected = [each.clone() for each in chain._one_by_one([size])]
+            if chain._memory is not None:
+                chain._memory.fill_(255)  # NaN, where something is read that was not written
+            assert all(map(torch.equal, chain(size), expected))
+        assert chain._memory is not None
+
+
+@needs_compiler
+def test_threads_share_a_chain(forced):
+    torch.manual_seed(0)
+    fast = accelerated(Deep().eval(), torch.randn(1, 8, 9, 7))
+    batches = [torch.randn(1, 8, 9 + number % 12, 7) for number in range(48)]
+
+    def answers(batch):
+        with torch.no_grad():
+            return [fast(batch) for _ in range(20)]
+
+    expected = [answers(batch)[0] for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for found, right in zip(pool.map(answers, batches), expected, strict=True):
+            assert all(torch.equal(each, right) for each in found)
+
+
+@needs_compiler
+def test_a_chain_says_that_it_has_no_gradients(forced):
+    fast = accelerated(Deep().eval(), torch.randn(1, 8, 9, 7))
+    output = fast(torch.randn(1, 8, 9, 7, requires_grad=True))
+    with pytest.raises(RuntimeError, match="a model for inference has no gradients"):
+        output.sum().backward()
 
 
 def _saved(fast):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class FrozenPlan:
     def infer(self, maps: Tensor, other: Tensor | None, bias: Tensor | None, relu: bool) -> Tensor:
         """maps: (inputs, H, W, N). other: (outputs, H', W', N), and so is what is returned; see
         operator.infer."""
-        size, layer = self._known.get(maps.shape[1:]) or self._learn(maps.shape[1:])
+        size, layer = self.laid_out(maps.shape[1:])
         output = maps.new_empty(self.outputs, size.out_height, size.out_width, size.images)
         epilogue = library.Epilogue(
             *(None if each is None else each.data_ptr() for each in (bias, other)), relu
@@ -71,8 +72,12 @@ class FrozenPlan:
         assert status == 0
         return output
 
-    def _learn(self, of: torch.Size) -> tuple[library.Size, _Layer]:
+    def laid_out(self, of: Sequence[int]) -> tuple[library.Size, _Layer]:
         """What computes maps of this size (H, W, N)."""
+        of = torch.Size(of)
+        return self._known.get(of) or self._learn(of)
+
+    def _learn(self, of: torch.Size) -> tuple[library.Size, _Layer]:
         size = self.convolution.size(of)
         found = size, self._layer_for(size)
         with self._lock:  # threads that use a layer hold it until their products are done

@@ -68,6 +68,17 @@ class Epilogue(ctypes.Structure):
     _fields_ = (("bias", _pointer), ("other", _pointer), ("relu", _int32))
 
 
+class Step(ctypes.Structure):
+    """See native/layer.cpp."""
+
+    _fields_ = (
+        ("layer", _pointer),
+        ("size", Size),
+        ("epilogue", Epilogue),
+        *((name, _int32) for name in ("input", "other", "output", "past_caches")),
+    )
+
+
 class Norm(ctypes.Structure):
     """See native/batch_norm.h."""
 
@@ -205,6 +216,8 @@ def _declare(library: ctypes.CDLL) -> None:
     products = (_pointer, _pointer, _pointer, _pointer, _pointer, ctypes.c_int, ctypes.c_int)
     library.layer_forward.argtypes = library.layer_input_gradient.argtypes = products
     library.layer_infer.argtypes = products
+    library.layers_infer.restype = None
+    library.layers_infer.argtypes = (_pointer, _int32, _pointer, ctypes.c_int)
     library.layer_weight_gradient.argtypes = (*products[:5], ctypes.c_int)
     library.batch_norm.restype = None
     library.batch_norm.argtypes = (_pointer, ctypes.c_int, *(_pointer,) * 6, ctypes.c_int)

@@ -20,6 +20,9 @@ from sparsity.kernels.unstructured import library
 
 # The kernels that numbers stand for in compiled code: a kernel's plan may change, its number does not
 PLANNED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+CHAINS: weakref.WeakValueDictionary[int, Any] = (
+    weakref.WeakValueDictionary()
+)  # likewise, of layers, in inference
 
 
 def _plan(number: Tensor) -> Any:
@@ -130,6 +133,25 @@ torch.library.impl("acdc::infer", "CPU", _infer)
 torch.library.register_fake("acdc::infer", _fake_infer)
 torch.library.register_autograd("acdc::infer", _refuse)
 infer = torch.ops.acdc.infer.default
+
+
+def _infer_chain(maps: list[Tensor], number: int) -> list[Tensor]:
+    """What the chain of this number makes of its inputs (N, C, H, W)."""
+    found: list[Tensor] = CHAINS[number].compute(maps)
+    return found
+
+
+def _fake_infer_chain(maps: list[Tensor], number: int) -> list[Tensor]:
+    chain = CHAINS[number]
+    shapes = chain.shapes([each.shape for each in maps])
+    return [empty(maps[0], *shapes[value]) for value in chain.outputs]
+
+
+torch.library.define("acdc::infer_chain", "(Tensor[] maps, int number) -> Tensor[]")
+torch.library.impl("acdc::infer_chain", "CPU", _infer_chain)
+torch.library.register_fake("acdc::infer_chain", _fake_infer_chain)
+torch.library.register_autograd("acdc::infer_chain", _refuse)
+infer_chain = torch.ops.acdc.infer_chain.default
 
 
 @torch.library.custom_op("acdc::to_innermost", mutates_args=())

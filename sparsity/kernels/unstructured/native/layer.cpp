@@ -207,6 +207,23 @@ int layer_infer(Layer* layer, const Size* size, const void* x, const Epilogue* e
                         map_of(*layer, y, size->images, size->out_height, size->out_width), past_caches, threads, epilogue);
 }
 
+// Several such products, each with maps that earlier ones gave.
+struct Step {
+    Layer* layer;
+    Size size;
+    Epilogue epilogue;  // `other` is not read
+    int32_t input, other, output;  // which of the maps; other: -1 for none
+    int32_t past_caches;
+};
+
+void layers_infer(const Step* steps, int32_t count, char* const* maps, int threads) {
+    for (const Step* step = steps; step < steps + count; step++) {
+        Epilogue epilogue = step->epilogue;
+        epilogue.other = step->other < 0 ? nullptr : maps[step->other];
+        layer_infer(step->layer, &step->size, maps[step->input], &epilogue, maps[step->output], step->past_caches, threads);
+    }
+}
+
 // The three products. x, y: the maps, whole in memory as (channels, height, width, images). They return 0, or 1
 // where there is no code for the tile.
 int layer_forward(Layer* layer, const Size* size, const void* x, const float* weight, void* y, int past_caches, int threads) {
