@@ -129,6 +129,16 @@ def _tuning() -> tuple[Row, ...]:
     for recipe in ("dense", "gmp", "acdc"):
         chosen = (*wide, three_phases) if recipe == "acdc" else wide
         rows.append(Row(f"{recipe}_width_48", f"{recipe}, width 48", recipe, chosen, 1, "held_out"))
+        rows.append(
+            Row(
+                f"{recipe}_width_48_no_crop",
+                f"{recipe}, width 48, no crops",
+                recipe,
+                (*chosen, "data.crop_padding=0"),
+                1,
+                "held_out",
+            )
+        )
         small = (*chosen, "data.batch_size=64", "optimizer.lr=0.05")
         title = f"{recipe}, width 48, batch 64"
         rows.append(Row(f"{recipe}_width_48_batch_64", title, recipe, small, 1, "held_out"))
