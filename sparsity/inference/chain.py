@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsity.kernels.unstructured import library, operator
 from sparsity.kernels.unstructured.frozen import SIZES
+from sparsity.kernels.unstructured.kernel import DTYPES
 from sparsity.kernels.unstructured.plan import PAST_CACHES, Convolution
 
 ALIGNED = 64  # bytes
@@ -33,9 +34,9 @@ class Step(NamedTuple):
 
 
 class Chain(nn.Module):
-    """steps: their layers stay modules of the model. inputs: how many; outputs: which values it returns. The
-    same as its layers one by one, bit for bit. Memory for what is between is kept from call to call. Threads
-    may share a chain."""
+    """steps: their layers stay modules of the model, with weights and biases that stay; their hooks are not
+    called. inputs: how many; outputs: which values it returns. The same as its layers one by one, bit for
+    bit. Memory for what is between is kept from call to call. Threads may share a chain."""
 
     def __init__(self, steps: Sequence[Step], inputs: int, outputs: Sequence[int]) -> None:
         super().__init__()
@@ -59,12 +60,26 @@ class Chain(nn.Module):
         self._begin()
 
     def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs[0].dtype
-        if dtype != self.dtype or any(each.dim() != 4 or each.device.type != "cpu" for each in inputs):
+        if not self._takes(inputs):
             return self._one_by_one(inputs)
-        maps = [operator.as_innermost(each.to(dtype)) for each in inputs]
-        found: Sequence[Tensor] = operator.infer_chain(maps, self.number)
+        maps = [operator.as_innermost(each.to(self.dtype)) for each in inputs]
+        shapes = self.shapes([each.shape for each in inputs])
+        sizes = [size for value in self.outputs for size in shapes[value]]
+        found: Sequence[Tensor] = operator.infer_chain(maps, sizes, self.number)
         return found
+
+    def _takes(self, inputs: Sequence[Any]) -> bool:
+        """Whether they are maps, and those added of its dtype: others would be added unrounded."""
+        if not all(
+            isinstance(each, Tensor) and each.dim() == 4 and each.device.type == "cpu" for each in inputs
+        ):
+            return False
+        autocast = torch.is_autocast_enabled("cpu")
+        dtypes = [torch.get_autocast_dtype("cpu") if autocast else each.dtype for each in inputs]
+        known = all(each.dtype in DTYPES.values() for each in inputs)
+        added = {step.other for step in self.steps}
+        as_added = all(each.dtype == self.dtype for value, each in enumerate(inputs) if value in added)
+        return known and as_added and all(dtype == self.dtype for dtype in dtypes)
 
     def _one_by_one(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         values = list(inputs)
@@ -75,10 +90,11 @@ class Chain(nn.Module):
     def shapes(self, inputs: Sequence[Sequence[int]]) -> list[Shape]:
         """Of all values. inputs: shapes of inputs."""
         shapes = [tuple(shape) for shape in inputs]
-        for layer, input, other, _ in self.steps:
-            images, _, height, width = shapes[input]
-            shape: Any = (images, len(layer.weight), *Convolution.of(layer).output_size(height, width))
-            shapes.append(shape if other is None else torch.broadcast_shapes(shape, shapes[other]))  # type: ignore[no-untyped-call]
+        for step in self.steps:
+            shape: Any = _product(step, shapes)
+            if step.other is not None:
+                shape = torch.broadcast_shapes(shape, shapes[step.other])  # type: ignore[no-untyped-call]
+            shapes.append(shape)
         return shapes
 
     def compute(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -103,20 +119,25 @@ class Chain(nn.Module):
     def _learn(self, sizes: tuple[Shape, ...]) -> _Program | None:
         """What computes inputs of these shapes; None where a step is not for the library alone."""
         shapes = self.shapes(sizes)
-        pairs = zip(self.steps, shapes[self.inputs :], strict=True)
-        known = all(_is_known(step, shapes, output) for step, output in pairs)
+        known = all(_is_known(step, shapes) for step in self.steps)
         if len(self._known) >= SIZES:
             del self._known[next(iter(self._known))]
         self._known[sizes] = _Program(self, shapes) if known else None
         return self._known[sizes]
 
 
-def _is_known(step: Step, shapes: Sequence[Shape], output: Shape) -> bool:
+def _product(step: Step, shapes: Sequence[Shape]) -> Shape:
+    """The shape of what the layer itself gives."""
+    images, _, height, width = shapes[step.input]
+    return (images, len(step.layer.weight), *Convolution.of(step.layer).output_size(height, width))
+
+
+def _is_known(step: Step, shapes: Sequence[Shape]) -> bool:
     """Whether the layer's plan computes the step."""
-    layer, (_, channels, height, width) = step.layer, shapes[step.input]
+    layer, (images, channels, height, width) = step.layer, shapes[step.input]
     fits = layer.weight.dtype == torch.float32 and channels == layer.in_channels
-    whole = step.other is None or shapes[step.other] == output
-    reached = Convolution.of(layer).reaches(output[0], height, width)
+    whole = step.other is None or shapes[step.other] == _product(step, shapes)
+    reached = Convolution.of(layer).reaches(images, height, width)
     return fits and whole and reached and layer.kernel.plan is not None
 
 

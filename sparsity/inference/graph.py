@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterator
@@ -61,7 +62,8 @@ def take_in(model: GraphModule, takes: Callable[[nn.Module], bool]) -> None:
         if relu is not None:
             taken.append(relu)
         if len(taken) > 1:
-            with model.graph.inserting_before(taken[-1]):
+            # at an addition, whose summand may be computed behind the layer; a ReLU alone takes nothing else
+            with model.graph.inserting_before(node if other is None else taken[-1]):
                 whole = model.graph.call_module(node.target, (node.args[0], other, relu is not None))
             taken[-1].replace_all_uses_with(whole)
             for old in reversed(taken):
@@ -78,8 +80,11 @@ def join(model: GraphModule, takes: Callable[[nn.Module], bool]) -> None:
             neighbours[-1].append(node)
         elif neighbours[-1]:
             neighbours.append([])
-    for number, nodes in enumerate(each for each in neighbours if len(each) > 1):
-        _join(model, nodes, f"chain{number}")
+    names = (f"chain{number}" for number in itertools.count())
+    free = (name for name in names if not hasattr(model, name))
+    for nodes in neighbours:
+        if len(nodes) > 1:
+            _join(model, nodes, next(free))
     model.recompile()
 
 

@@ -95,10 +95,14 @@ def _calls(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) -> 
     """Of each layer that the model runs for one image."""
     calls: dict[str, list[Call]] = {}
 
-    def note(name: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        calls.setdefault(name, []).append(Call.of(layer, inputs[0], output))
+    def note(
+        name: str, layer: nn.Module, inputs: tuple[Tensor], named: dict[str, Tensor], output: Tensor
+    ) -> None:
+        calls.setdefault(name, []).append(Call.of(layer, (*inputs, *named.values())[0], output))
 
-    hooks = [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_hook(partial(note, name), with_kwargs=True) for name, layer in layers.items()
+    ]
     model(image)
     for hook in hooks:
         hook.remove()

@@ -115,13 +115,16 @@ class FrozenKernel(SparseKernel):
     def prepare(self, layer: Any) -> None:
         self.plan = FrozenPlan(Convolution.of(layer), layer.weight, self.tiles.forward, self.dtype)
 
-    def __call__(self, layer: Any, input: Tensor, other: Tensor | None = None, relu: bool = False) -> Tensor:
+    def __call__(self, layer: Any, input: Tensor, other: Any = None, relu: bool = False) -> Tensor:
         """relu(layer(input) + other)."""
         maps = self.maps_of(layer, input)
         if maps is None:
             return _behind(layer.dense(input), other, relu)
         size = (len(layer.weight), *Convolution.of(layer).output_size(*maps.shape[2:]))
-        within = other is None or (other.shape == (len(maps), *size) and other.dtype == maps.dtype)
+        of_maps = isinstance(other, Tensor)  # in a model's graph it may be a number
+        within = other is None or (
+            of_maps and other.shape == (len(maps), *size) and other.dtype == maps.dtype
+        )
         given = other if within else None
         output = operator.infer(maps, given, layer.bias, relu and within, size, self.number)
         if isinstance(layer, nn.Linear):
@@ -129,6 +132,6 @@ class FrozenKernel(SparseKernel):
         return output if within else _behind(output, other, relu)
 
 
-def _behind(output: Tensor, other: Tensor | None, relu: bool) -> Tensor:
+def _behind(output: Tensor, other: Any, relu: bool) -> Tensor:
     output = output if other is None else output + other
     return output.relu() if relu else output

@@ -2,19 +2,16 @@
 
 import copy
 import io
-import operator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 from sparsity.inference import accelerated, load, model, read, save
-from sparsity.inference.chain import Chain
 from sparsity.inference.file import pack_bits, unpack_bits
 from sparsity.kernels.choose import LayerChoice
 from sparsity.kernels.unstructured import frozen
-from sparsity.kernels.unstructured.family import GRIDS, SparseFamily
+from sparsity.kernels.unstructured.family import GRIDS
 from sparsity.kernels.unstructured.kernel import DENSE_INNERMOST, from_name
 from sparsity.kernels.unstructured.library import BuildError, find_compiler, vector_bytes
 from sparsity.kernels.unstructured.operator import is_innermost
@@ -53,16 +50,6 @@ def net():
     return built
 
 
-@pytest.fixture
-def forced(monkeypatch):
-    """Kernels wherever they are right, faster or not."""
-    chosen = SparseFamily.choose
-    monkeypatch.setattr(
-        SparseFamily, "choose", staticmethod(lambda measured, required=False: chosen(measured, True))
-    )
-    monkeypatch.setattr("sparsity.kernels.choose.best_region", lambda choices, *_: choices)
-
-
 def test_bits_are_packed_and_unpacked():
     for count in (0, 1, 7, 8, 9, 1000):
         mask = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.5
@@ -99,7 +86,6 @@ def test_other_files_are_refused(tmp_path):
             read(tmp_path / name)
 
 
-@needs_compiler
 @pytest.mark.parametrize("images", [1, 16, 33])
 def test_logits_are_those_of_the_dense_model(net, forced, tmp_path, images):
     save(net, tmp_path / "file")
@@ -118,7 +104,6 @@ def test_logits_are_those_of_the_dense_model(net, forced, tmp_path, images):
         assert torch.allclose(rounded.float(), expected, rtol=0.1, atol=0.1)
 
 
-@needs_compiler
 @pytest.mark.rare
 def test_compiled_logits_are_the_same(net, forced):
     batch = torch.randn(16, 3, 12, 12)
@@ -145,128 +130,6 @@ def test_a_dense_convolution_keeps_the_format_where_its_maps_meet_sparse_ones(ne
         assert torch.allclose(fast(batch), net(batch), rtol=1e-4, atol=1e-4)
 
 
-class Shortcut(nn.Module):
-    """What stands behind its convolutions can be computed within, or looks as if it could."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.how, self.relu = how, nn.ReLU(inplace=True)
-        self.first, self.second = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-        self.around = nn.Conv2d(8, 16, 1)
-
-    def forward(self, x):
-        if self.how == "residual":  # around is computed after second
-            y = self.second(self.relu(self.first(x)))
-            y += self.around(x)
-            return self.relu(y)
-        y = self.first(x)
-        if self.how == "input changed in place":
-            z = self.second(y)
-            return (z + y.add_(1)).relu()
-        if self.how == "summand changed in place":
-            z = y * 2
-            z += self.second(y)
-            return z.relu() + z
-        if self.how == "another shape":
-            return torch.relu(self.second(y) + y.mean((2, 3), keepdim=True))
-        return self.relu(y) if self.how == "relu" else self.second(y) + 1
-
-
-@needs_compiler
-@pytest.mark.parametrize("images", [1, 16])
-@pytest.mark.parametrize(
-    ("how", "nodes"),
-    [
-        ("residual", ["first", "around", "second"]),
-        ("relu", ["first"]),
-        ("input changed in place", None),
-        ("summand changed in place", None),
-        ("another shape", None),
-        ("a number", None),
-    ],
-)
-def test_what_stands_behind_a_layer_is_computed_within(forced, how, nodes, images):
-    torch.manual_seed(0)
-    net, batch = Shortcut(how).eval(), torch.randn(images, 8, 9, 7)
-    fast = accelerated(net, batch)
-    with torch.no_grad():
-        assert torch.allclose(fast(batch), net(batch), rtol=1e-4, atol=1e-4)
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = accelerated(net, batch)(batch)
-        assert torch.allclose(rounded.float(), net(batch), rtol=0.1, atol=0.1)
-    if nodes is not None:
-        assert list(_called(fast)) == nodes
-
-
-class Deep(nn.Module):
-    """Layers in one chain, two of whose values are used behind it; one stays in use for long."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))
-        self.down = nn.Conv2d(8, 4, 1, bias=False)
-
-    def forward(self, x):
-        first = torch.relu(self.layers[0](x))
-        y = first
-        for layer in self.layers[1:5]:
-            y = torch.relu(layer(y))
-        y, narrow = torch.relu(self.layers[5](y) + first), self.down(first)
-        return y.mean((2, 3)).sum(1) + narrow.mean((1, 2, 3))
-
-
-def _called(fast):
-    """Names of layers and functions in the order in which they are called, those in chains, too."""
-    names = {module: name for name, module in fast.named_modules()}
-    for node in fast.graph.nodes:
-        module = fast.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(module, Chain):
-            yield from (names[step.layer] for step in module.steps)
-        elif node.op.startswith("call") and node.target is not operator.getitem:
-            yield node.target
-
-
-@needs_compiler
-@pytest.mark.parametrize("images", [0, 1, 16])
-def test_a_chain_computes_what_its_layers_do_one_by_one(forced, images):
-    torch.manual_seed(0)
-    fast, batch = accelerated(Deep().eval(), torch.randn(1, 8, 9, 7)), torch.randn(images, 8, 9, 7)
-    (chain,) = (module for module in fast.modules() if isinstance(module, Chain))
-    assert len(chain.steps) == 7
-    assert len(chain.outputs) == 2
-    with torch.no_grad():
-        for size in (batch, batch[:, :, :5], batch):  # a smaller one uses the memory of the larger one
-            expected = [each.clone() for each in chain._one_by_one([size])]
-            if chain._memory is not None:
-                chain._memory.fill_(255)  # NaN, where something is read that was not written
-            assert all(map(torch.equal, chain(size), expected))
-        assert chain._memory is not None
-
-
-@needs_compiler
-def test_threads_share_a_chain(forced):
-    torch.manual_seed(0)
-    fast = accelerated(Deep().eval(), torch.randn(1, 8, 9, 7))
-    batches = [torch.randn(1, 8, 9 + number % 12, 7) for number in range(48)]
-
-    def answers(batch):
-        with torch.no_grad():
-            return [fast(batch) for _ in range(20)]
-
-    expected = [answers(batch)[0] for batch in batches]
-    with ThreadPoolExecutor(4) as pool:
-        for found, right in zip(pool.map(answers, batches), expected, strict=True):
-            assert all(torch.equal(each, right) for each in found)
-
-
-@needs_compiler
-def test_a_chain_says_that_it_has_no_gradients(forced):
-    fast = accelerated(Deep().eval(), torch.randn(1, 8, 9, 7))
-    output = fast(torch.randn(1, 8, 9, 7, requires_grad=True))
-    with pytest.raises(RuntimeError, match="a model for inference has no gradients"):
-        output.sum().backward()
-
-
 def _saved(fast):
     file = io.BytesIO()
     torch.save(fast, file)
@@ -274,7 +137,6 @@ def _saved(fast):
     return torch.load(file, weights_only=False)
 
 
-@needs_compiler
 @pytest.mark.parametrize("copied", [copy.deepcopy, _saved])
 @pytest.mark.parametrize("images", [2, 16])
 def test_copies_and_saved_models_keep_their_kernels(net, forced, copied, images):
@@ -290,7 +152,6 @@ def test_copies_and_saved_models_keep_their_kernels(net, forced, copied, images)
         assert torch.equal(other(batch), expected)
 
 
-@needs_compiler
 def test_a_saved_model_runs_dense_where_its_kernels_are_not(net, forced, monkeypatch, caplog):
     def fail(*arguments):
         raise BuildError("no C++ compiler")
