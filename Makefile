@@ -64,7 +64,8 @@ docs: setup
 sanitize: setup
 	CXXFLAGS='-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined' ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest tests/sparsity/kernels/test_unstructured.py tests/sparsity/kernels/test_between.py
+	$(BIN)/python -m pytest tests/sparsity/kernels/test_unstructured.py tests/sparsity/kernels/test_between.py \
+		tests/sparsity/inference/test_graph.py
 
 claims: setup
 	$(BIN)/python -m benchmarks.quickstart
