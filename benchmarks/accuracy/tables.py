@@ -116,13 +116,20 @@ def _tuning() -> tuple[Row, ...]:
     networks = {"16": (16, 2), "32": (32, 2), "48": (48, 4)}  # by width: and stride of the stem
     rows = []
 
-    def add(recipe: str, width: str, name: str = "", *changes: str, schedule: str = "three_phases") -> None:
+    def add(
+        recipe: str,
+        width: str,
+        name: str = "",
+        *changes: str,
+        schedule: str = "three_phases",
+        after: str | None = None,
+    ) -> None:
         channels, stride = networks[width]
         network = (f"model.arguments.width={channels}", f"model.arguments.stem_stride={stride}")
         phases = (f"sparsity.schedule={schedules[schedule]}",) if recipe == "acdc" else ()
         row = "_".join(filter(None, (recipe, f"width_{width}", name.replace(" ", "_"))))
         title = ", ".join(filter(None, (recipe, f"width {width}", name.replace("_", " "))))
-        rows.append(Row(row, title, recipe, (*network, *phases, *changes), 1, "held_out"))
+        rows.append(Row(row, title, recipe, (*network, *phases, *changes), 1, "held_out", after))
 
     crops = "data.crop_padding=2"
     for recipe, lr in (("dense", 0.05), ("dense", 0.1), ("acdc", 0.05), ("acdc", 0.1)):
@@ -143,8 +150,10 @@ def _tuning() -> tuple[Row, ...]:
     add("acdc", "48", "batch 64", crops, "data.batch_size=64", "optimizer.lr=0.05")
     for recipe in ("dense", "acdc", "gmp"):
         add(recipe, "48", "no crop", "data.crop_padding=0")
-    for recipe in ("dense", "acdc"):
-        add(recipe, "48", "decay 2e-4", crops, "optimizer.weight_decay=2e-4")
+    add("dense", "48", "12 epochs", "data.crop_padding=0", *_epochs(12, "dense 12"))
+    for rate in (0.02, 0.05, 0.1):
+        changes = ("data.crop_padding=0", f"optimizer.lr={rate}")
+        add("one_shot", "48", f"lr {rate}", *changes, after="dense_width_48_12_epochs")
     return tuple(rows)
 
 
