@@ -99,10 +99,12 @@ def _ablations() -> tuple[Row, ...]:
         "batch_norm": ("BatchNorm statistics recomputed", "sparsity.recompute_batch_norm=1ep"),
         "ends_dense": ("first and last layer dense", 'sparsity.exclude=["conv1", "fc"]'),
         "ema": ("EMA of weights, 0.999", "ema={decay: 0.999}"),
+        "crops": ("images cropped, too", "data.crop_padding=2"),
     }
     changes = {name: (title, f"sparsity.schedule={text}") for name, (title, text) in phases.items()}
     rows = [Row(name, title, "acdc", (change,)) for name, (title, change) in {**settings, **changes}.items()]
-    return (Row("as_it_is", "AC/DC 90 % as it is", "acdc"), *rows)
+    dense = Row("dense_crops", "dense, images cropped, too", "dense", ("data.crop_padding=2",))
+    return (Row("as_it_is", "AC/DC 90 % as it is", "acdc"), *rows, dense)
 
 
 def _tuning() -> tuple[Row, ...]:
