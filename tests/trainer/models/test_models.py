@@ -135,8 +135,15 @@ def test_every_model_computes():
 
 def test_a_strided_stem_makes_maps_a_quarter_as_large():
     images = torch.zeros(1, 3, 32, 32)
-    maps = [get_model("resnet_cifar", 7, depth=8, stem_stride=stride).conv1(images) for stride in (1, 2)]
-    assert [each.shape for each in maps] == [(1, 16, 32, 32), (1, 16, 16, 16)]
+    stems = [get_model("resnet_cifar", 7, depth=8, stem_stride=stride).conv1 for stride in (1, 2, 4)]
+    assert [stem(images).shape for stem in stems] == [(1, 16, 32, 32), (1, 16, 16, 16), (1, 16, 8, 8)]
+    assert [stem.kernel_size for stem in stems] == [(3, 3), (3, 3), (7, 7)]
+
+
+def test_a_strided_stem_sees_every_pixel():
+    images = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    get_model("resnet_cifar", 7, depth=8, stem_stride=4).conv1(images).sum().backward()
+    assert images.grad.ne(0).all()
 
 
 def test_width_multipliers():
