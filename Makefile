@@ -1,7 +1,7 @@
 # make train    set up, then train AC/DC on Fashion-MNIST
 # make test     set up, then run the tests that are not marked slow (about three minutes)
 # make test-slow  the slow tests: real launches, two ranks, damaged data (several minutes more)
-# make test-rare  the few slow ones that compile most
+# make test-rare  the few slow ones that take longest
 # make torture    runs killed, stopped, damaged, fed with nonsense; disks filled: counted; KILLS=100, 30 minutes
 # make setup    the set-up alone: .venv with pinned dependencies
 # make lint     ruff and mypy

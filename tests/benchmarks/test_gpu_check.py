@@ -185,7 +185,7 @@ def test_what_is_stopped_takes_its_part_with_it(tmp_path):
         os.kill(int(place.read_text()), 0)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_real_run(monkeypatch, tmp_path, capsys):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")

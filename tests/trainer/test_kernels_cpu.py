@@ -70,7 +70,7 @@ def test_a_run_is_resumed_bit_for_bit_and_equals_the_dense_one(tiny_data, tmp_pa
     assert losses[0] == pytest.approx(losses[1], rel=1e-3 if "fp32" in options[0] else 5e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_compiled_run_is_resumed_bit_for_bit(tiny_data, tmp_path, monkeypatch):
     fused, fuse = [], fusion.fuse
     monkeypatch.setattr(fusion, "fuse", lambda graph: fused.append(fuse(graph)))
