@@ -150,7 +150,7 @@ def _tuning() -> tuple[Row, ...]:
     for recipe in ("dense", "acdc", "gmp"):
         add(recipe, "48", "", crops)
     add("acdc", "48", "batch 64", crops, "data.batch_size=64", "optimizer.lr=0.05")
-    for recipe in ("dense", "acdc", "gmp"):
+    for recipe in ("dense", "acdc"):
         add(recipe, "48", "no crop", "data.crop_padding=0")
     add("dense", "48", "12 epochs", "data.crop_padding=0", *_epochs(12, "dense 12"))
     for rate in (0.02, 0.05, 0.1):

@@ -135,17 +135,20 @@ torch.library.register_autograd("acdc::infer", _refuse)
 infer = torch.ops.acdc.infer.default
 
 
-def _infer_chain(maps: list[Tensor], sizes: Sequence[int], number: int) -> list[Tensor]:
-    """What the chain of this number makes of its inputs (N, C, H, W). sizes: of its outputs, all in one."""
+def _infer_chain(maps: list[Tensor], number: int, digest: str) -> list[Tensor]:
+    """What the chain of this number makes of its inputs (N, C, H, W). digest: of its layers, so that
+    compiled code that is kept is not taken for that of another chain with its number."""
     found: list[Tensor] = CHAINS[number].compute(maps)
     return found
 
 
-def _fake_infer_chain(maps: list[Tensor], sizes: Sequence[int], number: int) -> list[Tensor]:
-    return [empty(maps[0], *sizes[at : at + 4]) for at in range(0, len(sizes), 4)]
+def _fake_infer_chain(maps: list[Tensor], number: int, digest: str) -> list[Tensor]:
+    chain = CHAINS[number]
+    shapes = chain.shapes([each.shape for each in maps])
+    return [empty(maps[0], *shapes[value]) for value in chain.outputs]
 
 
-torch.library.define("acdc::infer_chain", "(Tensor[] maps, SymInt[] sizes, int number) -> Tensor[]")
+torch.library.define("acdc::infer_chain", "(Tensor[] maps, int number, str digest) -> Tensor[]")
 torch.library.impl("acdc::infer_chain", "CPU", _infer_chain)
 torch.library.register_fake("acdc::infer_chain", _fake_infer_chain)
 torch.library.register_autograd("acdc::infer_chain", _refuse)
