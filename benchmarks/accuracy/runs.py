@@ -34,8 +34,14 @@ class Run:
     def __str__(self) -> str:
         return f"{self.table}, {self.row.title}, seed {self.seed}"
 
+    @property
+    def place(self) -> Path:
+        """Of its folder, and of its record, in their roots."""
+        table, name = (self.table, self.row.name) if self.row.same_as is None else ("main", self.row.same_as)
+        return Path(table, f"{name}_{self.seed}")
+
     def record(self, results: Path) -> Path:
-        return results / self.table / f"{self.row.name}_{self.seed}.json"
+        return results / f"{self.place}.json"
 
     def read(self, results: Path) -> dict[str, Any] | None:
         """Its record; None where there is none, or one of a recipe that is another now."""
@@ -66,8 +72,6 @@ def train(run: Run, root: Path, results: Path) -> None:
     assert result is not None
     del result["run"]
     content = {
-        "table": run.table,
-        "row": run.row.name,
         "recipe": run.row.recipe_name,
         "overrides": list(run.row.overrides),
         "images": run.row.images,
@@ -86,21 +90,17 @@ def train(run: Run, root: Path, results: Path) -> None:
 
 def finished(run: Run, root: Path) -> RunDir | None:
     """The run's folder, where it has come to its end."""
-    for path in sorted(_folder(run, root).glob("*/*/result.json")):
+    for path in sorted((root / run.place).glob("*/*/result.json")):
         folder = RunDir(path.parent)
         if run.is_of(read_yaml(path.parent / "config.yaml")) and folder.read_result() is not None:
             return folder
     return None
 
 
-def _folder(run: Run, root: Path) -> Path:
-    return root / run.table / f"{run.row.name}_{run.seed}"
-
-
 def _train(run: Run, root: Path) -> RunDir:
     arguments = [
         f"seed={run.seed}",
-        f"run_root={_folder(run, root)}",
+        f"run_root={root / run.place}",
         f"data.root={root_of(run.row.images)}",
         *run.row.overrides,
     ]

@@ -14,12 +14,14 @@ from trainer.config.schema import Config
 
 FIRST_TUNING_SEED = 101
 ACDC = "dense 4, sparse 2, dense 2, sparse 2, dense 4, sparse 6"  # of the recipe fashion_mnist/acdc
+NOT_FINE_TUNED = "finetune_dense=false"  # the sparse model is the same
 
 
 @dataclass(frozen=True)
 class Row:
     """One method, over seeds. name: of its records. images: which of the training images, see
-    benchmarks.accuracy.images. after: the row of the same table whose dense network it starts from."""
+    benchmarks.accuracy.images. after: the row of the same table whose dense network it starts from.
+    same_as: the row of the main table whose recipe it has, and so its runs and records."""
 
     name: str
     title: str
@@ -28,6 +30,7 @@ class Row:
     seeds: int = 3
     images: str = "all"
     after: str | None = None
+    same_as: str | None = None
 
     def config(self) -> Config:
         """Without what only a run knows: its folder, and whose weights it starts from."""
@@ -78,11 +81,16 @@ def _memorisation() -> tuple[Row, ...]:
 
 def _compute() -> tuple[Row, ...]:
     """Dense training and AC/DC at 90 % over epochs: what they reach for as many FLOPs, and as many hours."""
-    return tuple(
-        Row(f"{name}_{epochs}_epochs", f"{title}, {epochs} epochs", name, _epochs(epochs, schedule))
-        for name, title, schedule in (("dense", "dense", "dense 20"), ("acdc", "AC/DC 90 %", ACDC))
-        for epochs in (10, 15, 20, 30)
-    )
+    rows = []
+    for recipe, title, same_as in (("dense", "dense", "dense"), ("acdc", "AC/DC 90 %", "acdc_90")):
+        schedule = "dense 20" if recipe == "dense" else ACDC
+        for epochs in (10, 15, 20, 30):
+            name, whole = (f"{recipe}_{epochs}_epochs", f"{title}, {epochs} epochs")
+            if epochs == 20:
+                rows.append(Row(name, whole, recipe, same_as=same_as))
+            else:
+                rows.append(Row(name, whole, recipe, (*_epochs(epochs, schedule), NOT_FINE_TUNED)))
+    return tuple(rows)
 
 
 def _ablations() -> tuple[Row, ...]:
@@ -102,9 +110,12 @@ def _ablations() -> tuple[Row, ...]:
         "crops": ("images cropped, too", "data.crop_padding=2"),
     }
     changes = {name: (title, f"sparsity.schedule={text}") for name, (title, text) in phases.items()}
-    rows = [Row(name, title, "acdc", (change,)) for name, (title, change) in {**settings, **changes}.items()]
+    rows = [
+        Row(name, title, "acdc", (change, NOT_FINE_TUNED))
+        for name, (title, change) in {**settings, **changes}.items()
+    ]
     dense = Row("dense_crops", "dense, images cropped, too", "dense", ("data.crop_padding=2",))
-    return (Row("as_it_is", "AC/DC 90 % as it is", "acdc"), *rows, dense)
+    return (Row("as_it_is", "AC/DC 90 % as it is", "acdc", same_as="acdc_90"), *rows, dense)
 
 
 def _tuning() -> tuple[Row, ...]:

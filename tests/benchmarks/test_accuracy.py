@@ -65,6 +65,17 @@ def test_runs_go_seed_by_seed_and_tuning_has_seeds_of_its_own():
     assert not {run.seed for run in runs.runs_of("tuning")} & set(seeds)
 
 
+def test_a_row_of_a_recipe_of_the_main_table_has_its_runs(results):
+    shared = [row for table in ("compute", "ablations") for row in tables.TABLES[table] if row.same_as]
+    assert [row.same_as for row in shared] == ["dense", "acdc_90", "acdc_90"]
+    for row in shared:
+        assert row.config() == ROWS[row.same_as].config()
+        assert row.seeds <= ROWS[row.same_as].seeds
+    found = {each.row.name: each.final() for each in figures.read("compute", results)}
+    assert found["dense_20_epochs"] == {1: 91.0, 2: 91.2, 3: 91.4}
+    assert found["dense_30_epochs"] == {}
+
+
 def test_the_lines_of_a_table(results):
     dense, acdc = figures.lines("main", figures.read("main", results))
     assert dense == ("dense", "3", "", "91.20 ± 0.20", "", "", "", "1.00", "0.01")
@@ -90,8 +101,8 @@ def test_a_row_costs_what_it_starts_from_as_well():
 
 @pytest.mark.parametrize("table", ["main", "memorisation", "compute"])
 def test_pictures_are_drawn_of_what_there_is(table, tmp_path):
-    for row in tables.TABLES[table][:4]:
-        path = tmp_path / table / f"{row.name}_1.json"
+    for run in list(runs.runs_of(table))[:4]:
+        row, path = run.row, run.record(tmp_path)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(record(row, 90.0)))
     figures.draw(table, figures.read(table, tmp_path), tmp_path / "picture.svg")
