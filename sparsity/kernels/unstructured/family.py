@@ -290,7 +290,7 @@ def candidates(shape: Shape, dtype: torch.dtype, inference: bool = False) -> lis
     height, width = shape.convolution.output_size(shape.height, shape.width)
     pixels = inference and lanes_are_pixels(shape.convolution, shape.images, dtype)
     if shape.convolution.is_flat or pixels:
-        pitch = width + (shape.kernel_x - 1) * shape.dilation_x // shape.stride_x  # see native/plan.h
+        pitch = max(width, (shape.width - 1 + shape.padding_x) // shape.stride_x + 1)  # see native/plan.h
         whole = -(-shape.images * height * pitch * dtype.itemsize // vector_bytes())
         most = 7 if 14 < whole < 128 else 14  # better many tiles than few: a thread computes one at a time
         runs = sorted((run for rows, run in grids if rows == 1 and run <= most), reverse=True)

@@ -49,7 +49,7 @@ class FrozenPlan:
         self._weight, self._mask = weight.detach().contiguous(), (weight.detach() != 0).contiguous()
         self.outputs, self.inputs = int(weight.shape[0]), int(weight.shape[1]) * convolution.groups
         self._library, self._lock = library.load(), threading.Lock()
-        self._filled_with_images = self._layer(0, 0, tile)
+        self._filled_with_images = self._layer(0, 0, 0, tile)
         self._known: dict[torch.Size, tuple[library.Size, _Layer]] = {}  # by (H, W, N), oldest first
 
     def infer(self, maps: Tensor, other: Tensor | None, bias: Tensor | None, relu: bool) -> Tensor:
@@ -90,15 +90,16 @@ class FrozenPlan:
         if not lanes_are_pixels(self.convolution, size.images, self.dtype):
             return self._filled_with_images
         run = self.tile.rows * self.tile.columns * self.tile.units
-        return self._layer(size.images, size.out_width, Tile(1, run, 1, self.tile.slab_bytes))
+        widths = size.in_width, size.out_width
+        return self._layer(size.images, *widths, Tile(1, run, 1, self.tile.slab_bytes))
 
-    def _layer(self, images: int, width: int, tile: Tile) -> _Layer:
+    def _layer(self, images: int, in_width: int, out_width: int, tile: Tile) -> _Layer:
         if not self._library.has_tile(tile.rows, tile.columns * tile.units):
             raise KernelUnavailableError(f"no code for the tile {tile} with the instructions of this machine")
         geometry = self.convolution.geometry(self.outputs, self.inputs, tuple(self._weight.stride()))
         operands = (ctypes.byref(geometry), self._mask.data_ptr(), ctypes.byref(library.Tile(*tile)))
         pointer: int | None = self._library.layer_new_forward(
-            *operands, self.dtype == torch.bfloat16, images, width
+            *operands, self.dtype == torch.bfloat16, images, in_width, out_width
         )
         if pointer is None:
             raise KernelUnavailableError("the kernel spans too many pixels")

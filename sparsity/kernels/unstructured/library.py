@@ -208,7 +208,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.layer_new.restype = _pointer
     library.layer_new.argtypes = (_pointer, _pointer, _pointer, ctypes.c_int)
     library.layer_new_forward.restype = _pointer
-    library.layer_new_forward.argtypes = (_pointer, _pointer, _pointer, ctypes.c_int, _int64, _int64)
+    library.layer_new_forward.argtypes = (_pointer, _pointer, _pointer, ctypes.c_int, *[_int64] * 3)
     library.layer_free.restype = None
     library.layer_free.argtypes = (_pointer,)
     library.layer_freeze.restype = None

@@ -71,18 +71,24 @@ struct Layout {
         whole.clear(), part.clear(), zero.clear(), pieces.clear(), apart.clear();
         inside = false, stride = plan.stride_x, pixel = in.images;
         const int64_t images = in.images, end = begin + plan.phase_bytes / E::SIZE;
-        for (int64_t to = 0; to < plan.channel_bytes; to += UNIT) zero.push_back(int32_t(to));
         for (int32_t py = 0; py < plan.stride_y; py++)
-            for (int32_t px = 0; px < plan.stride_x; px++)
-                for (int64_t r = begin / plan.pitch; r * plan.pitch < end && plan.phase_at[py * plan.stride_x + px] >= 0; r++) {
-                    const int64_t row = r * plan.stride_y + py + plan.first_dy;
+            for (int32_t px = 0; px < plan.stride_x; px++) {
+                const int32_t phase = plan.phase_at[py * plan.stride_x + px];
+                if (phase < 0) continue;
+                const int64_t place = phase * plan.phase_bytes, shift = px + plan.first_dx;
+                const Columns columns(in.width, shift, stride);
+                int64_t cleared = place;  // all before it is cleared or copied to
+                auto clear = [&](int64_t end) {
+                    for (; cleared < end; cleared += UNIT) zero.push_back(int32_t(cleared));
+                };
+                for (int64_t r = begin / plan.pitch; r * plan.pitch < end; r++) {
+                    const int64_t row = r * plan.stride_y + py + plan.first_dy, origin = r * plan.pitch - begin;
                     if (row < 0 || row >= in.height) continue;
-                    // columns c of this rest with 0 <= c * stride + px + first_dx < width, cut to the tile
-                    const int64_t shift = px + plan.first_dx;
-                    int64_t from = shift >= 0 ? 0 : (-shift + stride - 1) / stride * images;
-                    int64_t to = std::min(plan.pitch, in.width > shift ? ((in.width - shift - 1) / stride + 1) * images : 0);
-                    from = std::max(from, begin - r * plan.pitch), to = std::min(to, end - r * plan.pitch);
-                    const int64_t place = plan.phase_at[py * stride + px] * plan.phase_bytes, origin = r * plan.pitch - begin;
+                    int64_t from = std::max(columns.first * images, -origin);
+                    int64_t to = std::min({plan.pitch, columns.end * images, end - r * plan.pitch});
+                    if (from >= to) continue;
+                    clear(place + (origin + from) * E::SIZE);
+                    cleared = std::max(cleared, place + (origin + to) * E::SIZE / UNIT * UNIT);
                     auto move = [&](int64_t q, int64_t count) {  // of the element q of the long row
                         int64_t column = q / images * stride + shift;
                         return Move{int32_t(row * in.row + column * in.column + q % images * E::SIZE),
@@ -101,6 +107,8 @@ struct Layout {
                     }
                     add(to);
                 }
+                clear(place + plan.phase_bytes);
+            }
         const int64_t last = std::min(begin + int64_t(plan.tile.columns) * E::IMAGES, out.height * plan.pitch);
         for (int64_t y = begin / plan.pitch; y * plan.pitch < last; y++) {
             const int64_t from = std::max(begin, y * plan.pitch), to = std::min(last, y * plan.pitch + out.width * images);
@@ -190,12 +198,11 @@ struct Epilogue {  // a convolution, in inference: y = relu(sums + bias + other)
 
 enum Ending { KEEP, STORE, STREAM, STORE_PART, STORE_PIECES };  // what happens to the sums of a row behind its block
 
-// The sums of one output, with what stands behind.
+// The sums of one output, which began with the bias, with what else stands behind.
 template <class E, int ROWS, int RUN>
-void finish(const Epilogue& epilogue, int32_t output, const Map& out, const Layout<E>& layout, Ending ending, Floats* sum) {
+[[gnu::always_inline]] inline void finish(  // a call would have the sums leave their registers
+    const Epilogue& epilogue, int32_t output, const Map& out, const Layout<E>& layout, Ending ending, Floats* sum) {
     constexpr int NUM = ROWS * RUN, SUMS = NUM * E::PARTS;
-    const Floats bias = Floats{} + (epilogue.bias ? epilogue.bias[output] : 0.f);
-    UNROLL for (int i = 0; i < SUMS; i++) sum[i] += bias;
     if (epilogue.other) {
         const char* other = epilogue.other + output * out.channel;
         char pieces[NUM * UNIT] = {};
@@ -223,6 +230,7 @@ void multiply(const Gather& plan, const Row* row, const Row* end, const char* sl
     constexpr bool TWICE = SUMS <= 4;  // each sum as two, else the next product waits for the last one's
     const int64_t step = plan.step_bytes();
     const int32_t* at = layout.at.data();
+    const float* bias = first && epilogue ? epilogue->bias : nullptr;
     auto add = [&](const Kept* kept, Floats* sum) {
         const char* from = slab + kept->offset;
         const typename E::Factor factor(kept->value);
@@ -252,7 +260,8 @@ void multiply(const Gather& plan, const Row* row, const Row* end, const char* sl
         char* mine = partial + int64_t(row->output) * (SUMS * UNIT);
         Floats sum[SUMS];
         ahead.fetch();
-        UNROLL for (int i = 0; i < SUMS; i++) sum[i] = first ? Floats{} : load<Floats>(mine + i * UNIT);
+        const Floats begin = Floats{} + (bias ? bias[row->output] : 0.f);
+        UNROLL for (int i = 0; i < SUMS; i++) sum[i] = first ? begin : load<Floats>(mine + i * UNIT);
         const Kept* kept = plan.kept.data() + row->kept;
         const Kept* last = kept + row->count;
         if constexpr (TWICE) {

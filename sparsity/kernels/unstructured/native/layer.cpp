@@ -182,15 +182,15 @@ Layer* layer_new(const Geometry* geometry, const bool* mask, const Tile* tiles, 
     return reached ? new Layer(std::move(layer)) : nullptr;
 }
 
-// For forward products alone. images, out_width: where lanes are pixels, for these; else 0.
+// For forward products alone. images and widths: where lanes are pixels, for these; else 0.
 Layer* layer_new_forward(const Geometry* geometry, const bool* mask, const Tile* tile, int bfloat16, int64_t images,
-                         int64_t out_width) {
+                         int64_t in_width, int64_t out_width) {
     const Geometry& g = *geometry;
     Tile shape = *tile;
     if (is_flat(g)) shape.columns *= shape.units, shape.units = 1;
     Layer layer{g, bfloat16 != 0, 0, {}, {}, {}};
     layer.forward = plan_gather(entries_of(g, mask, false), taps_of(g), g.outputs, g.inputs, g.stride_y, g.stride_x, shape,
-                                false, {images, out_width, bfloat16 ? 2 : 4});
+                                false, {images, in_width, out_width, bfloat16 ? 2 : 4});
     return layer.forward.is_reached() ? new Layer(std::move(layer)) : nullptr;
 }
 

@@ -51,7 +51,7 @@ struct Block {  // of input channels
 };
 
 struct Pixels {  // of a plan whose lanes are pixels; none: images 0
-    int64_t images, out_width;
+    int64_t images, in_width, out_width;
     int32_t size;  // bytes of an element
 };
 
@@ -73,6 +73,25 @@ struct Gather {
     int64_t slab_bytes() const { return channel_bytes * blocks[0].channels; }
     bool is_reached() const { return blocks.empty() || slab_bytes() <= INT32_MAX; }  // by offsets
 };
+
+// Columns x of a row in the map that stand `stride` apart, from `shift` on: those from first on, before end, are in it.
+struct Columns {
+    int64_t first, end;
+
+    Columns(int64_t width, int64_t shift, int64_t stride)
+        : first(shift >= 0 ? 0 : (-shift + stride - 1) / stride), end(width > shift ? (width - shift - 1) / stride + 1 : 0) {}
+};
+
+// Pixels from row to row: taps see as many zeros behind the last pixel of a row as before the first one, and those
+// behind it are those before the next row's.
+inline int64_t pitch_of(const Pixels& pixels, Tap first, Tap last, int64_t stride) {
+    int64_t pitch = pixels.out_width;
+    for (int64_t rest = 0; rest < stride; rest++) {
+        const int64_t seen = pixels.out_width + (last.dx - first.dx - rest) / stride;
+        pitch = std::max(pitch, std::min(Columns(pixels.in_width, rest + first.dx, stride).end, seen));
+    }
+    return pitch;
+}
 
 // entries: sorted by output, and within an output by input and tap. sparse_rows: leave out rows without kept weights
 // (else each output has a row in the first and in the last block, which begin and end its sum).
@@ -102,7 +121,7 @@ inline Gather plan_gather(const std::vector<Entry>& entries, const std::vector<T
 
     if (pixels.images > 0) {
         const int64_t down = (last.dy - first.dy) / stride_y, across = (last.dx - first.dx) / stride_x;
-        plan.pitch = (pixels.out_width + across) * pixels.images;
+        plan.pitch = pitch_of(pixels, first, last, stride_x) * pixels.images;
         const int64_t span = down * plan.pitch + across * pixels.images;  // the longest shift
         plan.phase_bytes = (tile.columns + (span * pixels.size + UNIT - 1) / UNIT) * UNIT;
         plan.phase_at.assign(stride_y * stride_x, -1);

@@ -37,31 +37,45 @@ inline void store(void* to, V vector) {
     memcpy(to, &vector, UNIT);
 }
 
+// Fewer than two of SIZE bytes, an even number. memcpy would be a call, as it does not know how many.
+template <int SIZE = UNIT / 2>
+inline void copy_part(char* to, const char* from, int64_t bytes) {
+    if (bytes & SIZE) {
+        memcpy(to, from, SIZE);
+        to += SIZE, from += SIZE;
+    }
+    if constexpr (SIZE > 2) copy_part<SIZE / 2>(to, from, bytes);
+}
+
 // The first bytes of a unit, from any address to any. By masks where there is code for them: memory that was just
 // written is slow to read back in other pieces. Whole units without, which is faster.
-inline Words load_part(const void* from, int64_t bytes) {
+inline Words load_part(const char* from, int64_t bytes) {
     if (bytes == UNIT) return load<Words>(from);
 #if UNIT == 64
     return reinterpret_cast<Words>(_mm512_maskz_loadu_epi8((__mmask64{1} << bytes) - 1, from));
 #else
     Words unit{};
-    memcpy(&unit, from, bytes);
+    copy_part(reinterpret_cast<char*>(&unit), from, bytes);
     return unit;
 #endif
 }
 
-inline void store_part(void* to, Words unit, int64_t bytes) {
+inline void store_part(char* to, Words unit, int64_t bytes) {
     if (bytes == UNIT) return store(to, unit);
 #if UNIT == 64
     _mm512_mask_storeu_epi8(to, (__mmask64{1} << bytes) - 1, reinterpret_cast<__m512i>(unit));
 #else
-    memcpy(to, &unit, bytes);
+    copy_part(to, reinterpret_cast<const char*>(&unit), bytes);
 #endif
 }
 
 inline void copy(char* to, const char* from, int64_t bytes) {  // that do not overlap
     for (; bytes >= UNIT; to += UNIT, from += UNIT, bytes -= UNIT) store(to, load<Words>(from));
+#if UNIT == 64
     store_part(to, load_part(from, bytes), bytes);
+#else
+    copy_part(to, from, bytes);
+#endif
 }
 
 // Past the caches, for results that are not read soon. `to` is a multiple of UNIT.
