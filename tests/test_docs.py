@@ -318,8 +318,9 @@ def test_the_evidence_page_has_the_figures_of_recipes_and_records():
             assert f"| `imagenet/{path.stem}` | {found[1]} |" in page
     for table in TABLES:
         found = figures.read(table, ROOT / "benchmarks" / "results" / "accuracy")
-        rows = figures.lines(table, found)
-        assert [line for line in figures.markdown(rows) if rows and line not in page] == [], table
+        if any(each.records for each in found if each.row.same_as is None):
+            lines = figures.markdown(figures.lines(table, found))
+            assert [line for line in lines if line not in page] == [], table
 
 
 def test_figures_are_those_of_the_records():
