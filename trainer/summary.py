@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any
 
@@ -91,7 +90,13 @@ def _percent(share: float) -> str:
 
 def finish(trainer: Trainer) -> None:
     """Write report.html and result.json, show the closing table. result.json comes last: with it a run is
-    finished, and a run killed before does this again."""
+    finished, and a run killed before does this again. A signal is noted: what is left to do here ends within
+    the time that it leaves."""
+    with trainer.stop_request:
+        _finish(trainer)
+
+
+def _finish(trainer: Trainer) -> None:
     counts = _confusion(trainer)
     if not trainer.monitor:
         return
@@ -137,12 +142,9 @@ def _confusion(trainer: Trainer) -> Tensor | None:
 
     classifier, test = trainer.engine.module, trainer.loaders.test
     computed = autocast(config, trainer.device)
-    # what follows here ends within the time that a signal leaves; a dense branch does not
-    patient: AbstractContextManager[object] = nullcontext() if config.finetune_dense else trainer.stop_request
     counts = None
     try:
-        with patient:
-            counts = confusion(classifier, test, trainer.position.epoch, computed, on_progress)
+        counts = confusion(classifier, test, trainer.position.epoch, computed, on_progress)
     except Exception as error:  # whatever it is; an uncompiled pass may need more memory than training
         log.warning("no table of the most confused classes: %s", (str(error).splitlines() or [""])[0])
     worked = all(ranks.all_gather(counts is not None))

@@ -1,7 +1,9 @@
 """Runs that begin where another one stands: the dense twin finished, shared warm-ups, weights alone."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -124,6 +126,28 @@ def test_a_signal_before_or_within_the_branch(both, tiny_data, tmp_path, monkeyp
     (run,) = (tmp_path / "quickstart").iterdir()
     assert f"Go on with resume={run}\n" in capsys.readouterr().err
     assert (run / "finetuned_dense").exists() == bool(where)
+    assert main(tiny(tiny_data, tmp_path, "finetune_dense=true", f"resume={run}")) == 0
+    branches = [folder / "finetuned_dense" / "checkpoints" / "dense_twin" for folder in (run, both)]
+    assert_equal_states(*map(weights, branches))
+
+
+def test_a_signal_between_the_last_epoch_and_the_branch(both, tiny_data, tmp_path, monkeypatch, capsys):
+    """It comes while the pass over the classes runs; the pair is finished, and the branch waits."""
+    from trainer import summary
+
+    count = summary.confusion
+
+    def and_a_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return count(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(summary, "confusion", and_a_signal)
+        assert main(tiny(tiny_data, tmp_path, "finetune_dense=true")) == 128 + 15
+    (run,) = (tmp_path / "quickstart").iterdir()
+    assert f"Go on with resume={run}\n" in capsys.readouterr().err
+    assert json.loads((run / "result.json").read_text())["sparse"]
+    assert not (run / "finetuned_dense").exists()
     assert main(tiny(tiny_data, tmp_path, "finetune_dense=true", f"resume={run}")) == 0
     branches = [folder / "finetuned_dense" / "checkpoints" / "dense_twin" for folder in (run, both)]
     assert_equal_states(*map(weights, branches))
