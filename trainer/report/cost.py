@@ -98,8 +98,8 @@ def _costs(epochs: Sequence[Record]) -> list[Spent]:
     seconds, flops = _each(epochs, "seconds"), _each(epochs, "training_flops")
     full = _each(epochs, "dense_training_flops")
     dense = [place for place, record in enumerate(epochs) if record["phase"] == "dense"]
-    if None in full and (known := [each for place in dense if (each := flops[place])]):
-        full = [median(known)] * len(epochs)  # older records do not say
+    if known := [each for place in dense if (each := flops[place])]:
+        full = [median(known) if each is None else each for each in full]  # older records do not say
     times = [each for place in dense[1:] or dense if (each := seconds[place])]
     dense_seconds = median(times) if times else None
     return [

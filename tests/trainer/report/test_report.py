@@ -212,6 +212,14 @@ def test_the_cost_of_a_branch_begins_with_its_own_epochs(make):
     assert "3 dense 1.000 3:00 min 1.000" in page_of(make(records=records)).text
 
 
+def test_a_branch_whose_images_grow_costs_what_a_dense_one_does_at_each_size(make):
+    """Sums: its first epoch's own part is not known."""
+    records = [epoch(i, kind) for i, kind in ((7, "dense"), (8, "dense"), (9, "sparse"))]
+    for record, spent, dense in zip(records, (5e9, 6e9, 7e9), (5e9, 6e9, 10e9), strict=True):
+        record |= {"training_flops": spent, "dense_training_flops": dense}
+    assert "1 sparse 0.250" in page_of(make(records=records)).text
+
+
 def test_learning_rates_within_epochs_are_drawn_where_they_change_there(make):
     steps = [{**epoch(0, "dense"), "kind": "step", "loss": 1.0, "step": 5, "lr": 0.75}]
     records = [*steps, *(epoch(i, kind) for i, kind in enumerate(KINDS))]
