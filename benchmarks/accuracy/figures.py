@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from benchmarks.accuracy.tables import TABLES, Row
 # Rows that others are compared with, seed by seed
 BASE = {"main": "dense", "ablations": "as_it_is", "quickstart": "fp32_masked"}
 COLUMNS = ("method", "n", "sparsity", "top-1 %", "difference", "dense twin", "fine-tuned", "FLOPs", "hours")
-COLORS = ("#1f5f99", "#c8590a", "#2e7d32", "#8e44ad", "#666666")
+COLORS = ("#1f5f99", "#c8590a")
 SHADE = "#f3e3c8"
 
 
@@ -129,31 +130,37 @@ def draw(table: str, found: Sequence[Found], path: Path) -> None:
 
 
 def _over_density(figure: Figure, found: Sequence[Found]) -> None:
+    """Kept weights from many to few, by factors; methods a little apart, so that none hides another."""
     axes = figure.subplots()
     methods: dict[str, list[Found]] = {}
     for each in found:
-        if each.row.name != "dense_12":
-            methods.setdefault(each.row.recipe, []).append(each)
-    for color, (method, rows) in zip(COLORS * 2, methods.items(), strict=False):
-        for single in (False, True):  # uniform and 2:4 AC/DC stand for themselves
-            chosen = [row for row in rows if _is_global(row.row) is not single]
-            if not chosen:
-                continue
-            drops = [100 * _final(next(iter(row.records.values()))["result"])["sparsity"] for row in chosen]
-            tops = [list(row.final().values()) for row in chosen]
-            means = [statistics.mean(top) for top in tops]
-            errors = [statistics.stdev(top) if len(top) > 1 else 0.0 for top in tops]
-            style = "s" if single else "o-"
-            label = f"{method}, uniform and 2:4" if single else method
-            axes.errorbar(drops, means, errors, fmt=style, color=color, capsize=3, markersize=4, label=label)
-    axes.set_xlabel("dropped weights, %")
+        if each.row.name == "dense":
+            mean, error = _mean_and_deviation(each)
+            axes.axhline(mean, color="black", linestyle="--", linewidth=1, label="dense")
+            axes.axhspan(mean - error, mean + error, color="black", alpha=0.08, linewidth=0)
+        elif each.row.name != "dense_12":
+            methods.setdefault(re.sub(r" \d+ %$", "", each.row.title), []).append(each)
+    ticks = set()
+    for place, (method, rows) in enumerate(methods.items()):
+        kept = [100 - 100 * _final(next(iter(row.records.values()))["result"])["sparsity"] for row in rows]
+        means, errors = zip(*map(_mean_and_deviation, rows), strict=True)
+        apart = 1 + 0.03 * (place - len(methods) / 2)
+        at, color = [apart * share for share in kept], f"C{place}"
+        axes.errorbar(at, means, errors, fmt="o-", color=color, capsize=3, markersize=5, label=method)
+        ticks |= {round(share) for share in kept}
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(ticks), [f"{tick} %" for tick in sorted(ticks)])
+    axes.set_xticks([], minor=True)
+    axes.invert_xaxis()
+    axes.set_xlabel("weights kept")
     axes.set_ylabel("test top-1, %")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _is_global(row: Row) -> bool:
-    return not any(override.startswith("sparsity.pattern=") for override in row.overrides)
+def _mean_and_deviation(found: Found) -> tuple[float, float]:
+    tops = list(found.final().values())
+    return statistics.mean(tops), statistics.stdev(tops) if len(tops) > 1 else 0.0
 
 
 def _over_epochs(figure: Figure, found: Sequence[Found]) -> None:
