@@ -341,6 +341,7 @@ def test_figures_are_those_of_the_records():
     logging = record("logging")["logging"]["resnet20"]
     assert f"{show_spread(logging['ratio'], 3)} times as long as a silent one" in page
     assert f"take {logging['percent_of_step_recording']} % of a step" in page
+    steps = {}
     names = [f"sparse_step{which}" for which in ("", "_small", "_wrn", "_wrn_bf16", "_run", "_avx2")]
     for name, result in [(each, result) for each in names for result in record(each)["sparse_step"]]:
         percent = f"{result['percent']:g}"
@@ -351,18 +352,26 @@ def test_figures_are_those_of_the_records():
         row = f"| {network} | {result['precision']} | {percent} | {' | '.join(gains)} | {whole} |"
         assert row in page
         if network == "resnet50":
-            told = show_spread(result["dense_to_compressed"], 2).replace(" (", " times (")
-            assert f"sparse phase, ResNet50, {percent} %, {result['precision']} | {told} |" in readme
+            gain = show_spread(result["dense_to_compressed"], 2).replace(" (", " times (")
+            steps[percent, result["precision"]] = gain
+    for percent in ("90", "95"):
+        assert f"| {percent} % | {steps[percent, 'fp32']} | {steps[percent, 'bf16']} |" in readme
     for precision, result in record("sparse_kernels")["sparse_kernels"]["resnet50"].items():
         kept = next(each["kept"] for each in result["shapes"] if each["layer"] == "all").values()
         gains = (f"{each['dense_to_sparse']:.2f} ({each['executed_gflops']:.0f})" for each in kept)
         assert f"| {precision} | {' | '.join(gains)} | {result['fma_fp32_gflops']:.0f} |" in page
-    for result in record("inference")["inference"]:
-        ms, ratio = result["ms_per_batch"], result["ours_over_fastest_rival"][result["fastest_of_ours"]]
-        shown = ("ours fp32", "ours bf16", "torch fp32", result["fastest_rival"])
-        times = " | ".join(f"{ms[who]['median']:,.1f}" for who in shown)
-        row = f"| {result['percent']:g} | {result['batch']} | {times} | {show_spread(ratio, 2)} |"
-        assert row in page
+    gains = {}
+    for name in ("inference", "inference_avx2"):
+        for result in record(name)["inference"]:
+            ms, ratio = result["ms_per_batch"], result["ours_over_fastest_rival"][result["fastest_of_ours"]]
+            shown = ("ours fp32", "ours bf16", "torch fp32", result["fastest_rival"])
+            times = " | ".join(f"{ms[who]['median']:,.1f}" for who in shown if who in ms)
+            percent, batch = f"{result['percent']:g}", result["batch"]
+            assert f"| {percent} | {batch} | {times} | {show_spread(ratio, 2)} |" in page
+            gains[name, percent, batch] = show_spread(ratio, 2).replace(" (", " times (")
+    for images, batch in (("one image", 1), ("32 images", 32)):
+        row = f"90 % sparse, {images}, AVX2, against ONNX Runtime | {gains['inference_avx2', '90', batch]} |"
+        assert row in readme
     variants = record("gpu/variants")["variants"]
     for found in variants.values():
         figures = f"{found['images_per_second']:,.0f} | {1000 * found['step_p50']:.1f}"
