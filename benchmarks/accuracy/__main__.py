@@ -18,6 +18,8 @@ from benchmarks.shared.record import RESULTS, Parser, console, mention_changes, 
 from trainer.errors import UserError
 from trainer.paths import user_path
 
+DOCS = Path(__file__).parents[2] / "docs"
+
 
 def main() -> int:
     parser = Parser("accuracy", __doc__)
@@ -51,7 +53,8 @@ def main() -> int:
         parser.error(f"{options.table} has no records yet under {results}")
     show_table(figures.COLUMNS, rows, texts=figures.COLUMNS[:1])
     print("\n".join(["", "for a document:", *figures.markdown(rows)]))
-    figures.draw(options.table, found, results / f"{options.table}.svg")
+    of_page = DOCS if results == RESULTS / "accuracy" else results
+    figures.draw(options.table, found, of_page / f"evidence_{options.table}.svg")
     return 0
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.accuracy.runs import CURVE, runs_of
@@ -126,7 +127,8 @@ def draw(table: str, found: Sequence[Found], path: Path) -> None:
         return
     figure = Figure(figsize=(8, 4))
     drawer(figure, found)
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": table}):  # the same records, the same file
+        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
 def _over_density(figure: Figure, found: Sequence[Found]) -> None:
