@@ -155,7 +155,9 @@ def test_killed_at_any_moment_the_run_goes_on_where_it_was(uninterrupted, tiny_d
     assert not list(tmp_path.glob(".started*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *slow(signal.SIGUSR1)], ids=["TERM", "USR1"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.rare)], ids=["TERM", "USR1"]
+)
 def test_a_signal_saves_and_stops(uninterrupted, tiny_data, tmp_path, number):
     arguments = tiny(tiny_data, tmp_path, "save.every=7st")
     process = start_and_wait(command("train", *arguments, "--devices", "1"), tmp_path, 4)
