@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from tests.data.photographs import make_tree
-from tests.slow import slow
 from tests.trainer.runs import (
     NUM_STEPS,
     assert_equal_states,
