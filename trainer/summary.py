@@ -91,9 +91,11 @@ def _percent(share: float) -> str:
 def finish(trainer: Trainer) -> None:
     """Write report.html and result.json, show the closing table. result.json comes last: with it a run is
     finished, and a run killed before does this again. A signal is noted: what is left to do here ends within
-    the time that it leaves."""
+    the time that it leaves, while a dense branch would not. Raises Stopped before that."""
     with trainer.stop_request:
         _finish(trainer)
+        if trainer.config.finetune_dense and trainer.should_stop(at_once=True):
+            trainer.stop()
 
 
 def _finish(trainer: Trainer) -> None:

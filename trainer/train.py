@@ -152,8 +152,6 @@ def fit(
                 write_text(run_file, str(trainer.run_dir.resumed_by.resolve()))
             trainer.fit()
             finish(trainer)
-            if config.finetune_dense and trainer.should_stop(at_once=True):  # which would take long
-                trainer.stop()
     except MaskError as error:
         raise UserError(f"sparsity: {error}") from error
     except (RuntimeError, MemoryError) as error:

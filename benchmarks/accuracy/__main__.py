@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--run-root", default="runs/accuracy", metavar="FOLDER", help="of all run folders")
     parser.add_argument("--out", default=RESULTS / "accuracy", type=Path, metavar="FOLDER", help="of records")
     options = parser.parse_args()
-    results, root = options.out, user_path(options.run_root)
+    results, root = options.out.resolve(), user_path(options.run_root)
     if unknown := set(options.rows or ()) - {row.name for row in TABLES[options.table]}:
         parser.error(f"no row {', '.join(sorted(unknown))} in {options.table}; see --plan")
     runs = [run for run in runs_of(options.table) if not options.rows or run.row.name in options.rows]

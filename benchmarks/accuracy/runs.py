@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.accuracy.images import root_of
 from benchmarks.accuracy.tables import FIRST_TUNING_SEED, TABLES, Row
 from benchmarks.shared.record import REVISION, place_of, reason_unpublished, write_record
-from trainer.checkpoints.run_dir import DENSE_TWIN, RunDir
+from trainer.checkpoints.run_dir import DENSE_TWIN, RunDir, is_finished
 from trainer.config.changes import changes
 from trainer.config.recipes import read_yaml
 from trainer.errors import UserError
@@ -92,7 +92,7 @@ def finished(run: Run, root: Path) -> RunDir | None:
     """The run's folder, where it has come to its end."""
     for path in sorted((root / run.place).glob("*/*/result.json")):
         folder = RunDir(path.parent)
-        if run.is_of(read_yaml(path.parent / "config.yaml")) and folder.read_result() is not None:
+        if run.is_of(read_yaml(path.parent / "config.yaml")) and is_finished(folder, run.row.config()):
             return folder
     return None
 

@@ -128,6 +128,17 @@ def test_a_record_of_another_recipe_is_left_to_train(results, monkeypatch, capsy
     assert figures.lines("main", figures.read("main", results))[0][3] == "91.20 ± 0.28"
 
 
+def test_a_run_that_was_stopped_before_its_dense_branch_goes_on(tmp_path):
+    run = runs.Run("main", ROWS["acdc_90"], 3)
+    folder = tmp_path / "main" / "acdc_90_3" / "acdc" / "now"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(json.dumps(run.row.config().model_dump(mode="json")))
+    (folder / "result.json").write_text('{"sparse": {}}')
+    assert runs.finished(run, tmp_path) is None
+    (folder / "result.json").write_text('{"sparse": {}, "finetuned_dense": {}}')
+    assert runs.finished(run, tmp_path).path == folder
+
+
 def test_a_row_that_there_is_not_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["accuracy", "--rows", "adam"])
     with pytest.raises(SystemExit):
