@@ -9,6 +9,7 @@ import pytest
 from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy import figures, runs, tables
 from benchmarks.accuracy.images import root_of
+from benchmarks.shared.record import RESULTS
 from data.datasets import fashion_mnist
 from trainer.errors import UserError
 
@@ -133,10 +134,12 @@ def test_a_run_that_was_stopped_before_its_dense_branch_goes_on(tmp_path):
     folder = tmp_path / "main" / "acdc_90_3" / "acdc" / "now"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(json.dumps(run.row.config().model_dump(mode="json")))
-    (folder / "result.json").write_text('{"sparse": {}}')
-    assert runs.finished(run, tmp_path) is None
-    (folder / "result.json").write_text('{"sparse": {}, "finetuned_dense": {}}')
+    result = json.loads((RESULTS / "accuracy" / "main" / "acdc_90_1.json").read_text())["result"]
+    (folder / "result.json").write_text(json.dumps(result))
     assert runs.finished(run, tmp_path).path == folder
+    del result["finetuned_dense"]
+    (folder / "result.json").write_text(json.dumps(result))
+    assert runs.finished(run, tmp_path) is None
 
 
 def test_a_row_that_there_is_not_is_an_error(monkeypatch, capsys):
