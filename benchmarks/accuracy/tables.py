@@ -6,7 +6,7 @@ on held-out training images: what was chosen by it was not chosen by the figures
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsity.schedule import PhaseSchedule
 from trainer.config.load import load_config
@@ -85,11 +85,9 @@ def _compute() -> tuple[Row, ...]:
     for recipe, title, same_as in (("dense", "dense", "dense"), ("acdc", "AC/DC 90 %", "acdc_90")):
         schedule = "dense 20" if recipe == "dense" else ACDC
         for epochs in (10, 15, 20, 30):
-            name, whole = (f"{recipe}_{epochs}_epochs", f"{title}, {epochs} epochs")
-            if epochs == 20:
-                rows.append(Row(name, whole, recipe, same_as=same_as))
-            else:
-                rows.append(Row(name, whole, recipe, (*_epochs(epochs, schedule), NOT_FINE_TUNED)))
+            row = Row(f"{recipe}_{epochs}_epochs", f"{title}, {epochs} epochs", recipe)
+            changes = (*_epochs(epochs, schedule), NOT_FINE_TUNED)
+            rows.append(replace(row, same_as=same_as) if epochs == 20 else replace(row, overrides=changes))
     return tuple(rows)
 
 

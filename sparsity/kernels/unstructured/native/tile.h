@@ -67,8 +67,8 @@ struct Layout {
                 const int64_t place = phase * plan.phase_bytes, shift = px + plan.first_dx;
                 const Columns columns(in.width, shift, stride);
                 int64_t cleared = place;  // all before it is cleared or copied to
-                auto clear = [&](int64_t end) {
-                    for (; cleared < end; cleared += UNIT) zero.push_back(int32_t(cleared));
+                auto clear = [&](int64_t until) {
+                    for (; cleared < until; cleared += UNIT) zero.push_back(int32_t(cleared));
                 };
                 for (int64_t r = begin / plan.pitch; r * plan.pitch < end; r++) {
                     const int64_t row = r * plan.stride_y + py + plan.first_dy, origin = r * plan.pitch - begin;
@@ -84,9 +84,9 @@ struct Layout {
                                     int32_t(place + (origin + q) * E::SIZE), int32_t(count)};
                     };
                     // what lies together in the map: a pixel, or where the stride is 1 the row
-                    auto add = [&](int64_t end) {
-                        if (from < end) part.push_back(move(from, (end - from) * E::SIZE));
-                        from = std::max(from, end);
+                    auto add = [&](int64_t until) {
+                        if (from < until) part.push_back(move(from, (until - from) * E::SIZE));
+                        from = std::max(from, until);
                     };
                     if (stride == 1) add(to);
                     if (from % images) add(std::min(to, from + images - from % images));

@@ -37,7 +37,7 @@ inline void store(void* to, V vector) {
     memcpy(to, &vector, UNIT);
 }
 
-// Fewer than two of SIZE bytes, an even number. memcpy would be a call, as it does not know how many.
+// Fewer than 2 * SIZE bytes, an even number. memcpy would be a call: it does not know how many there are.
 template <int SIZE = UNIT / 2>
 inline void copy_part(char* to, const char* from, int64_t bytes) {
     if (bytes & SIZE) {
