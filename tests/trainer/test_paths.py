@@ -28,6 +28,8 @@ def test_in_a_recipe(key, tiny_data, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["train", "quickstart", f"run_root={NOBODY}"],
+        ["train", "quickstart", "--hostfile", NOBODY],
         ["eval", NOBODY],
         ["report", NOBODY],
         ["predict", NOBODY, "image.png"],

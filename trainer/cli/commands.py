@@ -48,7 +48,7 @@ def train(options: argparse.Namespace) -> int:
     from trainer.cli.restarts import Restarts
     from trainer.engine import check_precision
 
-    hostfile = options.hostfile and str(Path(options.hostfile).expanduser())
+    hostfile = options.hostfile and str(user_path(options.hostfile))
     hosts = read_hosts(hostfile) if hostfile else {}
     devices = sum(hosts.values()) or count_devices(options.devices)
     given = "--hostfile" if hosts else f"--devices {devices}" if options.devices else "data"
@@ -57,7 +57,7 @@ def train(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available() and not hosts:  # a run asks its GPU itself: here that would keep memory
         check_precision(config.engine, torch.device("cpu"))
     launcher = Launcher.on_hosts(hostfile, hosts) if hosts else Launcher.here(devices)
-    run_root = Path(config.run_root).expanduser()
+    run_root = user_path(config.run_root)
     where = f" on {len(hosts)} machines" if hosts else ""
     announce("starting", f"the deepspeed launcher, for {devices} process{'es' * (devices > 1)}{where}")
     return launch(launcher, Restarts(options.config, options.overrides, run_root, options.max_restarts or 0))

@@ -65,7 +65,6 @@ def load_original(path: str | Path, arch: str | None = None) -> tuple[nn.Module,
         raise OriginalError(f"{path}: its model_state_dict holds no weights")
     model = get_model(name, int(classifier.shape[0]))
     _check_layers(path, name, model.state_dict(), state)
-    model.load_state_dict(state)
     for layer, mask in masks.items():
         if f"{layer}.weight" not in state or mask.shape != state[f"{layer}.weight"].shape:
             raise OriginalError(f"{path}: the mask of {layer} does not fit a weight")

@@ -12,7 +12,8 @@ from tests.data.datasets.test_cifar import write_python
 from trainer.checkpoints.saved_model import load_model
 from trainer.cli.main import main
 from trainer.models import get_model
-from trainer.originals.checkpoints import OriginalError, load_original, read_original, split_state
+from trainer.originals import load_original
+from trainer.originals.checkpoints import OriginalError, read_original, split_state
 
 
 @pytest.fixture
