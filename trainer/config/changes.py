@@ -19,91 +19,28 @@ from trainer.config.schema import Config
 # Every field of a recipe is in one of these lists, a section's fields together by "*"
 BEGINNING = ("checkpoint", "model.weights", "model.weights_key")  # how the run began: it may be left out
 FREE = (  # what is trained does not depend on them; that the images are the same is checked by themselves
-    "name",
-    "run_root",
-    "resume",
-    "finetune_dense",
-    "save.*",
-    "log.*",
-    "data.root",
-    "data.val_labels",
-    "data.eval_batch_size",
-    "data.num_threads",
-    "data.device",
-    "data.on_error",
-    "data.decoder_engine_load",
-    "data.decoder_width_hint",
-    "data.decoder_height_hint",
-    "sparsity.include",  # the layers must be the same: their masks are in the state
-    "sparsity.exclude",
+    *("name", "run_root", "resume", "finetune_dense", "save.*", "log.*"),
+    *("data.root", "data.val_labels", "data.eval_batch_size", "data.num_threads", "data.device"),
+    *("data.on_error", "data.decoder_engine_load", "data.decoder_width_hint", "data.decoder_height_hint"),
+    *("sparsity.include", "sparsity.exclude"),  # the layers must be the same: their masks are in the state
 )
+_MASKS = ("sparsity.pattern", "sparsity.target", "sparsity.rule", "sparsity.gradual", "sparsity.regrowth")
 FROM_HERE = (  # what follows is trained or computed otherwise, what lies behind stays
-    "epochs",
-    "sparsity.schedule",
-    "sparsity.pattern",
-    "sparsity.target",
-    "sparsity.rule",
-    "sparsity.gradual",
-    "sparsity.regrowth",
-    "sparsity.reset_momentum",
-    "sparsity.accelerate",
-    "sparsity.recompute_batch_norm",
-    "optimizer.lr",
-    "optimizer.momentum",
-    "optimizer.nesterov",
-    "optimizer.betas",
-    "optimizer.alpha",
-    "optimizer.eps",
-    "optimizer.weight_decay",
-    "optimizer.decay_norms_and_biases",
-    "optimizer.clip_norm",
-    "lr.*",
-    "loss.*",
-    "mixing",
-    "ema",
-    "engine.zero_stage",
-    "engine.precision",
-    "engine.cudnn_benchmark",
-    "engine.fast_stem",
-    "engine.compile",
-    "engine.deepspeed",
+    *("epochs", "sparsity.schedule", *_MASKS),
+    *("sparsity.reset_momentum", "sparsity.accelerate", "sparsity.recompute_batch_norm"),
+    *("optimizer.lr", "optimizer.momentum", "optimizer.nesterov", "optimizer.betas", "optimizer.alpha"),
+    *("optimizer.eps", "optimizer.weight_decay", "optimizer.decay_norms_and_biases", "optimizer.clip_norm"),
+    *("lr.*", "loss.*", "mixing", "ema"),
+    *("engine.zero_stage", "engine.precision", "engine.cudnn_benchmark", "engine.fast_stem"),
+    *("engine.compile", "engine.deepspeed"),
 )
 FIXED = (  # another value contradicts what was trained
-    "seed",
-    "steps_per_epoch",
-    "model.name",
-    "model.arguments",
-    "model.freeze",
-    "data.name",
-    "data.batch_size",
-    "data.crop_padding",
-    "data.flip",
-    "data.augment",
-    "data.rand_ops",
-    "data.rand_magnitude",
-    "data.random_labels",
-    "data.val_share",
-    "data.val_seed",
-    "data.image_size",
-    "data.image_sizes",
-    "data.min_area",
-    "data.eval_resize",
-    "data.eval_size",
-    "data.mean",
-    "data.std",
-    "data.format",
-    "data.num_classes",
-    "data.first_label",
-    "data.backend",
-    "optimizer.name",
-    "engine.accumulation_steps",
-)
-_MASKS = (
-    "sparsity.pattern",
-    "sparsity.target",
-    "sparsity.rule",
-    "sparsity.gradual",
-    "sparsity.regrowth",
+    *("seed", "steps_per_epoch", "model.name", "model.arguments", "model.freeze"),
+    *("data.name", "data.batch_size", "data.crop_padding", "data.flip", "data.augment", "data.rand_ops"),
+    *("data.rand_magnitude", "data.random_labels", "data.val_share", "data.val_seed"),
+    *("data.image_size", "data.image_sizes", "data.min_area", "data.eval_resize", "data.eval_size"),
+    *("data.mean", "data.std", "data.format", "data.num_classes", "data.first_label", "data.backend"),
+    *("optimizer.name", "engine.accumulation_steps"),
 )
 _WHOLE = ("mixing", "ema")  # sections that are there or not
 
@@ -152,7 +89,8 @@ def check_changes(found: Iterable[Change], config: Config, position: Mapping[str
     problems = [str(change) for change in found if _is_one_of(change.key, FIXED)]
     masks = [change for change in found if change.key in _MASKS]
     begun = position["epoch"] + (position["step"] > 0)  # epochs
-    if masks and not any(epoch >= begun for epoch in _compressions(config)):
+    actions = config.sparsity.build_actions()
+    if masks and all(pattern is None or epoch < begun for epoch, pattern in actions.items()):
         problems += [f"{change}, and no compression follows that would go by it" for change in masks]
     schedules = [change for change in found if change.key == "sparsity.schedule"]
     problems += [problem for change in schedules for problem in _against_past(change, begun, position)]
@@ -208,11 +146,6 @@ def _against_past(change: Change, begun: int, position: Mapping[str, Any]) -> li
                 "was kept; let another follow"
             )
     return problems
-
-
-def _compressions(config: Config) -> set[int]:
-    """The epochs that begin with one."""
-    return {epoch for epoch, pattern in config.sparsity.build_actions().items() if pattern is not None}
 
 
 def _is_one_of(key: str, patterns: Iterable[str]) -> bool:

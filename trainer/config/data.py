@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -21,16 +21,13 @@ RandMagnitude = Annotated[int, Field(ge=0, le=30, description="of augment: rand,
 
 
 def _check_rand(data: ArrayData | ImageNetData) -> None:
-    given = [name for name in ("rand_ops", "rand_magnitude") if getattr(data, name) != _default(data, name)]
+    defaults = {name: type(data).model_fields[name].default for name in ("rand_ops", "rand_magnitude")}
+    given = [name for name, default in defaults.items() if getattr(data, name) != default]
     if given and data.augment != "rand":
         raise ValueError(
             f"{', '.join(given)} are RandAugment's, and augment is {data.augment}: use data.augment=rand, or "
             "leave them out"
         )
-
-
-def _default(data: ArrayData | ImageNetData, name: str) -> Any:
-    return type(data).model_fields[name].default
 
 
 class ArrayData(Section):
@@ -53,15 +50,11 @@ class ArrayData(Section):
     random_labels: int = Field(default=0, ge=0, description="training images that get a random label")
 
     @model_validator(mode="after")
-    def _memorise_what_is_there(self) -> ArrayData:
+    def _fits_together(self) -> ArrayData:
         if self.random_labels and (self.flip or self.crop_padding or self.augment != "none"):
             raise ValueError(
                 "random_labels go without augmentation: flip: false, crop_padding: 0, augment: none"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _rand_is_drawn(self) -> ArrayData:
         _check_rand(self)
         return self
 
@@ -128,25 +121,6 @@ class ImageNetData(Section):
         default="stop", description="a file that cannot be decoded ends the run, or another stands in for it"
     )
 
-    @model_validator(mode="after")
-    def _ones_own_folder_is_named(self) -> ImageNetData:
-        if self.name == "imagefolder" and self.root is None and self.backend != "synthetic":
-            raise ValueError(
-                "name the folder of your images, data.root=FOLDER: FOLDER/CLASS/*.jpg, or "
-                "FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"
-            )
-        if self.val_share is not None and self.format != "folders":
-            raise ValueError(
-                f"val_share splits folders of images, not packed files of format {self.format}; leave it "
-                "out, data.val_share=null"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rand_is_drawn(self) -> ImageNetData:
-        _check_rand(self)
-        return self
-
     @field_validator("image_sizes")
     @classmethod
     def _rise(cls, pairs: list[list[int]]) -> list[list[int]]:
@@ -158,12 +132,37 @@ class ImageNetData(Section):
         return pairs
 
     @model_validator(mode="after")
-    def _statistics_come_in_pairs(self) -> ImageNetData:
+    def _fits_together(self) -> ImageNetData:
+        if self.name == "imagefolder" and self.root is None and self.backend != "synthetic":
+            raise ValueError(
+                "name the folder of your images, data.root=FOLDER: FOLDER/CLASS/*.jpg, or "
+                "FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg"
+            )
+        if self.val_share is not None and self.format != "folders":
+            raise ValueError(
+                f"val_share splits folders of images, not packed files of format {self.format}; leave it "
+                "out, data.val_share=null"
+            )
+        _check_rand(self)
         given = [values for values in (self.mean, self.std) if values is not None]
         if len(given) == 1 or any(len(values) != 3 for values in given) or min(self.std or [1]) <= 0:
             raise ValueError(
                 f"mean {self.mean} and std {self.std} are three numbers each, std above 0: "
                 "give both, or neither"
+            )
+        if (self.decoder_width_hint == 0) != (self.decoder_height_hint == 0):
+            raise ValueError(
+                f"decoder_width_hint {self.decoder_width_hint} and decoder_height_hint "
+                f"{self.decoder_height_hint} go together: give both, or neither"
+            )
+        if self.format != "folders" and self.backend == "torch":
+            raise ValueError(f"format {self.format} is read by DALI alone; the torch backend reads folders")
+        if self.format == "folders" and (self.num_classes is not None or self.first_label):
+            raise ValueError("num_classes and first_label are for packed files; folders tell their classes")
+        if self.eval_size > self.eval_resize:
+            raise ValueError(
+                f"eval_size {self.eval_size} cannot be cropped from images resized to eval_resize "
+                f"{self.eval_resize}"
             )
         return self
 
@@ -171,32 +170,6 @@ class ImageNetData(Section):
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(epoch, side) pairs, see data.crops.CropStream."""
         return tuple((epoch, side) for epoch, side in self.image_sizes) or ((0, self.image_size),)
-
-    @model_validator(mode="after")
-    def _hints_come_in_pairs(self) -> ImageNetData:
-        if (self.decoder_width_hint == 0) != (self.decoder_height_hint == 0):
-            raise ValueError(
-                f"decoder_width_hint {self.decoder_width_hint} and decoder_height_hint "
-                f"{self.decoder_height_hint} go together: give both, or neither"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _packed_files_need_dali(self) -> ImageNetData:
-        if self.format != "folders" and self.backend == "torch":
-            raise ValueError(f"format {self.format} is read by DALI alone; the torch backend reads folders")
-        if self.format == "folders" and (self.num_classes is not None or self.first_label):
-            raise ValueError("num_classes and first_label are for packed files; folders tell their classes")
-        return self
-
-    @model_validator(mode="after")
-    def _crop_from_what_is_there(self) -> ImageNetData:
-        if self.eval_size > self.eval_resize:
-            raise ValueError(
-                f"eval_size {self.eval_size} cannot be cropped from images resized to eval_resize "
-                f"{self.eval_resize}"
-            )
-        return self
 
 
 DataConfig = Annotated[ArrayData | ImageNetData, Field(discriminator="name")]

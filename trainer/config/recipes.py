@@ -112,13 +112,17 @@ def read_yaml(path: Path) -> Any:
 
 def find_recipe(name: str) -> Path:
     """A recipe's path from its name under configs/ ("quickstart") or from a path. Raises UserError."""
-    for candidate in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
+    return _find(name, Path(), f"no recipe {name!r}: neither a file")
+
+
+def _find(name: str, folder: Path, complaint: str) -> Path:
+    """A recipe by its path from `folder`, or by its name under configs/. Raises UserError."""
+    for candidate in (folder / name, RECIPES / name, RECIPES / f"{name}.yaml"):
         if os.path.isfile(candidate):  # of a name that no file can have Path.is_file raises
             return candidate
     known = recipe_names()
-    hint = did_you_mean(name, known)
     raise UserError(
-        f"no recipe {name!r}: neither a file nor a name under configs/{hint} One of: {', '.join(known)}"
+        f"{complaint} nor a name under configs/{did_you_mean(name, known)} One of: {', '.join(known)}"
     )
 
 
@@ -139,27 +143,15 @@ def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = content.pop("base", None)
     if base is None:
         return content
-    under = _find_base(path, base)
-    chain = (*below, path.resolve())
-    if under.resolve() in chain:
-        raise UserError(f"{path}: base {base!r} leads back to itself")
-    return _merge(read_recipe(under, chain), content)
-
-
-def _find_base(path: Path, base: Any) -> Path:
-    """The file that the recipe at `path` means by its base. Raises UserError."""
     if not isinstance(base, str):
         raise UserError(
             f"{path}: base {base!r} is neither a path beside the recipe nor a name under configs/"
         )
-    for candidate in (path.parent / base, RECIPES / base, RECIPES / f"{base}.yaml"):
-        if os.path.isfile(candidate):
-            return candidate
-    known = recipe_names()
-    raise UserError(
-        f"{path}: base {base!r} is neither a file beside it nor a name under configs/"
-        f"{did_you_mean(base, known)} One of: {', '.join(known)}"
-    )
+    under = _find(base, path.parent, f"{path}: base {base!r} is neither a file beside it")
+    chain = (*below, path.resolve())
+    if under.resolve() in chain:
+        raise UserError(f"{path}: base {base!r} leads back to itself")
+    return _merge(read_recipe(under, chain), content)
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from trainer.config.data import DataConfig, Section
 from trainer.config.durations import Duration, duration_steps
-from trainer.config.optimization import (
-    EMAConfig,
-    LossConfig,
-    LRConfig,
-    MixingConfig,
-    OptimizerConfig,
-)
+from trainer.config.optimization import EMAConfig, LossConfig, LRConfig, MixingConfig, OptimizerConfig
 from trainer.config.sparsity import SparsityConfig
 
 Scalar = bool | int | float | str
@@ -154,8 +148,7 @@ class Config(Section):
         if checkpoint == "":
             raise ValueError(
                 "this recipe goes on from another run: name its folder, checkpoint=RUN (its dense twin), "
-                "or a "
-                "checkpoint in it"
+                "or a checkpoint in it"
             )
         return checkpoint
 
