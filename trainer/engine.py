@@ -27,12 +27,7 @@ from trainer.paths import user_path
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OFFLOADED = {"offload_optimizer", "cpu_offload", "zenflow"}  # keys of zero_optimization
 
 
@@ -194,9 +189,8 @@ def build_engine(
         if config.engine.deepspeed is None:
             raise
         raise UserError(f"engine.deepspeed {config.engine.deepspeed}: {error}") from error
-    if not isinstance(
-        clipping := engine.gradient_clipping(), int | float
-    ):  # DeepSpeed finds out at the first step
+    clipping = engine.gradient_clipping()
+    if not isinstance(clipping, int | float):  # DeepSpeed finds out at the first step
         raise UserError(
             f"engine.deepspeed {config.engine.deepspeed}: gradient_clipping {clipping!r} is not a number"
         )

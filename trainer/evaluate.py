@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -119,15 +119,12 @@ def recompute_batch_norm(
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
-    done = 0
-    while done < num_batches:
-        for images, labels in islice(loader.epoch(epoch), num_batches - done):
-            with autocast:
-                classifier.forward(images, labels)
-            done += 1
-            if should_stop():
-                raise Interrupted
-        epoch += 1
+    batches = chain.from_iterable(map(loader.epoch, count(epoch)))
+    for images, labels in islice(batches, num_batches):
+        with autocast:
+            classifier.forward(images, labels)
+        if should_stop():
+            raise Interrupted
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     ranks.average_buffers(classifier)

@@ -122,11 +122,8 @@ def _verdict(choice: LayerChoice) -> str:
     wrong = next((timing for timing in choice.measured.timings if not timing.right), None)
     if wrong is None:
         return "dense"
-    return (
-        f"dense: {wrong.failure}"
-        if wrong.failure is not None
-        else f"dense: sparse is off by {wrong.error:.3f}"
-    )
+    why = f"sparse is off by {wrong.error:.3f}" if wrong.failure is None else wrong.failure
+    return f"dense: {why}"
 
 
 def _us(microseconds: float | None) -> str:

@@ -14,17 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDS = "benchmarks/results"
 CHANGES = "+changes"  # behind a revision that the tree differs from
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "deepspeed",
-    "nvidia-dali-cuda130",
-    "numpy",
-    "tensorboard",
-    "pyyaml",
-    "pydantic",
-    "rich",
-    "matplotlib",
-    "psutil",
+    *("torch", "torchvision", "deepspeed", "nvidia-dali-cuda130", "numpy", "tensorboard"),
+    *("pyyaml", "pydantic", "rich", "matplotlib", "psutil"),
 )
 
 
@@ -41,7 +32,7 @@ def environment() -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "cuda": cuda,
         "gpus": gpus,
         "cpu": _cpu(),
@@ -64,7 +55,8 @@ def cpu_multiplies_bf16() -> bool:
     return allowed and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

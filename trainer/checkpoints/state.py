@@ -93,7 +93,8 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader, s
     changed, where the model, the schedule or the stream of data is another one, naming the difference."""
     model = acdc.model
     check_restorable(state, acdc, loader)
-    _check_optimizer(engine, model, state["optimizer"])
+    _check_shapes(model, state["optimizer"])
+    check_state(masters_of(engine).optimizers[0], state["optimizer"])
     position = Position(**state["position"])
     same_ranks = len(state["ranks"]) == ranks.world_size()
     if same_ranks:
@@ -118,9 +119,7 @@ def restore(state: Mapping[str, Any], engine: Any, acdc: ACDC, loader: Loader, s
         acdc.accelerate({})  # chosen for another share of the batch
         seed_generators(seed, position.epoch, position.step)
         if ranks.is_main():
-            position.totals = [
-                sum(column) for column in zip(*(part["totals"] for part in parts), strict=True)
-            ]
+            position.totals = np.sum([part["totals"] for part in parts], axis=0).tolist()
     return position
 
 
@@ -206,11 +205,6 @@ def _check_parts(state: Any) -> None:
     for name in ("epoch", "step"):
         if not isinstance(state["position"].get(name), int):
             raise ValueError(f"it is not a training state: its {name} is not a number")
-
-
-def _check_optimizer(engine: Any, model: nn.Module, states: Mapping[str, Any]) -> None:
-    _check_shapes(model, states)
-    check_state(masters_of(engine).optimizers[0], states)
 
 
 def _check_shapes(model: nn.Module, states: Mapping[str, Any]) -> None:

@@ -130,11 +130,8 @@ def _is_entry(item: tuple[Any, Any]) -> bool:
 
 def _held(content: Any) -> str:
     """The keys of a table that may hold one, and how to name it."""
-    tables = (
-        [str(key) for key, value in content.items() if isinstance(value, Mapping)]
-        if isinstance(content, Mapping)
-        else []
-    )
-    return (
-        f"; if one of these does, name it, model.weights_key=KEY: {', '.join(tables[:8])}" if tables else ""
-    )
+    if not isinstance(content, Mapping):
+        return ""
+    tables = [str(key) for key, value in content.items() if isinstance(value, Mapping)]
+    names = ", ".join(tables[:8])
+    return f"; if one of these does, name it, model.weights_key=KEY: {names}" if tables else ""

@@ -17,7 +17,7 @@ from trainer.config.optimization import LRConfig
 from trainer.config.schema import Config, LogConfig, SaveConfig
 from trainer.distributed import ranks
 from trainer.engine import precision_name
-from trainer.errors import UserError, is_out_of_memory, out_of_memory
+from trainer.errors import UserError
 from trainer.loaders import build_loaders
 from trainer.loop import Trainer
 from trainer.monitor.drawing import sparsity_asked
@@ -75,10 +75,6 @@ def measure_cost(config: Config) -> Measured:
                 images = trainer.loaders.train.num_images
     except MaskError as error:
         raise UserError(f"sparsity: {error}") from error
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(error) from error
-        raise
     if config.steps_per_epoch is not None:
         images = min(images, config.steps_per_epoch * config.data.batch_size)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -6,11 +6,11 @@ import argparse
 import os
 import shutil
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.places import data_home
+from trainer.checkpoints.environment import installed_version
 from trainer.errors import EnvironmentFailure
 
 LITTLE_DISK, LITTLE_SHARED = 10e9, 1e9  # bytes
@@ -59,7 +59,7 @@ def examine(found: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(package, version or "missing", mend, needed=version is None)
     for package, purpose, extra in OPTIONAL:
         install = f"pip install 'acdc-train[{extra}]'" if extra else f"pip install {package}"
-        version = _version(package)
+        version = installed_version(package)
         yield Finding(package, version or "missing", "" if version else f"for {purpose}: {install}")
     if found["packages"]["torch"] is not None:
         yield _compilation(bool(found["gpus"]))
@@ -101,10 +101,3 @@ def _room() -> Iterator[Finding]:
         writable = os.access(there, os.W_OK)
         mend = "not writable" if not writable else why if free < little else ""
         yield Finding(what, f"{free / 1e9:,.1f} GB free in {path}", mend)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

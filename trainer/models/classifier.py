@@ -50,43 +50,27 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, images: Tensor, labels: Tensor, draw: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if draw is not None:
-            return self._mixed(images, labels, draw)
-        logits = self.model((images - self.mean) / self.std).float()
-        loss = functional.cross_entropy(
-            logits,
-            labels,
-            ignore_index=PADDING_LABEL,
-            reduction="sum",
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-        )
+        images = (images - self.mean) / self.std
+        if draw is None:
+            logits = self.model(images).float()
+            loss = self._loss(logits, labels)
+        else:  # padding carries no loss as either label, so each image that counts weighs 1 in all
+            images, others, share = mix(images, labels, draw)
+            logits = self.model(images).float()
+            loss = share * self._loss(logits, labels) + (1 - share) * self._loss(logits, others)
         num_images = (labels != PADDING_LABEL).sum()
         if self.training:
-            right = (logits.detach().argmax(1) == labels).sum()
+            right = (logits.detach().argmax(1) == labels).sum()  # of a mixture: the image's own label
             counts = _stack(loss.detach(), right, torch.zeros_like(right), num_images)
             return loss / labels.numel(), counts
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         return loss, _stack(loss.detach(), best[:, 0].sum(), best.sum(), num_images)
 
-    def _mixed(self, images: Tensor, labels: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
-        """Training on mixed images and both their labels. Padding carries no loss as either label, so each
-        image that counts weighs 1 in all. An answer is right that is the image's own label."""
-        mixed, others, share = mix((images - self.mean) / self.std, labels, draw)
-        logits = self.model(mixed).float()
-        own, other = (
-            functional.cross_entropy(
-                logits,
-                each,
-                ignore_index=PADDING_LABEL,
-                reduction="sum",
-                label_smoothing=self.label_smoothing,
-            )
-            for each in (labels, others)
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.label_smoothing if self.training else 0.0
+        return functional.cross_entropy(
+            logits, labels, ignore_index=PADDING_LABEL, reduction="sum", label_smoothing=smoothing
         )
-        loss = share * own + (1 - share) * other
-        right = (logits.detach().argmax(1) == labels).sum()
-        counts = _stack(loss.detach(), right, torch.zeros_like(right), (labels != PADDING_LABEL).sum())
-        return loss / labels.numel(), counts
 
 
 def _stack(*counts: Tensor) -> Tensor:

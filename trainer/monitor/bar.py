@@ -44,18 +44,14 @@ def bar_line(share: float, parts: Sequence[Part], width: int, ascii_only: bool =
     return line.append(_GAP + text)
 
 
-class Bar:
-    """On a terminal, below all that is printed, drawn again four times a second until stop()."""
+def start_bar(console: Console, now: Callable[[], tuple[float, Sequence[Part]]]) -> Live:
+    """On a terminal, below all that is printed, drawn again four times a second until its stop(). now: share
+    and parts to draw."""
 
-    def __init__(self, console: Console, now: Callable[[], tuple[float, Sequence[Part]]]) -> None:
-        """now: share and parts to draw."""
+    def draw() -> Text:
+        options = console.options
+        return bar_line(*now(), options.max_width, options.ascii_only)
 
-        def draw() -> Text:
-            options = console.options
-            return bar_line(*now(), options.max_width, options.ascii_only)
-
-        self._live = Live(console=console, get_renderable=draw, refresh_per_second=4)
-        self._live.start()
-
-    def stop(self) -> None:
-        self._live.stop()
+    live = Live(console=console, get_renderable=draw, refresh_per_second=4)
+    live.start()
+    return live

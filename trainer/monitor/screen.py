@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAVY
 from rich.console import Console
 from rich.table import Table
 
-from trainer.monitor.bar import Bar, Part, fit
+from trainer.monitor.bar import Part, fit, start_bar
 
 LINE_EVERY = 10.0  # seconds between plain lines, whatever the run is at
 
@@ -27,7 +27,7 @@ class Screen:
         self._started: tuple[float, int] | None = None  # time and steps done when the clock started
         self._status: list[Part] = []
         self._phase = self._working = ""
-        self._bar = Bar(self.console, self._now) if self.console.is_terminal and num_steps else None
+        self._bar = start_bar(self.console, self._now) if self.console.is_terminal and num_steps else None
         self._closed = threading.Event()
         if self._bar is None and num_steps:
             threading.Thread(target=self._write_lines, daemon=True).start()
@@ -89,22 +89,13 @@ class Screen:
     def _now(self) -> tuple[float, list[Part]]:
         """For the bar or a line. Their threads call this while the run goes on."""
         share = self.done / self.num_steps
+        place, left = Part(1, f"step {self.done:,}/{self.num_steps:,}"), Part(2, self.time_left())
         if self._working:
-            return share, [Part(0, self._working), self._place(), self._left()]
+            return share, [Part(0, self._working), place, left]
         if self._started is None:
-            waited = _clock(time.monotonic() - self._began)
-            return share, [Part(0, "first step"), self._place(), Part(2, waited)]
-        return share, self._all()
-
-    def _all(self) -> list[Part]:
+            return share, [Part(0, "first step"), place, Part(2, _clock(time.monotonic() - self._began))]
         where = self._status[:2] or [Part(0, self._phase)]
-        return [*where, self._place(), self._left(), *self._status[2:]]
-
-    def _place(self) -> Part:
-        return Part(1, f"step {self.done:,}/{self.num_steps:,}")
-
-    def _left(self) -> Part:
-        return Part(2, self.time_left())
+        return share, [*where, place, left, *self._status[2:]]
 
     def _write_lines(self) -> None:
         """A thread's: compiling, for one, keeps the run's own away for a minute."""

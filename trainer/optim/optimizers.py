@@ -15,32 +15,14 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     """The optimizer over the parameters of `model` that are trained: one group, as the paper decays BatchNorm
     and biases too; or a second one without weight decay."""
     groups = parameter_groups(config, model)
+    shared: dict[str, Any] = {"params": groups, "lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        return torch.optim.SGD(**shared, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     if config.name == "adamw":
-        return torch.optim.AdamW(
-            groups,
-            lr=config.lr,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        betas = config.betas[0], config.betas[1]
+        return torch.optim.AdamW(**shared, betas=betas, eps=config.eps, fused=True)
     return torch.optim.RMSprop(
-        groups,
-        lr=config.lr,
-        alpha=config.alpha,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        foreach=True,
+        **shared, alpha=config.alpha, eps=config.eps, momentum=config.momentum, foreach=True
     )
 
 

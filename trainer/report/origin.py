@@ -41,8 +41,7 @@ def command_of(made_on: dict[str, Any]) -> str:
 def hardware_of(made_on: Any) -> str:
     if not isinstance(made_on, dict):
         return ""
-    gpus = made_on.get("gpus") or []
-    if gpus:
+    if gpus := made_on.get("gpus"):
         return f"{len(gpus)} x {gpus[0]}"
     cores, cpu = made_on.get("cpu_cores"), made_on.get("cpu")
     return f"{cores} cores of {cpu}" if cores and cpu else ""

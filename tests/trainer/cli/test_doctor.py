@@ -35,7 +35,7 @@ def test_a_missing_package_ends_with_what_installs_it(monkeypatch, capsys):
 
 
 def test_what_is_optional_says_what_for(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "timm" else "1.0")
+    monkeypatch.setattr(doctor, "installed_version", lambda package: None if package == "timm" else "1.0")
     found = findings()
     assert found["timm"].mend == "for model.name=timm:NAME: pip install 'acdc-train[timm]'"
     assert not found["timm"].needed
