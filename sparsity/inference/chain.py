@@ -174,7 +174,7 @@ class _Program:
             for value, offset in enumerate(self._offsets)
         ]
         maps = (ctypes.c_void_p * len(places))(*places)
-        library.load().layers_infer(self._steps, len(self._steps), maps, torch.get_num_threads())
+        library.run("layers_infer", self._steps, len(self._steps), maps)
 
 
 def _places(chain: Chain, shapes: Sequence[Shape]) -> tuple[int, list[int]]:

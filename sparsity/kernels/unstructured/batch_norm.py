@@ -6,7 +6,6 @@ Each result is computed in float32 and rounded once.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -37,10 +36,6 @@ def _norm(maps: Tensor, epsilon: float, behind: int) -> library.Norm:
     return library.Norm(maps.shape[1], maps[:, 0].numel(), epsilon, behind, past_caches)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 @torch.library.custom_op("acdc::batch_norm", mutates_args=())
 def batch_norm(
     maps: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, relu: bool
@@ -51,17 +46,8 @@ def batch_norm(
     assert takes(maps)
     behind = ADD_RELU if other is not None else RELU if relu else NOTHING
     output, statistics = torch.empty_like(maps), weight.new_empty(3, len(weight))
-    library.load().batch_norm(
-        ctypes.byref(_norm(maps, epsilon, behind)),
-        maps.dtype == torch.bfloat16,
-        maps.data_ptr(),
-        _pointer(other),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        output.data_ptr(),
-        statistics.data_ptr(),
-        torch.get_num_threads(),
-    )
+    norm = _norm(maps, epsilon, behind)
+    library.run("batch_norm", norm, maps.dtype, maps, other, weight, bias, output, statistics)
     return output, statistics
 
 
@@ -85,21 +71,8 @@ def batch_norm_gradient(
     behind = ADD_RELU if output is not None else RELU if relu else NOTHING
     gradient, maps = as_innermost(gradient), as_innermost(maps)
     of_maps, of_other, of_weights = _gradients(maps, output, weight)
-    library.load().batch_norm_gradient(
-        ctypes.byref(_norm(maps, 0.0, behind)),
-        maps.dtype == torch.bfloat16,
-        gradient.data_ptr(),
-        maps.data_ptr(),
-        _pointer(output),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        statistics.data_ptr(),
-        of_maps.data_ptr(),
-        of_other.data_ptr(),
-        of_weights[0].data_ptr(),
-        of_weights[1].data_ptr(),
-        torch.get_num_threads(),
-    )
+    norm, known = _norm(maps, 0.0, behind), (gradient, maps, output, weight, bias, statistics)
+    library.run("batch_norm_gradient", norm, maps.dtype, *known, of_maps, of_other, *of_weights)
     return of_maps, of_other, of_weights
 
 

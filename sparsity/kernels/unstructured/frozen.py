@@ -60,16 +60,9 @@ class FrozenPlan:
         epilogue = library.Epilogue(
             *(None if each is None else each.data_ptr() for each in (bias, other)), relu
         )
-        status = self._library.layer_infer(
-            layer.pointer,
-            ctypes.byref(size),
-            maps.data_ptr(),
-            ctypes.byref(epilogue) if relu or bias is not None or other is not None else None,
-            output.data_ptr(),
-            output.nbytes >= PAST_CACHES,
-            torch.get_num_threads(),
-        )
-        assert status == 0
+        given = epilogue if relu or bias is not None or other is not None else None
+        past_caches = output.nbytes >= PAST_CACHES
+        library.run("layer_infer", layer.pointer, size, maps, given, output, past_caches)
         return output
 
     def laid_out(self, of: Sequence[int]) -> tuple[library.Size, _Layer]:
@@ -103,7 +96,7 @@ class FrozenPlan:
         )
         if pointer is None:
             raise KernelUnavailableError("the kernel spans too many pixels")
-        self._library.layer_freeze(pointer, self._weight.data_ptr(), torch.get_num_threads())
+        library.run("layer_freeze", pointer, self._weight)
         return _Layer(self._library, pointer)
 
 

@@ -17,8 +17,10 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsity.kernels.interface import KernelUnavailableError
 
@@ -132,6 +134,22 @@ def load() -> ctypes.CDLL:
     return found
 
 
+def run(function: str, *arguments: Any) -> None:
+    """Call a function of native/layer.cpp on torch's threads, their number last. Tensors go by where they
+    begin in memory, structures by reference, a dtype by whether it is bfloat16; None is null."""
+    getattr(load(), function)(*map(_native, arguments), torch.get_num_threads())
+
+
+def _native(argument: Any) -> Any:
+    if argument is None or isinstance(argument, int):  # first, as the quickest to know
+        return argument
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.byref(argument)
+    return argument == torch.bfloat16 if isinstance(argument, torch.dtype) else argument
+
+
 @functools.cache
 def _load_once() -> ctypes.CDLL | BuildError:
     try:
@@ -213,7 +231,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.layer_free.argtypes = (_pointer,)
     library.layer_freeze.restype = None
     library.layer_freeze.argtypes = (_pointer, _pointer, ctypes.c_int)
-    products = (_pointer, _pointer, _pointer, _pointer, _pointer, ctypes.c_int, ctypes.c_int)
+    products = (*(_pointer,) * 5, ctypes.c_int, ctypes.c_int)
     library.layer_forward.argtypes = library.layer_input_gradient.argtypes = products
     library.layer_infer.argtypes = products
     library.layers_infer.restype = None

@@ -8,7 +8,6 @@ where the first such layer stands, and from behind the last.
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -193,22 +192,12 @@ def _format(channels_last: bool) -> torch.memory_format:
 
 def _transpose(maps: Tensor, innermost: Tensor, to: bool) -> None:
     images, channels, height, width = maps.shape
-    channels_last = not maps.is_contiguous()
-    pixels = height * width
+    pixels, channels_last = height * width, not maps.is_contiguous()
     strides = library.Strides(
         channels * pixels, 1 if channels_last else pixels, channels if channels_last else 1
     )
-    library.load().transpose_maps(
-        maps.data_ptr(),
-        ctypes.byref(strides),
-        innermost.data_ptr(),
-        images,
-        channels,
-        pixels,
-        maps.element_size(),
-        to,
-        torch.get_num_threads(),
-    )
+    sizes = (images, channels, pixels, maps.element_size())
+    library.run("transpose_maps", maps, strides, innermost, *sizes, to)
 
 
 def _save_format(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -136,14 +136,14 @@ class Plan:
         """maps: (inputs, H, W, N). Returns (outputs, H', W', N)."""
         size = self.convolution.size(maps.shape[1:])
         output = maps.new_empty(self.outputs, size.out_height, size.out_width, size.images)
-        self._run(self._library.layer_forward, size, maps, weight, output)
+        self._run("layer_forward", size, maps, weight, output)
         return output
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
         """gradient: (outputs, H', W', N). Returns (inputs, height, width, N)."""
         size = self.convolution.size((height, width, gradient.shape[3]))
         output = gradient.new_empty(self.inputs, height, width, size.images)
-        self._run(self._library.layer_input_gradient, size, gradient, weight, output)
+        self._run("layer_input_gradient", size, gradient, weight, output)
         return output
 
     def weight_gradient(self, maps: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
@@ -152,31 +152,14 @@ class Plan:
         as_planned = like_weight.stride() == self.strides
         output = like_weight if as_planned else torch.empty_strided(weight.shape, self.strides)
         size = self.convolution.size(maps.shape[1:])
-        status = self._library.layer_weight_gradient(
-            self._layer,
-            ctypes.byref(size),
-            maps.data_ptr(),
-            gradient.data_ptr(),
-            output.data_ptr(),
-            torch.get_num_threads(),
-        )
-        assert status == 0
+        library.run("layer_weight_gradient", self._layer, size, maps, gradient, output)
         return output if as_planned else like_weight.copy_(output)
 
-    def _run(self, product: Any, size: library.Size, source: Tensor, weight: Tensor, output: Tensor) -> None:
+    def _run(self, product: str, size: library.Size, source: Tensor, weight: Tensor, output: Tensor) -> None:
         past_caches = output.numel() * output.element_size() >= PAST_CACHES
         weight = self._as_planned(weight)  # held until the product is done
         with self._lock:  # the plan keeps the weights of a product; copies of a layer share it
-            status = product(
-                self._layer,
-                ctypes.byref(size),
-                source.data_ptr(),
-                weight.data_ptr(),
-                output.data_ptr(),
-                past_caches,
-                torch.get_num_threads(),
-            )
-        assert status == 0
+            library.run(product, self._layer, size, source, weight, output, past_caches)
 
     def _as_planned(self, weight: Tensor) -> Tensor:
         """With the strides that the plan was made for."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,14 +47,8 @@ def max_pool(
     assert takes(maps, kernel)
     output = _output(maps, kernel, stride, padding)
     which = torch.empty_like(output, dtype=_INDICES[maps.dtype])
-    library.load().max_pool(
-        ctypes.byref(_pool(maps.shape, output.shape, kernel, stride, padding)),
-        maps.dtype == torch.bfloat16,
-        maps.data_ptr(),
-        output.data_ptr(),
-        which.data_ptr(),
-        torch.get_num_threads(),
-    )
+    pool = _pool(maps.shape, output.shape, kernel, stride, padding)
+    library.run("max_pool", pool, maps.dtype, maps, output, which)
     return output, which
 
 
@@ -80,14 +73,8 @@ def max_pool_gradient(
     """Of maps of that height and width."""
     gradient = as_innermost(gradient)
     of_maps = empty(gradient, gradient.shape[0], gradient.shape[1], height, width)
-    library.load().max_pool_gradient(
-        ctypes.byref(_pool(of_maps.shape, gradient.shape, kernel, stride, padding)),
-        gradient.dtype == torch.bfloat16,
-        gradient.data_ptr(),
-        which.data_ptr(),
-        of_maps.data_ptr(),
-        torch.get_num_threads(),
-    )
+    pool = _pool(of_maps.shape, gradient.shape, kernel, stride, padding)
+    library.run("max_pool_gradient", pool, gradient.dtype, gradient, which, of_maps)
     return of_maps
 
 

@@ -43,7 +43,7 @@ using Grids = std::tuple<Grid<1, 2>, Grid<1, 4>, Grid<1, 7>, Grid<1, 8>, Grid<1,
 using Grids = std::tuple<Grid<1, 2>, Grid<1, 4>, Grid<1, 6>, Grid<1, 7>, Grid<2, 3>>;
 #endif
 
-// run<format, rows, units in a row>() for this tile; false where there is no code for it.
+// run<rows, units in a row>() for this tile; false where there is no code for it.
 template <class... G, class Run>
 bool with_grid(std::tuple<G...>, const Tile& tile, Run run) {
     return ((tile.rows == G::ROWS && tile.columns * tile.units == G::RUN && (run(G{}), true)) || ...);
@@ -61,8 +61,8 @@ void dispatch(bool bfloat16, int behind, Run run) {
 }
 
 template <class Run>
-bool dispatch(bool bfloat16, const Tile& tile, Run run) {
-    return with_grid(Grids{}, tile, [&](auto grid) { bfloat16 ? run(BFloat16{}, grid) : run(Float32{}, grid); });
+void dispatch(bool bfloat16, const Tile& tile, Run run) {
+    with_grid(Grids{}, tile, [&](auto grid) { bfloat16 ? run(BFloat16{}, grid) : run(Float32{}, grid); });
 }
 
 bool is_flat(const Geometry& g) {
@@ -91,9 +91,9 @@ void gather_values(Gather& plan, const float* weight, bool bfloat16, int threads
     }
 }
 
-bool run_outputs(bool bfloat16, const Gather& plan, const Map& in, const Map& out, bool past_caches, int threads,
+void run_outputs(bool bfloat16, const Gather& plan, const Map& in, const Map& out, bool past_caches, int threads,
                  const Epilogue* epilogue = nullptr) {
-    return dispatch(bfloat16, plan.tile, [&](auto format, auto grid) {
+    dispatch(bfloat16, plan.tile, [&](auto format, auto grid) {
         outputs_of<decltype(format), grid.ROWS, grid.RUN>(plan, in, out, past_caches && can_stream(out), epilogue, threads);
     });
 }
@@ -201,10 +201,10 @@ void layer_freeze(Layer* layer, const float* weight, int threads) {
     gather_values(layer->forward, weight, layer->bfloat16, threads);
 }
 
-// The forward product with weights that stay. epilogue: null for none. Returns what products do, see below.
-int layer_infer(Layer* layer, const Size* size, const void* x, const Epilogue* epilogue, void* y, int past_caches, int threads) {
-    return !run_outputs(layer->bfloat16, layer->forward, map_of(*layer, x, size->images, size->in_height, size->in_width),
-                        map_of(*layer, y, size->images, size->out_height, size->out_width), past_caches, threads, epilogue);
+// The forward product with weights that stay. epilogue: null for none.
+void layer_infer(Layer* layer, const Size* size, const void* x, const Epilogue* epilogue, void* y, int past_caches, int threads) {
+    run_outputs(layer->bfloat16, layer->forward, map_of(*layer, x, size->images, size->in_height, size->in_width),
+                map_of(*layer, y, size->images, size->out_height, size->out_width), past_caches, threads, epilogue);
 }
 
 // Several such products, each with maps that earlier ones gave.
@@ -224,15 +224,14 @@ void layers_infer(const Step* steps, int32_t count, char* const* maps, int threa
     }
 }
 
-// The three products. x, y: the maps, whole in memory as (channels, height, width, images). They return 0, or 1
-// where there is no code for the tile.
-int layer_forward(Layer* layer, const Size* size, const void* x, const float* weight, void* y, int past_caches, int threads) {
+// The three products. x, y: the maps, whole in memory as (channels, height, width, images).
+void layer_forward(Layer* layer, const Size* size, const void* x, const float* weight, void* y, int past_caches, int threads) {
     gather_values(layer->forward, weight, layer->bfloat16, threads);
-    return layer_infer(layer, size, x, nullptr, y, past_caches, threads);
+    layer_infer(layer, size, x, nullptr, y, past_caches, threads);
 }
 
-int layer_input_gradient(Layer* layer, const Size* size, const void* dy, const float* weight, void* dx, int past_caches,
-                         int threads) {
+void layer_input_gradient(Layer* layer, const Size* size, const void* dy, const float* weight, void* dx, int past_caches,
+                          int threads) {
     const Geometry& g = layer->geometry;
     const Map in = map_of(*layer, dy, size->images, size->out_height, size->out_width);
     const Map all = map_of(*layer, dx, size->images, size->in_height, size->in_width);
@@ -253,15 +252,14 @@ int layer_input_gradient(Layer* layer, const Size* size, const void* dy, const f
             continue;
         }
         gather_values(residue.plan, weight, layer->bfloat16, threads);
-        if (!run_outputs(layer->bfloat16, residue.plan, in, out, past_caches, threads)) return 1;
+        run_outputs(layer->bfloat16, residue.plan, in, out, past_caches, threads);
     }
-    return 0;
 }
 
-int layer_weight_gradient(Layer* layer, const Size* size, const void* x, const void* dy, float* gradient, int threads) {
+void layer_weight_gradient(Layer* layer, const Size* size, const void* x, const void* dy, float* gradient, int threads) {
     const Map in = map_of(*layer, x, size->images, size->in_height, size->in_width);
     const Map out = map_of(*layer, dy, size->images, size->out_height, size->out_width);
-    return !dispatch(layer->bfloat16, layer->weight.tile, [&](auto format, auto grid) {
+    dispatch(layer->bfloat16, layer->weight.tile, [&](auto format, auto grid) {
         weight_gradient_of<decltype(format), grid.ROWS, grid.RUN>(layer->weight, in, out, gradient, layer->numel, threads);
     });
 }
