@@ -21,6 +21,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -47,77 +48,37 @@ class Part:
 
 TRAINER = ("deepspeed", "pydantic", "yaml", "tensorboard", "rich", "psutil")
 DATA = (*TRAINER, "nvidia.dali", "PIL")
+COMMANDS = {
+    "throughput": "benchmarks.throughput resnet50 --images 2048 --turns 3 --warmup 3 --profile",
+    "data": "benchmarks.data_pipeline --images 2048 --batches 64 --repeats 2",
+    "kernels24": "benchmarks.kernels24",
+    "throughput24": "benchmarks.throughput --images 0 --pattern '2:4 transposable' --turns 2",
+    "phase_switch": "benchmarks.phase_switch --repeats 5",
+    "variants": "benchmarks.variants --only as_is fast_stem fast_stem+batch_512 combo_kernels zero1 "
+    "max_autotune_gemm coordinate_descent combo_kernels+batch_512",
+    "real_run": "benchmarks.gpu.real_run",
+    "overhead": "benchmarks.overhead resnet50 mobilenetv1",
+    "overhead_wrn": "benchmarks.overhead wrn-28-10",
+    "peers": "benchmarks.peers resnet50 --turns 3 --steps 24",
+    "compilation": "benchmarks.compilation resnet50 --repeats 1",
+    "tests": "pytest -q -W ignore tests/gpu",
+}
+Small = partial(Part, small=True)
 # A ResNet50's first graph takes 16 cores more than a minute, the same one later some seconds: throughput
 # makes the one that variants, real_run and overhead begin with
 PARTS = (
-    Part(
-        "throughput",
-        TRAINER,
-        60,
-        200,
-        "benchmarks.throughput resnet50 --images 2048 --turns 3 --warmup 3 --profile",
-        "images/s, and where a step's time goes",
-    ),
-    Part(
-        "data",
-        DATA,
-        40,
-        100,
-        "benchmarks.data_pipeline --images 2048 --batches 64 --repeats 2",
-        "which decoder is fastest",
-        small=True,
-    ),
-    Part("kernels24", ("rich",), 20, 75, "benchmarks.kernels24", "2:4 kernels"),
-    Part(
-        "throughput24",
-        TRAINER,
-        60,
-        150,
-        "benchmarks.throughput --images 0 --pattern '2:4 transposable' --turns 2",
-        "2:4 steps",
-        small=True,
-    ),
-    Part(
-        "phase_switch",
-        TRAINER,
-        30,
-        75,
-        "benchmarks.phase_switch --repeats 5",
-        "phase switches and graphs over phases",
-        small=True,
-    ),
-    Part(
-        "variants",
-        TRAINER,
-        60,
-        240,
-        "benchmarks.variants --only as_is fast_stem fast_stem+batch_512 combo_kernels zero1 "
-        "max_autotune_gemm coordinate_descent combo_kernels+batch_512",
-        "what settings gain",
-        budget=True,
-    ),
-    Part("real_run", DATA, 60, 150, "benchmarks.gpu.real_run", "training from files, killed and resumed"),
-    Part(
-        "overhead",
-        TRAINER,
-        60,
-        120,
-        "benchmarks.overhead resnet50 mobilenetv1",
-        "what masks cost against stock layers",
-        small=True,
-    ),
-    Part("overhead_wrn", DATA, 40, 90, "benchmarks.overhead wrn-28-10", "the same of WRN-28-10", small=True),
-    Part("peers", DATA, 60, 150, "benchmarks.peers resnet50 --turns 3 --steps 24", "peers", small=True),
-    Part(
-        "compilation",
-        TRAINER,
-        60,
-        240,
-        "benchmarks.compilation resnet50 --repeats 1",
-        "what compiling costs",
-        small=True,
-    ),
-    Part("tests", ("pytest",), 20, 150, "pytest -q -W ignore tests/gpu", "what tests/gpu hold"),
+    Part("throughput", TRAINER, 60, 200, COMMANDS["throughput"], "images/s, and where a step's time goes"),
+    Small("data", DATA, 40, 100, COMMANDS["data"], "which decoder is fastest"),
+    Part("kernels24", ("rich",), 20, 75, COMMANDS["kernels24"], "2:4 kernels"),
+    Small("throughput24", TRAINER, 60, 150, COMMANDS["throughput24"], "2:4 steps"),
+    Small("phase_switch", TRAINER, 30, 75, COMMANDS["phase_switch"], "phase switches and graphs over phases"),
+    Part("variants", TRAINER, 60, 240, COMMANDS["variants"], "what settings gain", budget=True),
+    Part("real_run", DATA, 60, 150, COMMANDS["real_run"], "training from files, killed and resumed"),
+    Small("overhead", TRAINER, 60, 120, COMMANDS["overhead"], "what masks cost against stock layers"),
+    Small("overhead_wrn", DATA, 40, 90, COMMANDS["overhead_wrn"], "the same of WRN-28-10"),
+    Small("peers", DATA, 60, 150, COMMANDS["peers"], "peers"),
+    Small("compilation", TRAINER, 60, 240, COMMANDS["compilation"], "what compiling costs"),
+    Part("tests", ("pytest",), 20, 150, COMMANDS["tests"], "what tests/gpu hold"),
 )
 NAMES = tuple(part.name for part in PARTS)
 
