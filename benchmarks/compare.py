@@ -7,6 +7,7 @@ of ours over others high. A figure with a spread is worse only where the spreads
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,30 +15,8 @@ from typing import Any
 from benchmarks.shared.record import Parser, console, show_table
 from trainer.errors import UserError
 
-HIGH = (
-    "images_per",
-    "flops",
-    "utilisation",
-    "ours_over",
-    "dali_over",
-    "loader_alone",
-    "top1",
-    "layers_on_kernels",
-)
-LOW = (
-    "seconds",
-    "ms_per",
-    "step",
-    "wait",
-    "cost",
-    "memory",
-    "ratio",
-    "compress",
-    "first",
-    "sparse",
-    "dense",
-    "graphs",
-)
+HIGH = re.compile("images_per|flops|utilisation|ours_over|dali_over|loader_alone|top1|layers_on_kernels")
+LOW = re.compile("seconds|ms_per|step|wait|cost|memory|ratio|compress|first|sparse|dense|graphs")
 LABELS = ("network", "layer", "phase", "data", "precision", "percent", "batch")
 SETTINGS = ("environment", "options", "batch", "bar", "shape", "num_weights", "copy")
 
@@ -119,9 +98,9 @@ def _label(entry: Any, number: int) -> str:
 def _sign(name: str) -> int:
     """By the last parts of the name first."""
     for part in reversed(name.split("/")):
-        if any(word in part for word in HIGH):
+        if HIGH.search(part):
             return 1
-        if any(word in part for word in LOW):
+        if LOW.search(part):
             return -1
     return 0
 
