@@ -36,20 +36,8 @@ def main() -> int:
     parser.add_argument(
         "path", metavar="PATH", help=f"a run folder, a checkpoint folder in it, or of {', '.join(NETWORKS)}"
     )
-    parser.add_argument(
-        "--percent",
-        type=float,
-        nargs="+",
-        metavar="P",
-        help="of a named network's weights dropped; default: 90 95",
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="images; default: 1 and 32; for 2:4 models 32, on a GPU 256",
-    )
+    parser.add_numbers("--percent", float, "P", "of a named network's weights dropped; default: 90 95")
+    parser.add_numbers("--batch", int, "N", "images; default: 1 and 32; for 2:4 models 32, on a GPU 256")
     parser.add_number("--turns", 9, "of each")
     parser.add_number("--steps", None, "batches in a turn; default: 16 images; for 2:4 models and on a GPU 5")
     parser.add_argument("--all", action="store_true", help="2:4 in every layer that can, faster or not")

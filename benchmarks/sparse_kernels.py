@@ -44,9 +44,7 @@ def main() -> int:
     parser.add_argument(
         "networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; default: resnet50"
     )
-    parser.add_argument(
-        "--percent", type=int, nargs="+", default=[5, 10, 20, 30, 50, 75], metavar="P", help="of weights kept"
-    )
+    parser.add_numbers("--percent", int, "P", "of weights kept", default=[5, 10, 20, 30, 50, 75])
     default = ["fp32", "bf16"] if cpu_multiplies_bf16() else ["fp32"]
     parser.add_argument("--precision", nargs="+", default=default, choices=("fp32", "bf16"))
     parser.add_number("--batch", None, "images in a step; default: by network")

@@ -37,9 +37,7 @@ def main() -> int:
     parser.add_argument(
         "networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; default: all"
     )
-    parser.add_argument(
-        "--percent", type=float, nargs="+", default=[90, 95], metavar="P", help="of weights dropped"
-    )
+    parser.add_numbers("--percent", float, "P", "of weights dropped", default=[90, 95])
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument(
         "--masks", type=Path, metavar="RUN", help="a run folder or a checkpoint in it, whose masks to take"

@@ -68,6 +68,10 @@ class Parser(argparse.ArgumentParser):
         shown = help if default is None else f"{help}; default: {default}"
         self.add_argument(option, type=int, default=default, metavar="N", help=shown)
 
+    def add_numbers(self, option: str, kind: type, metavar: str, help: str, default: Any = None) -> None:
+        """One or more of them, in a list."""
+        self.add_argument(option, type=kind, nargs="+", default=default, metavar=metavar, help=help)
+
 
 def parse(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
     """The command line, with --out for the record's place, by default the published NAME.json. A tree with
