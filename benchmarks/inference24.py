@@ -57,14 +57,9 @@ def measure(
     share = packed_share(model.float().cpu()) if device.type == "cpu" else None
     for network in (dense, sparse):
         network.compile(dynamic=False)
+    ways = {"dense": lambda: dense(images), "2:4": lambda: sparse(images)}
     with progress("turns") as on_progress:
-        seconds = take_turns(
-            {"dense": lambda: dense(images), "2:4": lambda: sparse(images)},
-            options.turns,
-            options.steps or 5,
-            device,
-            on_progress,
-        )
+        seconds = take_turns(ways, options.turns, options.steps or 5, device, on_progress)
     return {
         "reference": missing(device) is not None,
         "batch": batch,

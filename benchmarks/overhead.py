@@ -61,15 +61,10 @@ def measure(name: str, device: torch.device, options: argparse.Namespace) -> dic
     batch = options.batch or network.batch(device)
     with short_trainer(network, device, "sparse 2", batch, count) as trainer:
         images = one_batch(trainer)
-        ours, stock = Ours(trainer), Stock(trainer.config, trainer, device)
+        ours, stock = Ours(trainer), Stock(trainer)
+        ways = {"ours": lambda: ours.step(images), "stock": lambda: stock.step(images)}
         with progress(f"{name}, turns") as on_progress:
-            seconds = take_turns(
-                {"ours": lambda: ours.step(images), "stock": lambda: stock.step(images)},
-                options.turns,
-                options.steps,
-                device,
-                on_progress,
-            )
+            seconds = take_turns(ways, options.turns, options.steps, device, on_progress)
     table = {who: spread([1000 * value for value in values]) for who, values in seconds.items()}
     return {"batch": batch, "ms_per_step": table, "ratio": ratios(seconds["ours"], seconds["stock"])}
 

@@ -99,7 +99,7 @@ def measure(
         images = one_batch(trainer)
         if masks is not None:
             trainer.acdc.actions[0] = lambda weights: {key: masks[key].to(device) for key in weights}
-        ours, stock = Ours(trainer), Stock(trainer.config, trainer, device)
+        ours, stock = Ours(trainer), Stock(trainer)
         trainer.acdc.before_step()
         trainer.accelerate()
         layers = trainer.acdc.kernel_layers.values()

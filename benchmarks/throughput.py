@@ -135,7 +135,7 @@ def measure(
 def bytes_per_image(trainer: Trainer) -> dict[str, float]:
     """That a step moves at the least, by kind of operator, at the run's batch size: from uncompiled steps of
     two sizes, since all but the weights' bytes grow with the batch."""
-    stock, counted = Stock(trainer.config, trainer, trainer.device, compiled=False), []
+    stock, counted = Stock(trainer, compiled=False), []
     mask_layers(stock.module.model, exclude=trainer.config.sparsity.exclude)
     images, labels = next(sources_of(trainer, real=False)[NOISE])
     few = min(2, len(labels))

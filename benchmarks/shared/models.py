@@ -132,7 +132,8 @@ def one_batch(trainer: Trainer) -> Batch:
 class Stock:
     """The same model with stock layers, in a plain PyTorch loop: compiled, channels_last, fused SGD."""
 
-    def __init__(self, config: Config, trainer: Trainer, device: torch.device, compiled: bool = True) -> None:
+    def __init__(self, trainer: Trainer, compiled: bool = True) -> None:
+        config, device = trainer.config, trainer.device
         torch.manual_seed(config.seed)
         info = trainer.loaders.info
         model = build_model(describe_model(config, info))
