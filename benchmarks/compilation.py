@@ -6,10 +6,10 @@ model is masked; a step is forward, backward and SGD on noise.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ def main() -> int:
     options = parse(parser, "compilation")
     results: dict[str, dict[str, Any]] = {}
     for network in options.networks:
-        for found in _in_turns(network, options):
+        run = partial(_in_processes, network, steps=options.steps)
+        for found in repeat_ways(network, WAYS, options.repeats, run, _cold_and_warm):
             results[network] = found
             write_record(options.out, {"compilation": results}, quietly=True)
     show(results)
@@ -39,15 +40,10 @@ def main() -> int:
     return 0
 
 
-def _in_turns(network: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Of each way so far, with an empty cache (cold) and with what that left (warm)."""
-    for runs in repeat_ways(
-        network, WAYS, options.repeats, lambda way: _in_processes(network, way, options.steps)
-    ):
-        yield {
-            way: dict(zip(("cold", "warm"), map(summary, zip(*those, strict=True)), strict=True))
-            for way, those in runs.items()
-        }
+def _cold_and_warm(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """With an empty cache (cold), and with what that left (warm)."""
+    cold, warm = zip(*runs, strict=True)
+    return {"cold": summary(cold), "warm": summary(warm)}
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

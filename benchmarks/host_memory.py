@@ -5,10 +5,9 @@ Each way runs in a process of its own, which counts its page faults; see trainer
 
 from __future__ import annotations
 
-import argparse
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ def main() -> int:
     options = parse(parser, "host_memory")
     results: dict[str, dict[str, Any]] = {}
     for name in options.networks or NETWORKS:
-        for found in _in_turns(name, options):
+        for found in _in_turns(name, options.repeats, options.steps):
             results[name] = found
             write_record(options.out, {"host_memory": results}, quietly=True)
     rows = []
@@ -43,19 +42,18 @@ def main() -> int:
     return 0
 
 
-def _in_turns(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _in_turns(name: str, repeats: int, steps: int) -> Iterator[dict[str, Any]]:
     """Of each way so far."""
-    for runs_of in repeat_ways(
-        name, WAYS, options.repeats, lambda way: run_apart(measure, name, way, options.steps)
-    ):
-        yield {
-            way: {
-                "ms_per_step": spread([ms for run in runs for ms in run["ms"]]),
-                "faults": sum(run["faults"] for run in runs) / len(runs),
-                "memory_gb": max(run["memory_gb"] for run in runs),
-            }
-            for way, runs in runs_of.items()
-        }
+    return repeat_ways(name, WAYS, repeats, lambda way: run_apart(measure, name, way, steps), summary)
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of what `measure` gave."""
+    return {
+        "ms_per_step": spread([ms for run in runs for ms in run["ms"]]),
+        "faults": sum(run["faults"] for run in runs) / len(runs),
+        "memory_gb": max(run["memory_gb"] for run in runs),
+    }
 
 
 def measure(name: str, way: str, steps: int) -> dict[str, Any]:

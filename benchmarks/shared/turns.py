@@ -24,6 +24,7 @@ from benchmarks.shared.record import spread
 from data.loader import Batch, Loader
 
 T = TypeVar("T")
+S = TypeVar("S")
 TURN = 3  # steps of a turn over real data, in read-aheads
 QUIET = 0.3  # seconds
 PAUSE = 0.02  # seconds between looks
@@ -64,16 +65,16 @@ def take_turns(
 
 
 def repeat_ways(
-    what: str, ways: Sequence[str], repeats: int, run: Callable[[str], T]
-) -> Iterator[dict[str, list[T]]]:
-    """After each run, of which a line on the screen tells: what `run` gave for each way so far. Ways take
-    turns."""
+    what: str, ways: Sequence[str], repeats: int, run: Callable[[str], T], summary: Callable[[list[T]], S]
+) -> Iterator[dict[str, S]]:
+    """After each run, of which a line on the screen tells: the summary of what `run` gave for each way so
+    far. Ways take turns."""
     found: dict[str, list[T]] = {}
     for repeat in range(repeats):
         for way in order(ways, repeat):
             found.setdefault(way, []).append(run(way))
             print(f"{what}, {way}: {repeat + 1} of {repeats}", flush=True)
-            yield {way: found[way] for way in ways if way in found}
+            yield {way: summary(found[way]) for way in ways if way in found}
 
 
 def run_apart(function: Callable[..., T], *arguments: Any, **variables: str) -> T:
