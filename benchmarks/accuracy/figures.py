@@ -68,7 +68,7 @@ def _line(found: Found, base: dict[int, float], before: dict[int, Any] | None) -
         str(len(final)),
         f"{100 * _final(results[0])['sparsity']:.1f} %" if results[0]["sparse"] else "",
         show(list(final.values())),
-        "" if is_base or not pairs else show_difference(pairs),
+        "" if is_base or not pairs else show(pairs, "+", error=True),
         show(found.of("dense_twin")) if results[0]["sparse"] else "",
         show(found.of("finetuned_dense")),
         f"{statistics.mean(share for share, _ in costs):.2f}" if costs else "",
@@ -96,21 +96,12 @@ def _final(result: dict[str, Any]) -> dict[str, Any]:
     return dict(result["sparse"] or result["dense_twin"])
 
 
-def show(values: Sequence[float]) -> str:
-    """ "90.12 +- 0.13": mean and standard deviation; of one value, itself."""
+def show(values: Sequence[float], sign: str = "", error: bool = False) -> str:
+    """ "90.12 ± 0.13": mean, and standard deviation or error; of one value, itself. sign: "+" for gains."""
     if len(values) < 2:
-        return f"{values[0]:.2f}" if values else ""
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
-def show_difference(pairs: Sequence[float]) -> str:
-    if len(pairs) < 2:
-        return f"{pairs[0]:+.2f}"
-    return f"{statistics.mean(pairs):+.2f} ± {standard_error(pairs):.2f}"
-
-
-def standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values))
+        return f"{values[0]:{sign}.2f}" if values else ""
+    deviation = statistics.stdev(values) / (math.sqrt(len(values)) if error else 1)
+    return f"{statistics.mean(values):{sign}.2f} ± {deviation:.2f}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:

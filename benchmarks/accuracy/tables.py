@@ -145,15 +145,9 @@ def _tuning() -> tuple[Row, ...]:
     crops = "data.crop_padding=2"
     for recipe, lr in (("dense", 0.05), ("dense", 0.1), ("acdc", 0.05), ("acdc", 0.1)):
         add(recipe, "16", f"lr {lr}", f"optimizer.lr={lr}", crops, schedule="")
-    for recipe, lr in (
-        ("dense", 0.05),
-        ("dense", 0.1),
-        ("acdc", 0.1),
-        ("acdc", 0.2),
-        ("gmp", 0.1),
-        ("set", 0.1),
-    ):
-        add(recipe, "32", f"lr {lr}", f"optimizer.lr={lr}", crops, schedule="")
+    for recipe, rates in {"dense": (0.05, 0.1), "acdc": (0.1, 0.2), "gmp": (0.1,), "set": (0.1,)}.items():
+        for lr in rates:
+            add(recipe, "32", f"lr {lr}", f"optimizer.lr={lr}", crops, schedule="")
     for schedule in ("long_end", "three_phases", "two_phases"):
         add("acdc", "32", schedule, crops, schedule=schedule)
     for recipe in ("dense", "acdc", "gmp"):
