@@ -29,7 +29,8 @@ def main() -> int:
         cold, seconds = run_cold(Path(folder), options.overrides)
         watched = run_watched(Path(folder), options.overrides)
     rows = judge(cold, seconds, watched)
-    show(rows)
+    shown = [(*texts, "yes" if holds else "NO") for *texts, holds in rows]
+    show_table(COLUMNS, shown, texts=COLUMNS)
     record: dict[str, Any] = {"overrides": options.overrides, "result": cold, "two_ranks": watched}
     record["claims"] = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
     write_record(options.out, record)
@@ -88,11 +89,6 @@ def judge(
         ("masks on two ranks", "equal", f"equal in {switches[0]}" if equal else "different", equal),
         ("whole command, cold", "300 s on 2 cores", f"{seconds:.0f} s on {cores} cores", seconds <= 300),
     ]
-
-
-def show(rows: list[tuple[str, str, str, bool]]) -> None:
-    shown = [(*texts, "yes" if holds else "NO") for *texts, holds in rows]
-    show_table(COLUMNS, shown, texts=COLUMNS)
 
 
 if __name__ == "__main__":

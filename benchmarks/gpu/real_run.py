@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def main() -> int:
     options = parse(parser, "real_run")
     with tempfile.TemporaryDirectory() as folder:
         content = {"options": settings(options)}
-        content |= run(Path(folder), options, lambda found: _write(options, found))
-    _write(options, content, quietly=False)
+        content |= run(Path(folder), options, partial(write_record, options.out, quietly=True))
+    write_record(options.out, content)
     print(json.dumps(content["verdicts"], indent=1))
     return 0 if all(content["verdicts"].values()) else 1
 
@@ -130,10 +131,6 @@ def read_run(run: Path, found: dict[str, Any]) -> None:
         "finite losses": bool(losses) and all(loss is not None and math.isfinite(loss) for loss in losses),
         "0 recompilations": result is not None and result["compile"]["recompilations"] == 0,
     }
-
-
-def _write(options: argparse.Namespace, content: dict[str, Any], quietly: bool = True) -> None:
-    write_record(options.out, content, quietly=quietly)
 
 
 if __name__ == "__main__":

@@ -27,17 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.shared.machine import timed
 
-_ELEMENTWISE = (
-    "_to_copy",
-    "copy_",
-    "clone",
-    "threshold_backward",
-    "fill_",
-    "zero_",
-    "ones_like",
-    "zeros_like",
-)
 _OVERWRITING = ("copy_", "fill_", "zero_")  # what was in their first input is not read
+_ELEMENTWISE = ("_to_copy", "clone", "threshold_backward", "ones_like", "zeros_like", *_OVERWRITING)
 _REDUCTIONS = ("sum", "mean", "_log_softmax", "nll_loss_forward", "argmax")
 
 
