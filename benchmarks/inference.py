@@ -165,17 +165,11 @@ def show(result: dict[str, Any]) -> None:
     rows = []
     for who, times in result["ms_per_batch"].items():
         kernels, gain = result["layers_on_kernels"].get(who), result["ours_over_fastest_rival"].get(who)
-        rows.append(
-            (
-                who,
-                "-" if kernels is None else f"{kernels} of {result['layers']}",
-                show_spread(times),
-                f"{1000 * result['batch'] / times['median']:,.1f}",
-                f"{result['largest_difference'][who]:.1e}",
-                f"{100 * result['same_answer'][who]:.0f} %",
-                "-" if gain is None else show_spread(gain, 2),
-            )
-        )
+        layers = "-" if kernels is None else f"{kernels} of {result['layers']}"
+        rate = f"{1000 * result['batch'] / times['median']:,.1f}"
+        answers = (f"{result['largest_difference'][who]:.1e}", f"{100 * result['same_answer'][who]:.0f} %")
+        faster = "-" if gain is None else show_spread(gain, 2)
+        rows.append((who, layers, show_spread(times), rate, *answers, faster))
     columns = ("", "sparse layers", "ms", "images/s", "logits differ", "same answer", "fastest rival / ours")
     title = f"{result['network']}, {result['percent']:g} % dropped, batch {result['batch']}"
     show_table(columns, rows, texts=("",), title=title)

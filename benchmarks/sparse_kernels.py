@@ -148,18 +148,10 @@ def show(title: str, result: dict[str, Any]) -> None:
     rows = []
     for entry in result["shapes"]:
         percents = list(entry["kept"])
-        beyond = (
-            f"over {percents[-1]}"
-            if entry["kept"][percents[0]]["dense_to_sparse"] > 1
-            else f"under {percents[0]}"
-        )
-        crosses = entry["crossover_percent"]
-        head = (
-            entry["shape"],
-            str(entry["layers"]),
-            _sum(entry["dense_us"]),
-            f"{entry['dense_gflops']:,.0f}",
-        )
+        gains = entry["kept"][percents[0]]["dense_to_sparse"] > 1
+        beyond = f"over {percents[-1]}" if gains else f"under {percents[0]}"
+        crosses, dense_speed = entry["crossover_percent"], f"{entry['dense_gflops']:,.0f}"
+        head = (entry["shape"], str(entry["layers"]), _sum(entry["dense_us"]), dense_speed)
         crossing = beyond if crosses is None else f"{crosses:.0f}"
         for percent, kept in entry["kept"].items():
             speed = kept["executed_gflops"]

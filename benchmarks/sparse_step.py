@@ -143,13 +143,8 @@ def show(results: list[dict[str, Any]]) -> None:
         steps = (show_spread(result["ms_per_step"][who]) for who in WHO)
         gains = (show_spread(result[f"{who}_to_compressed"], 2) for who in ("dense", "stock"))
         kernels = f"{result['sparse_layers']} of {result['layers']}"
-        what = (
-            result["network"],
-            result["precision"],
-            f"{result['percent']:g}",
-            str(result["batch"]),
-            kernels,
-        )
+        percent, batch = f"{result['percent']:g}", str(result["batch"])
+        what = (result["network"], result["precision"], percent, batch, kernels)
         rows.append((*what, *steps, *gains, show_spread(result["whole_run"]["of_dense"], 2)))
     columns = ("network", "precision", "% dropped", "batch", "sparse layers", *(f"{who}, ms" for who in WHO))
     columns += ("dense / compressed", "stock / compressed", "whole run / dense")

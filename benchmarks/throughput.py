@@ -207,16 +207,8 @@ def show(measured: list[dict[str, Any]], networks: dict[str, dict[str, Any]]) ->
         )
         named = (row[name] for name in texts)
         rows.append((*named, show_spread(row["images_per_second"]), *steps, wait, cost, *flops))
-    columns = (
-        "images/s",
-        "p50 ms",
-        "p95 ms",
-        "data wait, %",
-        "cost of data, %",
-        "TFLOP/s",
-        "of peak",
-        "of memory",
-    )
+    columns = ["images/s", "p50 ms", "p95 ms", "data wait, %", "cost of data, %"]
+    columns += ["TFLOP/s", "of peak", "of memory"]
     show_table((*texts, *columns), rows, texts, title="training throughput")
     screen = console()
     for name, whole in networks.items():
