@@ -58,12 +58,6 @@ class Tile(ctypes.Structure):
     _fields_ = tuple((name, _int32) for name in ("rows", "columns", "units", "slab_bytes"))
 
 
-class Strides(ctypes.Structure):
-    """See native/transpose.h."""
-
-    _fields_ = tuple((name, _int64) for name in ("image", "channel", "pixel"))
-
-
 class Epilogue(ctypes.Structure):
     """See native/convolve.h."""
 
@@ -223,27 +217,20 @@ def _first_error(text: str) -> str:
 
 
 def _declare(library: ctypes.CDLL) -> None:
+    """What returns nothing stays as ctypes takes it, with an int that nobody reads."""
     library.layer_new.restype = _pointer
     library.layer_new.argtypes = (_pointer, _pointer, _pointer, ctypes.c_int)
     library.layer_new_forward.restype = _pointer
     library.layer_new_forward.argtypes = (_pointer, _pointer, _pointer, ctypes.c_int, *[_int64] * 3)
-    library.layer_free.restype = None
     library.layer_free.argtypes = (_pointer,)
-    library.layer_freeze.restype = None
     library.layer_freeze.argtypes = (_pointer, _pointer, ctypes.c_int)
     products = (*(_pointer,) * 5, ctypes.c_int, ctypes.c_int)
     library.layer_forward.argtypes = library.layer_input_gradient.argtypes = products
     library.layer_infer.argtypes = products
-    library.layers_infer.restype = None
     library.layers_infer.argtypes = (_pointer, _int32, _pointer, ctypes.c_int)
     library.layer_weight_gradient.argtypes = (*products[:5], ctypes.c_int)
-    library.batch_norm.restype = None
     library.batch_norm.argtypes = (_pointer, ctypes.c_int, *(_pointer,) * 6, ctypes.c_int)
-    library.batch_norm_gradient.restype = None
     library.batch_norm_gradient.argtypes = (_pointer, ctypes.c_int, *(_pointer,) * 10, ctypes.c_int)
-    library.max_pool.restype = None
     library.max_pool.argtypes = (_pointer, ctypes.c_int, *(_pointer,) * 3, ctypes.c_int)
-    library.max_pool_gradient.restype = None
     library.max_pool_gradient.argtypes = (_pointer, ctypes.c_int, *(_pointer,) * 3, ctypes.c_int)
-    library.transpose_maps.restype = None
-    library.transpose_maps.argtypes = (*(_pointer,) * 3, *(_int64,) * 3, *(ctypes.c_int,) * 3)
+    library.transpose_maps.argtypes = (_pointer, _pointer, *(_int64,) * 3, *(ctypes.c_int,) * 4)

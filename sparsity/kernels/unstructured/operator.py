@@ -19,9 +19,8 @@ from sparsity.kernels.unstructured import library
 
 # The kernels that numbers stand for in compiled code: a kernel's plan may change, its number does not
 PLANNED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-CHAINS: weakref.WeakValueDictionary[int, Any] = (
-    weakref.WeakValueDictionary()
-)  # likewise, of layers, in inference
+# Likewise, of layers, in inference
+CHAINS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def _plan(number: Tensor) -> Any:
@@ -192,12 +191,10 @@ def _format(channels_last: bool) -> torch.memory_format:
 
 def _transpose(maps: Tensor, innermost: Tensor, to: bool) -> None:
     images, channels, height, width = maps.shape
-    pixels, channels_last = height * width, not maps.is_contiguous()
-    strides = library.Strides(
-        channels * pixels, 1 if channels_last else pixels, channels if channels_last else 1
-    )
-    sizes = (images, channels, pixels, maps.element_size())
-    library.run("transpose_maps", maps, strides, innermost, *sizes, to)
+    sizes = (images, channels, height * width, maps.element_size())
+    # Maps of one pixel are both: as channels_last they are copied in larger blocks
+    channels_last = height * width == 1 or not maps.is_contiguous()
+    library.run("transpose_maps", maps, innermost, *sizes, channels_last, to)
 
 
 def _save_format(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -294,11 +294,12 @@ void max_pool_gradient(const Pool* pool, int bfloat16, const char* dy, const cha
 }
 
 // size: bytes of an element, 2 or 4. innermost: whether to (channels, pixels, images), else from it.
-void transpose_maps(void* maps, const Strides* strides, void* other, int64_t images, int64_t channels, int64_t pixels,
-                    int size, int innermost, int threads) {
+void transpose_maps(void* maps, void* other, int64_t images, int64_t channels, int64_t pixels, int size, int channels_last,
+                    int innermost, int threads) {
     auto run = [&](auto element, auto direction) {
         using T = decltype(element);
-        transpose<T, direction.value>(static_cast<T*>(maps), *strides, static_cast<T*>(other), images, channels, pixels, threads);
+        transpose<T, direction.value>(static_cast<T*>(maps), static_cast<T*>(other), images, channels, pixels, channels_last,
+                                      threads);
     };
     if (size == 4) innermost ? run(uint32_t{}, std::true_type{}) : run(uint32_t{}, std::false_type{});
     else innermost ? run(uint16_t{}, std::true_type{}) : run(uint16_t{}, std::false_type{});

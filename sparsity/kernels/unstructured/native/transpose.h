@@ -4,15 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
-// maps: (images, channels, pixels) with strides in elements, of which that of channels or of pixels is 1.
-struct Strides {
-    int64_t image, channel, pixel;
-};
-
-// In channels_last, channels lie side by side here, and pixels with their images there; else pixels here, images there.
+// maps: (images, pixels, channels) in channels_last, where channels lie side by side here, and pixels with their images
+// there; else (images, channels, pixels), with pixels here, images there.
 template <class T, bool INNERMOST>  // INNERMOST: to (channels, pixels, images), else from it
-void transpose(T* maps, Strides strides, T* innermost, int64_t images, int64_t channels, int64_t pixels, int threads) {
-    const bool channels_last = strides.channel == 1;
+void transpose(T* maps, T* innermost, int64_t images, int64_t channels, int64_t pixels, bool channels_last, int threads) {
     const int64_t rows = channels_last ? 1 : channels, here = channels_last ? channels : pixels;
     const int64_t there = channels_last ? pixels * images : images;
     constexpr int64_t HERE = 64 / sizeof(T), THERE = 32;  // of a block: lines of both sides stay in the first cache
@@ -28,7 +23,7 @@ void transpose(T* maps, Strides strides, T* innermost, int64_t images, int64_t c
             int64_t image = g % images, pixel = g / images;  // of g; in turn, divisions take longer than copies
             T* maps_here[THERE];
             for (int64_t m = 0; m < many; m++) {
-                maps_here[m] = maps + image * strides.image + (channels_last ? pixel * strides.pixel : row * strides.channel) + k;
+                maps_here[m] = maps + image * channels * pixels + (channels_last ? pixel * channels : row * pixels) + k;
                 if (++image == images) image = 0, pixel++;
             }
             if (INNERMOST) {
