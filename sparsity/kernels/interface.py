@@ -41,9 +41,10 @@ class Kernel(ABC):
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
         """The output of a masked layer in training: as with weight * mask, and so its gradients."""
 
-    @abstractmethod
     def fits(self, mask: Tensor) -> Tensor:
-        """Whether the kernel is right for a layer with this keep-mask: bool, (), not read from the device."""
+        """Whether the kernel is right for a layer with this keep-mask: bool, (), not read from the device. By
+        default for every mask."""
+        return mask.new_ones(())
 
     def of(self, layer: nn.Module) -> Kernel:
         """The kernel of this layer alone, where it keeps something of the layer's; else itself."""

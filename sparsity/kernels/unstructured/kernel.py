@@ -57,9 +57,6 @@ class SparseKernel(Kernel):
         strides = torch.empty_like(layer.weight).stride()  # a weight with gaps has a gradient without
         self.plan = Plan(Convolution.of(layer), layer.mask, strides, self.tiles, self.dtype)
 
-    def fits(self, mask: Tensor) -> Tensor:
-        return mask.new_ones(())
-
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
         """An input that there is no plan for goes to the dense product, which computes or refuses it."""
         maps = self.maps_of(layer, input)
@@ -100,9 +97,6 @@ class DenseInnermost(Kernel):
 
     name = title = "dense innermost"
     sparse_products = 0
-
-    def fits(self, mask: Tensor) -> Tensor:
-        return mask.new_ones(())
 
     def __call__(self, layer: Any, input: Tensor) -> Tensor:
         if input.dim() != 4 or input.device.type != "cpu":
