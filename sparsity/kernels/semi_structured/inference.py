@@ -14,10 +14,11 @@ from sparsity.kernels.semi_structured.packing import is_24
 class PackedLinear24(nn.Module):
     """nn.Linear with its weight compressed, in `dtype`."""
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> None:
         super().__init__()
-        self.outputs = layer.out_features
-        self.register_buffer("compressed", compress24(layer.weight.detach().to(dtype)))
+        weight = layer.weight.detach().flatten(1)
+        self.outputs = len(weight)
+        self.register_buffer("compressed", compress24(weight.to(dtype)))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().to(dtype))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -30,21 +31,12 @@ class PackedConv24(PackedLinear24):
     """A 1 x 1 nn.Conv2d likewise; channels_last in and out."""
 
     def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
-        super().__init__(_as_linear(layer), dtype)
+        super().__init__(layer, dtype)
         self.stride = layer.stride
 
     def forward(self, input: Tensor) -> Tensor:
         pixels = input[:, :, :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1).contiguous()
         return super().forward(pixels).permute(0, 3, 1, 2)
-
-
-def _as_linear(layer: nn.Conv2d) -> nn.Linear:
-    """Of a 1 x 1 convolution, with its parameters."""
-    linear = nn.Linear(layer.in_channels, layer.out_channels, layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter(layer.weight.detach().flatten(1))
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach())
-    return linear
 
 
 def packable(model: nn.Module) -> list[str]:
