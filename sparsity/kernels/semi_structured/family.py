@@ -164,29 +164,17 @@ class _Trial:
         return compare(product.dense, partial(product.sparse, DEFAULT)), DEFAULT
 
     def _linear(self) -> tuple[_Product, _Product]:
-        rows, grad, weight = self.rows, self.grad, self.weight
-        return (
-            _Product(
-                lambda: functional.linear(rows, weight),
-                lambda each: mm24(rows, weight, False, each),
-                rows,
-                weight,
-            ),
-            _Product(
-                lambda: grad @ weight, lambda each: mm24(grad, weight.t(), False, each), grad, weight.t()
-            ),
-        )
+        def product(rows: Tensor, weight: Tensor) -> _Product:
+            dense = partial(functional.linear, rows, weight)
+            return _Product(dense, lambda each: mm24(rows, weight, False, each), rows, weight)
+
+        return product(self.rows, self.weight), product(self.grad, self.weight.t())
 
     def _convolution(self) -> tuple[_Product, _Product]:
         images, stride = self.input, self.stride
         weight = self.weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
         count, _, height, width = images[:, :, :: stride[0], :: stride[1]].shape
         grad = self.grad.view(count, height, width, -1).permute(0, 3, 1, 2)
-
-        def dense_gradient() -> Tensor:
-            gradient = dense_gradients(grad, images, weight, stride, [True, False])[0]
-            assert gradient is not None
-            return gradient
 
         return (
             _Product(
@@ -196,7 +184,7 @@ class _Trial:
                 self.weight,
             ),
             _Product(
-                dense_gradient,
+                lambda: dense_gradients(grad, images, weight, stride, [True, False])[0],
                 lambda each: input_gradient24(grad, images, weight, stride, each),
                 self.grad,
                 self.weight.t(),

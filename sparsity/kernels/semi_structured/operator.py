@@ -145,7 +145,7 @@ def _backward_conv24(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | No
 
 def dense_gradients(
     grad: Tensor, images: Tensor, weight: Tensor, stride: Sequence[int], wanted: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """(of the images, of the weight, None), as the dense convolution computes them; None where not wanted."""
     if not any(wanted):
         return None, None, None
