@@ -68,12 +68,9 @@ class Measured:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Measured:
         """From what as_dict gave. Raises KeyError or TypeError for anything else."""
-        gradients = (
-            None if values.get(name) is None else Timing(**values[name])
-            for name in ("gradient", "weight_gradient")
-        )
+        given = (values.get(name) for name in ("gradient", "weight_gradient"))
+        first, second = (None if each is None else Timing(**each) for each in given)
         conversion, kernel = values.get("conversion", 0.0), values.get("kernel", "")
-        first, second = gradients
         if not isinstance(kernel, str):
             raise TypeError(f"kernel is {kernel!r}, no name")
         measured = cls(Timing(**values["forward"]), first, second, conversion, kernel)

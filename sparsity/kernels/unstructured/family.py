@@ -3,6 +3,7 @@ sum."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 import time
@@ -90,17 +91,8 @@ class SparseFamily:
         inputs, outputs = layer.weight.shape[1] * convolution.groups, layer.weight.shape[0]
         kept = layer.weight.detach() != 0 if self.inference else layer.mask
         percent = _round(100 * kept.float().mean().item())
-        ends = (convolution.groups, height, width, percent)
-        return Shape(
-            images,
-            inputs,
-            outputs,
-            *convolution.kernel,
-            *convolution.stride,
-            *convolution.padding,
-            *convolution.dilation,
-            *ends,
-        )
+        pairs = itertools.chain(*convolution[:4])  # of kernel, stride, padding, dilation
+        return Shape._make((images, inputs, outputs, *pairs, convolution.groups, height, width, percent))
 
     def measure(self, shape: Shape) -> Measured:
         return _Trial(shape, self.dtype, self.inference).run()

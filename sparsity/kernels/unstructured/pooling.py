@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,14 +22,9 @@ def takes(maps: Tensor, kernel: Sequence[int]) -> bool:
     return maps.dim() == 4 and known and maps.numel() > 0 and whole and kernel[0] * kernel[1] < 2**16
 
 
-def _pool(
-    maps: Sequence[int],
-    output: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-) -> library.Pool:
-    return library.Pool(maps[1], maps[0], *maps[2:], *output[2:], *kernel, *stride, *padding)
+def _pool(maps: Sequence[int], output: Sequence[int], *window: Sequence[int]) -> library.Pool:
+    """maps, output: shapes. window: kernel, stride and padding."""
+    return library.Pool(maps[1], maps[0], *maps[2:], *output[2:], *itertools.chain(*window))
 
 
 def _output(maps: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:

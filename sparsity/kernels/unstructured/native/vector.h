@@ -99,8 +99,6 @@ struct Float32 {
     using Stored = uint32_t;
     static constexpr int PARTS = 1, SIZE = 4, IMAGES = UNIT / SIZE;
 
-    static float weight(float value) { return value; }  // as it multiplies
-
     struct Factor {  // a weight that many units are multiplied by
         float value;
         explicit Factor(float weight) : value(weight) {}
