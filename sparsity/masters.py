@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
 
 # Per-weight state by its key, as torch's optimizers name it, and what a phase switch does to it:
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg", "grad_avg", "prev")  # masked; all zeroed at decompression
@@ -25,19 +26,7 @@ ACCUMULATED = ("sum", "step_size")  # of Adagrad and Rprop: no gradient, no chan
 # Any other state is masked at compression: it may be a momentum under a name of its own.
 
 # Optimizers that leave a weight at 0 whose gradient and first moment are 0. A subclass may do otherwise.
-_KEEP_ZEROS = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.ASGD,
-)
+_KEEP_ZEROS = (SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, Adagrad, Adadelta, ASGD)
 
 
 class Masters(ABC):
@@ -122,8 +111,7 @@ class Masters(ABC):
                         where = parameter.device if on_device else None
                         state["step"] = torch.tensor(count, dtype=torch.float32, device=where)
 
-    @abstractmethod
-    def sum_over_ranks_(self, sums: Tensor) -> None:
+    def sum_over_ranks_(self, sums: Tensor) -> None:  # noqa: B027
         """Where ranks have fragments of their own: over all of them."""
 
     @abstractmethod
@@ -199,9 +187,6 @@ class TorchMasters(Masters):
 
     def fragments(self, parameter: Any, whole: Tensor) -> Iterator[tuple[str | None, Tensor, Tensor]]:
         return ((key, value, whole) for key, value in self.state(parameter).items())
-
-    def sum_over_ranks_(self, sums: Tensor) -> None:
-        pass
 
     def state(self, parameter: Parameter) -> dict[str, Tensor]:
         for optimizer in self.optimizers:
