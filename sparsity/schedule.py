@@ -21,7 +21,7 @@ Kind = Literal["dense", "sparse"]
 
 _GRAMMAR = 'phases like "dense 10, (sparse 5, dense 5) x6, sparse 15", lengths in whole epochs, 1 or more'
 _MAX_PHASES, _MAX_DEPTH = 10_000, 20  # a slip of the finger must not fill the memory
-_TOKEN = re.compile(r"\s*(?:(?P<word>[A-Za-z]+)|(?P<number>\d+(?:\.\d+)?)|(?P<mark>[(),]))")
+_TOKEN = re.compile(r"[A-Za-z]+|\d+(?:\.\d+)?|[(),]|(?P<other>\S)")
 
 
 @dataclass(frozen=True)
@@ -145,19 +145,13 @@ class _Parser:
     """Recursive descent: schedule = item {"," item}; item = kind number | "(" schedule ")" "x" number."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        self.text, self.at = text, 0
         self.tokens: list[tuple[str, int]] = []
-        position, end = 0, len(text.rstrip())
-        while position < end:
-            match = _TOKEN.match(text, position)
-            if match is None:
-                position += len(text[position:]) - len(text[position:].lstrip())
-                raise self.error(f"unexpected {text[position]!r}", position)
-            group = match.lastgroup or ""
-            word, at = match.group(group), match.start(group)
-            self.tokens.append((word, at))
-            position = match.end()
-        self.at = 0
+        for match in _TOKEN.finditer(text):
+            if match["other"]:
+                raise self.error(f"unexpected {match['other']!r}", match.start())
+            self.tokens.append((match.group(), match.start()))
+        self.tokens.append(("", len(text.rstrip())))  # the end
 
     def error(self, what: str, position: int) -> ValueError:
         return ValueError(
@@ -165,12 +159,11 @@ class _Parser:
         )
 
     def peek(self) -> str:
-        return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
+        return self.tokens[self.at][0]
 
     def fail(self, wanted: str) -> ValueError:
-        found = repr(self.peek()) if self.peek() else "the end"
-        position = self.tokens[self.at][1] if self.at < len(self.tokens) else len(self.text.rstrip())
-        return self.error(f"{wanted} expected, {found} found", position)
+        found, position = self.tokens[self.at]
+        return self.error(f"{wanted} expected, {repr(found) if found else 'the end'} found", position)
 
     def take(self, token: str) -> None:
         if self.peek() != token:
@@ -188,7 +181,7 @@ class _Parser:
         while self.peek() == ",":
             self.at += 1
             spans += self.item(depth)
-        if depth == 0 and self.at < len(self.tokens):
+        if depth == 0 and self.peek():
             raise self.fail("','")
         return spans
 
