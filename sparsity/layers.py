@@ -201,11 +201,8 @@ def _masked_kind(kind: type[nn.Module]) -> Any:
         return known
     base = next(each for each in _KINDS if issubclass(kind, each))
     own = {name for each in kind.__mro__ if each not in base.__mro__ for name in vars(each)}
-    harmless = {name for name in own if name.startswith("__")} - {
-        "__call__",
-        "__getattr__",
-        "__getattribute__",
-    }
+    calling = {"__call__", "__getattr__", "__getattribute__"}
+    harmless = {name for name in own if name.startswith("__")} - calling
     return _KINDS[base] if own <= harmless | {"reset_parameters", "extra_repr"} else None
 
 
