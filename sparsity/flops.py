@@ -117,7 +117,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 else:  # it is computed from others, or attention's
                     name = self._owners.get(_storage(module.weight), name)
                 module.register_forward_pre_hook(partial(self._begin, name))
-            module.register_forward_hook(partial(self._end, name))
+            module.register_forward_hook(partial(self._end, name), with_kwargs=True)
 
     def _own_attention(self, prefix: str, attention: nn.MultiheadAttention) -> None:
         """Its projections are called as layers only where they are masked, and not always then."""
@@ -165,7 +165,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _begin(self, name: str, module: nn.Module, inputs: Any) -> None:
         self._running.append(name)
 
-    def _end(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _end(
+        self, name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> None:
+        inputs = (*inputs, *named.values())
         if isinstance(module, nn.Conv2d | nn.Linear):
             self._running.pop()
             self._calls[name].append(Call.of(module, inputs[0], output))

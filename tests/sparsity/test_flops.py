@@ -44,6 +44,17 @@ def test_counting_leaves_the_model_alone():
     assert not model[0]._forward_hooks
 
 
+def test_layers_that_are_called_by_keyword_count():
+    class Named(nn.Sequential):
+        def forward(self, images):
+            for layer in self:
+                images = layer(input=images)
+            return images
+
+    layers = (nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5))
+    assert count_flops(Named(*layers), (3, 8, 8)) == count_flops(nn.Sequential(*layers), (3, 8, 8))
+
+
 def torchvisions(name: str) -> tuple[nn.Module, int, float]:
     """A model of torchvision without values, the side of its images, and the 10^9 multiply-adds stated for
     it."""
