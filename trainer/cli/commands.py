@@ -229,7 +229,7 @@ def board(options: argparse.Namespace) -> int:
 
 BENCHMARKS = {  # name: (module, what it measures)
     "accuracy": ("benchmarks.accuracy", "what methods of sparse training reach, over seeds"),
-    "compare": ("benchmarks.compare", "two trees or revisions, taking turns"),
+    "compare": ("benchmarks.compare", "two records of one benchmark: what became slower"),
     "compilation": ("benchmarks.compilation", "what compiling costs, cold and cached"),
     "data": ("benchmarks.data_pipeline", "how fast image files become batches"),
     "host_memory": ("benchmarks.host_memory", "what kept memory saves a step on a CPU"),
