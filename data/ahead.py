@@ -23,7 +23,7 @@ class AheadLoader(ABC):
     have to wait, in the training step's own thread, for cores that the step's threads have just left busy.
     """
 
-    def __init__(self, stream: Stream[Any], in_thread: bool = False) -> None:
+    def __init__(self, stream: Stream, in_thread: bool = False) -> None:
         self.stream = stream
         self.position = (-1, -1)  # (epoch, batch) that comes next
         self._pool = ThreadPoolExecutor(1) if in_thread else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,37 +34,6 @@ class Draw(NamedTuple):
     flip: NDArray[np.int32]
     operations: NDArray[np.int32]
     levels: NDArray[np.int32]
-
-
-D = TypeVar("D", covariant=True)
-
-
-class Stream(Protocol[D]):
-    """The draws of one rank, by position."""
-
-    @property
-    def num_images(self) -> int:
-        """Images in the split, over all ranks."""
-
-    @property
-    def batches_per_epoch(self) -> int: ...
-
-    @property
-    def batch_size(self) -> int:
-        """Images in each draw."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    @property
-    def augment(self) -> Augment | None: ...
-
-    def draw(self, epoch: int, index: int) -> D: ...
-
-    def fingerprint(self) -> dict[str, Any]: ...
 
 
 def check_batch(global_batch: int, world_size: int, micro_batches: int) -> None:
@@ -183,6 +152,9 @@ class EvalStream:
 
     def fingerprint(self) -> dict[str, Any]:
         return {"num_images": self.num_images}
+
+
+Stream = TrainStream | EvalStream  # of one rank; a CropStream is a TrainStream
 
 
 def _no_operations(count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

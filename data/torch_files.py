@@ -44,7 +44,7 @@ class TorchFileLoader(AheadLoader):
     def __init__(
         self,
         files: ImageFiles,
-        stream: Stream[Any],
+        stream: Stream,
         device: torch.device,
         num_workers: int,
         on_bad: Callable[[str, str], None],

@@ -250,9 +250,7 @@ class Folders(_Images):
         """Whether validation images are split off the training ones."""
         return self.data.val_share is not None and not (self._root / FOLDERS["test"]).is_dir()
 
-    def _loader(
-        self, files: ImageFiles, stream: Stream[Any], evaluation: tuple[int, int] | None = None
-    ) -> Loader:
+    def _loader(self, files: ImageFiles, stream: Stream, evaluation: tuple[int, int] | None = None) -> Loader:
         if self.data.backend == "torch":
             return TorchFileLoader(files, stream, self.device, self._threads, self.bad_files, evaluation)
         return DaliFileLoader(files, stream, *self._dali(evaluation))

@@ -21,7 +21,7 @@ class DaliArrayLoader(DaliLoader):
     """Batches of `arrays` as `stream` draws them, on `device`. See data.loader.Loader."""
 
     def __init__(
-        self, arrays: ImageArrays, stream: Stream[Draw], device: torch.device, num_threads: int = 1
+        self, arrays: ImageArrays, stream: Stream, device: torch.device, num_threads: int = 1
     ) -> None:
         augments_here = stream.augment is not None and device.type == "cpu"
         super().__init__(stream, device, num_threads, in_thread=augments_here)

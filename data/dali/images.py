@@ -37,7 +37,7 @@ class DaliImageLoader(DaliLoader):
 
     def __init__(
         self,
-        stream: Stream[Any],
+        stream: Stream,
         device: torch.device,
         num_threads: int,
         decode_on: str,

@@ -34,7 +34,7 @@ class DaliLoader(AheadLoader):
     INPUTS: tuple[tuple[str, str], ...] = ()  # (DALI type, layout) of each input
 
     def __init__(
-        self, stream: Stream[Any], device: torch.device, num_threads: int, in_thread: bool = False
+        self, stream: Stream, device: torch.device, num_threads: int, in_thread: bool = False
     ) -> None:
         super().__init__(stream, in_thread)
         self.device = device
