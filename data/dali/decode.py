@@ -7,7 +7,6 @@ numpy."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,12 +50,6 @@ class Decoder:
         self.on_gpu = device.type == "cuda"
         self.backend = "mixed" if decode_on == "gpu" else "cpu"
         self.jpeg = jpeg
-
-    def on_cpu(self) -> Decoder:
-        """The same, decoding on the CPU."""
-        other = copy.copy(self)
-        other.backend = "cpu"
-        return other
 
     def fingerprint(self) -> dict[str, Any]:
         """What changes pixels, beside a run on a CPU. Engines and CUDA kernels need not round alike, and the

@@ -122,9 +122,10 @@ class DaliImageLoader(DaliLoader):
         return found
 
     def serialize_for_trial(self) -> bytes:
-        decoder, self.decoder = self.decoder, self.decoder.on_cpu()
+        """The same pipeline, decoding on the CPU, for `deserialize`."""
+        decoder, self.decoder = self.decoder, Decoder(self.device, "cpu", self.decoder.jpeg)
         try:
-            return self.serialize()
+            return bytes(self._fed_by_name().serialize())
         finally:
             self.decoder = decoder
 

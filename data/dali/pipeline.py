@@ -67,10 +67,6 @@ class DaliLoader(AheadLoader):
         batch = self._batch(self._pipeline.run(torch.cuda.current_stream(self.device)))
         return self._lent.lend(batch)
 
-    def serialize(self) -> bytes:
-        """The same pipeline, for `deserialize`."""
-        return bytes(self._fed_by_name().serialize())
-
     def _fed_by_name(self) -> Any:
         dali = import_dali()
 
