@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from trainer.config.mistakes import sections_of
 from trainer.config.schema import Config, Duration
 
 MARKER = re.compile(r"<!-- fields: (.+) -->")
@@ -44,17 +44,11 @@ def recipe_fields() -> dict[str, list[Row]]:
 def _collect(model: type[BaseModel], prefix: str, kind: str, sections: dict[str, list[Row]]) -> None:
     rows = sections.setdefault((prefix.rstrip(".") or "recipe") + kind, [])
     for name, field in model.model_fields.items():
-        inner = list(_models(field.annotation))
+        inner = sections_of(field.annotation)
         for section in inner:
             _collect(section, f"{prefix}{name}.", f" ({section.__name__})" if inner[1:] else "", sections)
         if not inner:
             rows.append(_row(prefix + name, field))
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            yield part
 
 
 def _row(key: str, field: FieldInfo) -> Row:

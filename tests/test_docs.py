@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
@@ -22,6 +22,7 @@ from benchmarks.accuracy.tables import TABLES
 from benchmarks.shared.record import show_spread
 from trainer.cli.main import build_parser, main
 from trainer.config.load import load_config
+from trainer.config.mistakes import sections_of
 from trainer.config.schema import Config
 from trainer.errors import UserError
 
@@ -223,12 +224,7 @@ def hooks() -> ModuleType:
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
-        annotation = field.annotation
-        sections = [
-            part
-            for part in (annotation, *get_args(annotation))
-            if isinstance(part, type) and issubclass(part, BaseModel)
-        ]
+        sections = sections_of(field.annotation)
         for section in sections:
             yield from keys(section, f"{prefix}{name}.")
         if not sections:

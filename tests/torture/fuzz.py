@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import hypothesis
 import yaml
@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from trainer.cli.main import main
 from trainer.config.load import load_config, parse
+from trainer.config.mistakes import sections_of
 from trainer.config.recipes import dump_recipe, find_recipe, read_recipe, read_yaml, recipe_names
 from trainer.config.schema import Config
 from trainer.errors import UserError
@@ -58,9 +59,8 @@ def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The dotted keys of a recipe, of whole sections too."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from keys(kind, f"{prefix}{name}.")
+        for kind in sections_of(field.annotation):
+            yield from keys(kind, f"{prefix}{name}.")
 
 
 def cases() -> st.SearchStrategy[Case]:

@@ -72,7 +72,7 @@ def _elsewhere(root: type[Section], key: str) -> list[str]:
     """The dotted keys, in sections of the root, that are or nearly are such a key."""
     found: dict[str, list[str]] = {}
     for section in root.model_fields:
-        for kind in _sections(root.model_fields[section].annotation):
+        for kind in sections_of(root.model_fields[section].annotation):
             for name in kind.model_fields:
                 homes = found.setdefault(name, [])
                 homes += [] if f"{section}.{name}" in homes else [f"{section}.{name}"]
@@ -80,7 +80,8 @@ def _elsewhere(root: type[Section], key: str) -> list[str]:
     return found[near] if near else []
 
 
-def _sections(annotation: Any) -> list[type[Section]]:
+def sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections that a field of such a type may hold."""
     members = get_args(annotation) or (annotation,)
     return [each for each in members if isinstance(each, type) and issubclass(each, Section)]
 
