@@ -55,9 +55,6 @@ class Augment:
         signs = np.where(np.isin(operations, _BOTH_WAYS), np.sign(levels), 1)
         return table[operations, np.abs(levels)] * signs.astype(np.float32)
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {"law": self.law, "num_ops": self.num_ops, "magnitude": self.magnitude}
-
 
 @lru_cache(maxsize=8)  # progressive resizing has a few sizes
 def _table(law: str, height: int, width: int) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ Nothing here has state, so any position of any epoch can be started from. Every 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -114,7 +114,7 @@ class TrainStream:
 
     def fingerprint(self) -> dict[str, Any]:
         # where there is none, no word of it: checkpoints from before it go on
-        augment = {"augment": self.augment.fingerprint()} if self.augment else {}
+        augment = {"augment": asdict(self.augment)} if self.augment else {}
         return {
             "num_images": self.num_images,
             "global_batch": self.global_batch,

@@ -140,18 +140,14 @@ def load_image_files(
         labels = _labels_of(inside, _read_labels(root, label_file, classes), folder)
         pairs = [(f"{folder.name}/{file}", label) for file, label in zip(inside, labels, strict=True)]
     excluded = read_exclusions(root / EXCLUSIONS)
-    kept = [(file, label) for file, label in pairs if file not in excluded]
-    if not kept:
+    numbers_of_excluded = frozenset(i for i, (file, _) in enumerate(pairs) if file in excluded)
+    if len(numbers_of_excluded) == len(pairs):
         only = f"; there are {count_of(left_out)}, which are not read" if left_out else ""
         raise FileNotFoundError(f"{folder} holds no images ({', '.join(EXTENSIONS)}){only}")
-    num_excluded, numbers_of_excluded = len(pairs) - len(kept), frozenset[int]()
-    if keep_excluded:
-        kept = pairs
-        numbers_of_excluded = frozenset(i for i, (file, _) in enumerate(pairs) if file in excluded)
-    names, kept_labels = zip(*kept, strict=True)
-    all_labels = np.asarray(kept_labels, np.int64)
-    counts = num_excluded, numbers_of_excluded, dict(left_out)
-    return ImageFiles(root, names, all_labels, tuple(classes), *counts)
+    names, all_labels = zip(*pairs, strict=True)
+    counts = len(numbers_of_excluded), numbers_of_excluded, dict(left_out)
+    files = ImageFiles(root, names, np.asarray(all_labels, np.int64), tuple(classes), *counts)
+    return files if keep_excluded or not files.excluded else files.without_excluded()
 
 
 def find_images(
