@@ -64,6 +64,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_fashion_idx(tmp_path_factory.mktemp("tiny-fashion"), 320, 150)
 
 
+@pytest.fixture(scope="session")
+def needs_runs() -> None:
+    """Skips what trains where DeepSpeed or DALI is missing."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first: no process is left with one when the others are done."""
     items.sort(key=lambda item: "tests/trainer/" not in item.path.as_posix())

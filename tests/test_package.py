@@ -58,9 +58,8 @@ def test_a_wheel_holds_all_that_runs_and_no_tests(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("needs_runs")
 def test_the_wheel_trains_the_quickstart(wheel, tmp_path):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     target = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel]
     subprocess.run(command, capture_output=True, check=True)

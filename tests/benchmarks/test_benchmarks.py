@@ -31,8 +31,7 @@ from trainer.loaders import build_loaders
 from trainer.loop import Trainer
 from trainer.mask_history import load_masks
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 
 

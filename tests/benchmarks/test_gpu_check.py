@@ -186,9 +186,8 @@ def test_what_is_stopped_takes_its_part_with_it(tmp_path):
 
 
 @pytest.mark.rare
+@pytest.mark.usefixtures("needs_runs")
 def test_real_run(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     for name in OF_A_RANK:
         monkeypatch.delenv(name, raising=False)
     small = ["model.name=mobilenetv1", "model.arguments={width: 0.25}", "data.image_size=64"]

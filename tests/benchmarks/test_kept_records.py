@@ -8,8 +8,7 @@ import pytest
 
 from benchmarks import compilation, host_memory, kernels24, overhead, peers, phase_switch
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ from tests.torture import damage, fuzz, hostile
 from tests.torture.__main__ import CLAIMS, main
 from tests.trainer.runs import run_here
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 
 
 def test_damaged_and_hostile_files_and_made_up_recipes(tiny_data, tmp_path):

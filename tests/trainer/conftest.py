@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def small_net() -> Iterator[None]:
+def small_net(needs_runs: None) -> Iterator[None]:
     """Recipes may name the model "small" meanwhile."""
     from tests.trainer.distributed.small_net import SmallNet
     from trainer.models import MODELS

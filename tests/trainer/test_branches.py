@@ -14,8 +14,7 @@ from trainer.checkpoints import checkpoint
 from trainer.checkpoints.saved_model import load_model
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 DENSE_TO_THE_END = "sparsity.schedule=dense 1, sparse 1, dense 1, sparse 1, dense 2"
 
 

@@ -16,9 +16,6 @@ from trainer.evaluate import confusion, evaluate
 from trainer.loaders import build_test_loader
 from trainer.models.classifier import Classifier
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-
 
 class Passes(list[tuple[set[bool], bool]]):
     """Every forward pass of a model from now on: which training modes its modules were in, and whether it

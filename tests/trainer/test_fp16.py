@@ -16,8 +16,6 @@ from trainer.distributed.ranks import start
 from trainer.errors import UserError
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 pytestmark = pytest.mark.usefixtures("small_net")
 
 

@@ -19,8 +19,7 @@ from trainer.models.freeze import freeze
 from trainer.optim import build_optimizer
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 STEM = "model.freeze=[conv1, bn1, 'layer1*']"
 
 

@@ -13,8 +13,6 @@ from trainer.config.load import load_config
 from trainer.distributed.ranks import start
 from trainer.engine import deepspeed_config
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 pytestmark = pytest.mark.usefixtures("small_net")
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 METHODS = ("tolist", "cpu", "numpy")

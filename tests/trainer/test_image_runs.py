@@ -17,8 +17,7 @@ from trainer.config.data import ImageNetData
 from trainer.loaders import find_source
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 SHORT = ["epochs=2", "sparsity.schedule=dense 1, sparse 1"]  # 18 steps
 
 

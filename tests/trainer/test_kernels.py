@@ -19,8 +19,7 @@ from trainer.checkpoints import checkpoint
 from trainer.models import MODELS
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 SHORT = ["model.name=pointwise", "model.arguments={}", "steps_per_epoch=3"]
 LAST = 18  # step
 

@@ -15,9 +15,10 @@ from trainer.checkpoints import checkpoint
 from trainer.config.load import load_config
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-pytestmark = pytest.mark.skipif(library.find_compiler() is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.usefixtures("needs_runs"),
+    pytest.mark.skipif(library.find_compiler() is None, reason="no C++ compiler"),
+]
 
 SHORT = ("steps_per_epoch=3", "save.every=4st", "save.keep=99", "sparsity.accelerate=require")
 GRADUAL = ("sparsity.schedule=dense 1, sparse 5", "sparsity.gradual={end: 5}")

@@ -8,8 +8,7 @@ from tests.trainer.runs import tiny
 from trainer.loop import Trainer
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 
 
 @pytest.mark.parametrize("log_every", ["2st", "99st"])

@@ -21,8 +21,7 @@ from trainer.errors import Stopped
 from trainer.evaluate import recompute_batch_norm
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 
 
 class Batches:

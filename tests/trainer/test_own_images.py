@@ -14,8 +14,7 @@ from trainer.checkpoints.saved_model import build_model
 from trainer.cli.main import main as acdc_command
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 TEN = {"name": "resnet20", "num_classes": 10, "arguments": {}}
 
 

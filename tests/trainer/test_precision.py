@@ -29,8 +29,6 @@ from trainer.distributed.ranks import start
 from trainer.errors import Stopped
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 pytestmark = pytest.mark.usefixtures("small_net")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

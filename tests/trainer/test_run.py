@@ -37,8 +37,7 @@ from trainer.monitor.screen import closing_lines
 from trainer.summary import speed
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 
 
 @pytest.fixture(scope="module")

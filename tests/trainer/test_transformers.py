@@ -17,8 +17,7 @@ from trainer.models import MODELS
 from trainer.summary import unpruned_line
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 WIDTH, LAYERS, PATCH = 16, 2, 7
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from tests.trainer.runs import run_here
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 
 
 def test_a_run_of_format_1_is_resumed(golden, tiny_data, tmp_path):

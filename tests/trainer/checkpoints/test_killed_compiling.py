@@ -8,8 +8,7 @@ from trainer.checkpoints.checkpoint import newest_whole, step_folder
 from trainer.loop import Trainer
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 
 RECIPE = ["engine.compile=true", "save.every=6ep", "epochs=3", "sparsity.schedule=dense 2, sparse 1"]
 

@@ -17,8 +17,7 @@ from trainer.config.load import load_config
 from trainer.distributed.ranks import start
 from trainer.train import main
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 
 CUT = '{"cut short'
 SHORT = ("epochs=3", "sparsity.schedule=dense 1, sparse 1, dense 1", "lr.warmup_epochs=0", "save.keep=9")

@@ -13,8 +13,7 @@ from trainer.checkpoints.state import restore, seed_generators
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+pytestmark = pytest.mark.usefixtures("needs_runs")
 
 
 def train(overrides, stop_at=None):

@@ -19,9 +19,7 @@ from tests.trainer.runs import command, environment_of_its_own, tiny
 from tests.trainer.stand_ins import install
 from trainer.distributed.ranks import free_port
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-pytestmark = [pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("needs_runs"), pytest.mark.launch, pytest.mark.slow]
 
 PAGE = Path(__file__).parents[3] / "docs" / "machines.md"
 SHORT = ["epochs=2", "sparsity.schedule=dense 1, sparse 1", "lr.warmup_epochs=0", "save.every=3st"]

@@ -29,9 +29,7 @@ from tests.trainer.runs import (
 from trainer.cli import launch
 from trainer.errors import UserError
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.usefixtures("needs_runs"), pytest.mark.launch]
 
 
 @pytest.fixture(scope="module")

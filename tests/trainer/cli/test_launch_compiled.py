@@ -6,9 +6,7 @@ import pytest
 
 from tests.trainer.runs import execute, launcher, newest_run, tiny
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-pytestmark = [pytest.mark.launch, pytest.mark.rare]
+pytestmark = [pytest.mark.usefixtures("needs_runs"), pytest.mark.launch, pytest.mark.rare]
 
 
 def test_the_launchers_command_compiles_two_graphs_over_all_phases(tiny_data, tmp_path):

@@ -23,8 +23,6 @@ from trainer.config.load import load_config
 from trainer.distributed.ranks import start
 from trainer.errors import UserError
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 pytestmark = pytest.mark.usefixtures("small_net")
 
 

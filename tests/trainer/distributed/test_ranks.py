@@ -16,8 +16,6 @@ from trainer.checkpoints import checkpoint
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 pytestmark = pytest.mark.launch
 
 STEP = 5  # of six, in the middle of the second epoch

@@ -112,12 +112,6 @@ def options(data, root, *overrides):
     return small(data, root, "{norm: true}", *mixing, *overrides)
 
 
-@pytest.fixture
-def _small(small_net):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-
-
 def run(data, root, *overrides, stop=None):
     trainer = build_trainer(load_config("quickstart", options(data, root, *overrides)), start())
     draws = []
@@ -126,7 +120,7 @@ def run(data, root, *overrides, stop=None):
     return [draw[0].tolist() for draw in draws if draw]  # evaluation gets none
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_net")
 def test_a_run_mixes_every_step_and_resumes_bit_for_bit(tiny_data, tmp_path):
     whole = run(tiny_data, tmp_path / "whole")
     assert len(whole) == 6
@@ -136,7 +130,7 @@ def test_a_run_mixes_every_step_and_resumes_bit_for_bit(tiny_data, tmp_path):
     assert_equal_states(*(final_state(newest_run(tmp_path / name), 6) for name in ("whole", "stopped")))
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_net")
 def test_micro_batches_share_the_draw_of_their_step(tiny_data, tmp_path):
     """And so make the same weights."""
     one = run(tiny_data, tmp_path / "1", "model.arguments={}")
@@ -159,7 +153,7 @@ def test_mistakes(overrides, expected):
     assert expected in refusal(overrides)
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_net")
 def test_an_odd_batch_is_refused(tiny_data, tmp_path):
     odd = ["data.batch_size=30", "engine.accumulation_steps=2"]
     with pytest.raises(UserError, match="images are mixed in pairs, and a device gets 15 at a time"):

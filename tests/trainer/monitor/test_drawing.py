@@ -71,9 +71,8 @@ def test_the_table_of_phases_stays_short(schedule, epochs, lines, last):
     assert table[-1].endswith(last)
 
 
+@pytest.mark.usefixtures("needs_runs")
 def test_a_run_begins_with_its_phases_in_few_lines():
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     from trainer.summary import phase_lines
 
     long = ", ".join(f"dense {length}, sparse 1" for length in range(1, 11))

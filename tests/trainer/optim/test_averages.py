@@ -90,12 +90,6 @@ def test_in_place_of_the_model_and_back():
     assert torch.equal(averages.statistics()["bn1.running_mean"], mean["bn1.running_mean"] + 1)
 
 
-@pytest.fixture
-def _small(small_net):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-
-
 def options(data, root, *overrides):
     schedule = ["epochs=4", f"sparsity.schedule={SCHEDULE}", "ema.decay=0.8"]
     return small(data, root, "{norm: true}", *schedule, *overrides)
@@ -107,7 +101,7 @@ def run(data, root, *overrides, stop=None):
     return trainer
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_net")
 @pytest.mark.parametrize("stage", [0, 1, *slow(2)])
 def test_a_run_resumes_its_averages_bit_for_bit(stage, tiny_data, tmp_path):
     stages = f"engine.zero_stage={stage}"
@@ -121,7 +115,7 @@ def test_a_run_resumes_its_averages_bit_for_bit(stage, tiny_data, tmp_path):
         assert_equal_states(whole, final_state(newest_run(root), 12))
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_net")
 def test_a_run_evaluates_keeps_and_shows_them(tiny_data, tmp_path, capsys):
     assert main(["quickstart", *options(tiny_data, tmp_path)]) == 0
     folder = newest_run(tmp_path)
@@ -150,7 +144,7 @@ def test_a_run_evaluates_keeps_and_shows_them(tiny_data, tmp_path, capsys):
     assert "sparse_ema" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_net")
 def test_a_branch_takes_them_over_and_off_is_as_before(tiny_data, tmp_path):
     """The dense branch ends with the averages of a run that was dense to the end."""
     assert main(["quickstart", *options(tiny_data, tmp_path / "both", "finetune_dense=true")]) == 0

@@ -122,12 +122,6 @@ def test_mistakes(overrides, expected):
     assert expected in refusal(overrides)
 
 
-@pytest.fixture
-def _small(small_net):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-
-
 def run(data, root, *overrides, stop=None):
     options = ["epochs=4", "sparsity.schedule=(dense 1, sparse 1) x2", *overrides]
     config = load_config("quickstart", small(data, root, "{norm: true}", *options))
@@ -144,7 +138,7 @@ def run(data, root, *overrides, stop=None):
     return trainer
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_net")
 @pytest.mark.parametrize("stage", [0, 1, *slow(2)])
 @pytest.mark.parametrize("optimizer", [ADAMW, RMSPROP], ids=["adamw", "rmsprop"])
 def test_runs_hold_masks_and_resume_bit_for_bit(optimizer, stage, tiny_data, tmp_path):
@@ -161,7 +155,7 @@ def test_runs_hold_masks_and_resume_bit_for_bit(optimizer, stage, tiny_data, tmp
         assert_equal_states(*states)
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_net")
 def test_stages_train_the_same_weights(tiny_data, tmp_path):
     options = [ADAMW, "optimizer.decay_norms_and_biases=false"]
     plain, zero = (
@@ -172,7 +166,7 @@ def test_stages_train_the_same_weights(tiny_data, tmp_path):
         assert torch.allclose(value.float(), zero[name].float(), rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_net")
 def test_another_optimizers_state_is_refused(tiny_data, tmp_path):
     run(tiny_data, tmp_path, ADAMW, "save.keep=9")
     folder = newest_run(tmp_path)
@@ -187,7 +181,7 @@ def test_another_optimizers_state_is_refused(tiny_data, tmp_path):
     assert [json.loads(line)["epoch"] for line in lines if '"epoch"' in line][-1] == 3
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("small_net")
 def test_states_of_sgd_are_as_before(tiny_data, tmp_path):
     run(tiny_data, tmp_path)
     assert "optimizer_steps" not in final_state(newest_run(tmp_path), 12)

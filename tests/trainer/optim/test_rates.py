@@ -151,8 +151,6 @@ def test_the_command_shows_rates_by_steps(capsys):
 @pytest.mark.usefixtures("small_net")
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_run_takes_each_step_at_its_rate_and_resumes_bit_for_bit(stage, tiny_data, tmp_path):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     options = ["lr={by: step, warmup: 2st, floor: 0.001}", f"engine.zero_stage={stage}"]
     taken = {}
     for name, stop in (("whole", None), ("stopped", 4), ("stopped", None)):
