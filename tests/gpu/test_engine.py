@@ -10,10 +10,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
-from tests.trainer.runs import assert_equal_states, execute, final_state, newest_run
-from trainer.build import build_trainer
-from trainer.config.load import load_config
-from trainer.distributed.ranks import start
+from tests.trainer.runs import assert_equal_states, build, execute, final_state, newest_run
 from trainer.engine import num_graphs
 
 STEPS = 5
@@ -38,7 +35,7 @@ def made(tmp_path):
 
     def make(*overrides):
         torch._dynamo.reset()  # else graphs of the tests before count against the limit of recompilations
-        trainers.append(build_trainer(load_config("quickstart", options(tmp_path, *overrides)), start()))
+        trainers.append(build(options(tmp_path, *overrides)))
         return trainers[-1]
 
     yield make

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.build import build_trainer
 from trainer.checkpoints import checkpoint
 from trainer.config.load import load_config
+from trainer.distributed.ranks import free_port, start
 from trainer.errors import Stopped, UserError
+from trainer.loop import Trainer
 from trainer.train import main
 
 SCHEDULE = "dense 1, (sparse 1, dense 1) x2, sparse 1"
@@ -70,6 +73,11 @@ def starts(recipe: str) -> list[str]:
         + ["model.weights=file"] * ("resnet50_gmp" in recipe or "one_shot" in recipe)
         + ["data.root=folder"] * own_folder
     )
+
+
+def build(overrides: list[str], recipe: str = "quickstart") -> Trainer:
+    """The trainer of a recipe with these overrides, in this process."""
+    return build_trainer(load_config(recipe, overrides), start())
 
 
 def run_here(data: Path, run_root: Path, *overrides: str) -> Path:
@@ -142,8 +150,6 @@ def command(*arguments: str) -> list[str]:
 
 def launcher(*arguments: str, devices: int = 1, module: str = "trainer.train") -> list[str]:
     """`deepspeed --module ...` on a port of its own."""
-    from trainer.distributed.ranks import free_port
-
     options = ["--master_port", str(free_port()), "--num_gpus", str(devices)]
     return [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--module", module, *arguments]
 

@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from tests.trainer.distributed.small_net import WHOLE, buffers, evaluated_by_hand, small
+from tests.trainer.runs import build
 from trainer import summary
-from trainer.build import build_trainer
-from trainer.config.load import load_config
-from trainer.distributed.ranks import start
 from trainer.evaluate import confusion, evaluate
 from trainer.loaders import build_test_loader
 from trainer.models.classifier import Classifier
@@ -41,7 +39,7 @@ def run(small_net, tiny_data, tmp_path_factory):
     """A finished run with dropout and BatchNorm, statistics taken anew over two batches, and its passes."""
     recompute = "sparsity.recompute_batch_norm=2st"
     overrides = small(tiny_data, tmp_path_factory.mktemp("runs"), WHOLE, recompute)
-    trainer = build_trainer(load_config("quickstart", overrides), start())
+    trainer = build(overrides)
     passes = Passes(trainer.acdc.model)
     trainer.fit()
     seen = list(passes)

@@ -8,11 +8,9 @@ import torch
 
 from sparsity import num_leaked
 from tests.trainer.distributed.small_net import WHOLE, small
-from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run
-from trainer import build, engine
-from trainer.build import build_trainer
+from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run
+from trainer import engine
 from trainer.config.load import load_config
-from trainer.distributed.ranks import start
 from trainer.errors import UserError
 from trainer.train import main
 
@@ -21,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("small_net")
 
 @pytest.fixture(autouse=True)
 def cpu_may(monkeypatch):
-    monkeypatch.setattr(build, "check_precision", lambda *_: None)
+    monkeypatch.setattr("trainer.build.check_precision", lambda *_: None)
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def records(root, kind):
 
 
 def test_layers_compute_in_fp16_and_weights_stay_float32(tiny_data, tmp_path):
-    trainer = build_trainer(load_config("quickstart", fp16(tiny_data, tmp_path)), start())
+    trainer = build(fp16(tiny_data, tmp_path))
     seen = []
     trainer.acdc.model.conv2.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
     trainer.fit()
@@ -56,7 +54,7 @@ def test_layers_compute_in_fp16_and_weights_stay_float32(tiny_data, tmp_path):
 
 def test_a_step_that_overflows_changes_nothing_and_halves_the_scale(tiny_data, tmp_path):
     """Also the very first, and the first of a compressed phase."""
-    trainer = build_trainer(load_config("quickstart", fp16(tiny_data, tmp_path)), start())
+    trainer = build(fp16(tiny_data, tmp_path))
     acdc, sgd = trainer.acdc, trainer.engine.optimizer
     scaler = trainer.engine.torch_autocast_z0_gradscaler
     scales = {1: 2.0**60, 2: 2.0**8, 4: 2.0**60, 5: 2.0**8}  # at the beginning of steps
@@ -97,12 +95,12 @@ def test_a_resumed_run_has_the_scale_and_the_same_bits(tiny_data, tmp_path):
         return fp16(tiny_data, tmp_path / name)
 
     for name, stop in (("whole", None), ("stopped", 2), ("later", 5)):
-        trainer = build_trainer(load_config("quickstart", options(name)), start())
+        trainer = build(options(name))
         fit_and_close(trainer, stop)
     whole = final_state(newest_run(tmp_path / "whole"), 6)
     assert 0 < whole["loss_scaling"]["skipped"] < 6
     for name in ("stopped", "later"):
-        resumed = build_trainer(load_config("quickstart", [*options(name), "resume=auto"]), start())
+        resumed = build([*options(name), "resume=auto"])
         assert resumed.engine.loss_scaling.state_dict() != whole["loss_scaling"]
         resumed.fit()
         resumed.close()
@@ -120,7 +118,7 @@ def test_a_resumed_run_has_the_scale_and_the_same_bits(tiny_data, tmp_path):
 
 def test_adamw_skips_steps_too_and_does_not_count_them(tiny_data, tmp_path):
     options = fp16(tiny_data, tmp_path, "optimizer={name: adamw, lr: 0.01}")
-    trainer = build_trainer(load_config("quickstart", options), start())
+    trainer = build(options)
     adamw, scaler = trainer.engine.optimizer, trainer.engine.torch_autocast_z0_gradscaler
     weight = trainer.acdc.model.conv2.weight
     before, skipped = [], []
@@ -171,7 +169,7 @@ def test_a_run_without_momentum_so_far_may_skip_its_first_step_with_some(tiny_da
     assert main(["quickstart", *small(tiny_data, tmp_path, WHOLE, *settings)]) == 0
     point = newest_run(tmp_path) / "checkpoints" / "step-000000004"
     options = fp16(tiny_data, tmp_path, "optimizer.momentum=0.9", f"resume={point}")
-    trainer = build_trainer(load_config("quickstart", options), start())
+    trainer = build(options)
     trainer.close()
     sgd = trainer.engine.optimizer
     for parameter in trainer.acdc.model.parameters():  # torch would leave it uninitialised

@@ -6,12 +6,9 @@ import pytest
 import torch
 
 from tests.slow import slow
-from tests.trainer.runs import StopAfter, assert_equal_states, final_state, newest_run, run_here, tiny
-from trainer.build import build_trainer
+from tests.trainer.runs import StopAfter, assert_equal_states, build, final_state, newest_run, run_here, tiny
 from trainer.checkpoints.saved_model import load_model
-from trainer.config.load import load_config
 from trainer.config.optimization import OptimizerConfig
-from trainer.distributed.ranks import start
 from trainer.errors import Stopped
 from trainer.models import get_model
 from trainer.models.classifier import Classifier
@@ -90,7 +87,7 @@ def test_frozen_weights_keep_their_bits_and_a_run_resumes(tiny_data, tmp_path, s
     options = [f"engine.zero_stage={stage}", STEM, "optimizer.weight_decay=0.1"]
     options += ["sparsity.recompute_batch_norm=2st", "save.every=7st", "save.keep=20"]
     arguments = tiny(tiny_data, tmp_path, *options)
-    trainer = build_trainer(load_config(arguments[0], arguments[1:]), start())
+    trainer = build(arguments[1:])
     first = {name: value.clone() for name, value in trainer.acdc.model.state_dict().items()}
     assert trainer.task.notes["frozen"].startswith("conv1, bn1, layer1*: ")
     trainer.acdc.before_step = StopAfter(trainer, 24)

@@ -7,10 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainer.distributed.small_net import WHOLE, small
-from trainer import build
-from trainer.build import build_trainer
-from trainer.config.load import load_config
-from trainer.distributed.ranks import start
+from tests.trainer.runs import build
 from trainer.engine import deepspeed_config
 
 pytestmark = pytest.mark.usefixtures("small_net")
@@ -36,7 +33,7 @@ def waits(monkeypatch, data, root, plant=lambda trainer: None, *options):
     from deepspeed.accelerator import get_accelerator
 
     settings = ["sparsity.schedule=(sparse 1, dense 1) x2", "epochs=4", "log.every=100st", *options]
-    trainer = build_trainer(load_config("quickstart", small(data, root, WHOLE, *settings)), start())
+    trainer = build(small(data, root, WHOLE, *settings))
     train_batch, seen = trainer.train_batch, []
 
     def watched(batches):
@@ -69,7 +66,7 @@ def waits(monkeypatch, data, root, plant=lambda trainer: None, *options):
 def test_no_step_waits(precision, stage, monkeypatch, tiny_data, tmp_path):
     if precision == "fp16" and stage:
         pytest.skip("refused by the recipe")
-    monkeypatch.setattr(build, "check_precision", lambda *_: None)
+    monkeypatch.setattr("trainer.build.check_precision", lambda *_: None)
     options = [f"engine.precision={precision}", f"engine.zero_stage={stage}"]
     assert waits(monkeypatch, tiny_data, tmp_path, lambda trainer: None, *options) == [[]] * 12
 
@@ -119,6 +116,6 @@ def test_deepspeeds_timer_is_seen(monkeypatch, tiny_data, tmp_path):
     def with_timer(*given):
         return {**deepspeed_config(*given), "timers": {"throughput": {"enabled": True}}}
 
-    monkeypatch.setattr(build, "deepspeed_config", with_timer)
+    monkeypatch.setattr("trainer.build.deepspeed_config", with_timer)
     seen = waits(monkeypatch, tiny_data, tmp_path)
     assert any("synchronize" in step for step in seen)

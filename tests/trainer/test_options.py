@@ -10,13 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from data.loader import Batch
-from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
+from tests.trainer.runs import assert_equal_states, build, final_state, run_here, tiny
 from trainer import loop
-from trainer.build import build_trainer
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.mask_history import load_masks
-from trainer.config.load import load_config
-from trainer.distributed.ranks import start
 from trainer.errors import Stopped
 from trainer.evaluate import recompute_batch_norm
 from trainer.train import main
@@ -61,7 +58,7 @@ def test_a_signal_while_statistics_are_recomputed(tiny_data, tmp_path, monkeypat
     """It would never end. What was trained is saved, and gone on with."""
     short = ["epochs=2", "sparsity.schedule=dense 1, sparse 1", "save.every=9ep", "save.keep=9"]
     short += ["sparsity.recompute_batch_norm=99999999999ep"]
-    trainer = build_trainer(load_config("quickstart", tiny(tiny_data, tmp_path, *short)[1:]), start())
+    trainer = build(tiny(tiny_data, tmp_path, *short)[1:])
     recompute, came = loop.recompute_batch_norm, trainer.stop_request
 
     def signalled(*arguments):

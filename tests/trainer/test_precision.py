@@ -16,16 +16,14 @@ from torch import nn
 
 from sparsity.masters import masters_of
 from tests.trainer.distributed.small_net import WHOLE, small
-from tests.trainer.runs import StopAfter, assert_equal_states, final_state, newest_run
+from tests.trainer.runs import StopAfter, assert_equal_states, build, final_state, newest_run
 from trainer import engine
-from trainer.build import build_trainer
 from trainer.checkpoints import checkpoint, environment
 from trainer.checkpoints.environment import cpu_multiplies_bf16
 from trainer.cli import launch
 from trainer.cli.main import main as acdc_command
 from trainer.config.load import load_config
 from trainer.distributed import ranks
-from trainer.distributed.ranks import start
 from trainer.errors import Stopped
 from trainer.train import main
 
@@ -137,7 +135,7 @@ def test_a_resumed_run_equals_the_uninterrupted_in_bf16_too(tiny_data, tmp_path)
         return small(tiny_data, tmp_path / name, WHOLE, "engine.precision=bf16")
 
     assert main(["quickstart", *options("whole")]) == 0
-    trainer = build_trainer(load_config("quickstart", options("stopped")), start())
+    trainer = build(options("stopped"))
     trainer.acdc.before_step = StopAfter(trainer, 5)
     with pytest.raises(Stopped):
         trainer.fit()
@@ -218,7 +216,7 @@ def test_ranks_add_gradients_of_masked_and_other_layers_up_in_one_type(stage, na
         file = tmp_path / "deepspeed.json"
         file.write_text(json.dumps({"torch_autocast": {"lower_precision_safe_modules": named}}))
         options += [f"engine.deepspeed={file}"]
-    trainer = build_trainer(load_config("quickstart", small(tiny_data, tmp_path, WHOLE, *options)), start())
+    trainer = build(small(tiny_data, tmp_path, WHOLE, *options))
     trainer.close()
     types = defaultdict(set)
     for layer in trainer.acdc.model.modules():
@@ -271,7 +269,7 @@ def test_products_are_in_the_recipes_precision_and_all_else_in_float32(
     options += ["steps_per_epoch=1", "data.eval_batch_size=150"]
     options += ["sparsity.recompute_batch_norm=1st"]
     overrides = small(tiny_data, tmp_path, "{norm: true}", *options)
-    trainer = build_trainer(load_config("quickstart", overrides), start())
+    trainer = build(overrides)
     products, losses, gradients = [], [], []
     for layer in trainer.engine.module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):

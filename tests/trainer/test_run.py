@@ -19,18 +19,17 @@ from tests.trainer.runs import (
     NUM_STEPS,
     StopAfter,
     assert_equal_states,
+    build,
     final_state,
     newest_run,
     run_here,
     tiny,
 )
-from trainer.build import build_trainer
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.run_dir import RunDir
 from trainer.checkpoints.saved_model import load_model
 from trainer.cli.main import main as acdc_command
 from trainer.config.load import load_config
-from trainer.distributed.ranks import start
 from trainer.distributed.signals import StopRequest
 from trainer.errors import Stopped
 from trainer.monitor.screen import closing_lines
@@ -138,7 +137,7 @@ def test_eval_finds_the_accuracies_again(finished, capsys):
 @pytest.mark.parametrize("stop_at", [13, *slow(7, 10, 20, 44, 50)])
 def test_resumed_anywhere_equals_uninterrupted(finished, tiny_data, tmp_path, stop_at):
     """Within and at the end of dense and sparse epochs; what follows is the same bit for bit."""
-    trainer = build_trainer(load_config("quickstart", tiny(tiny_data, tmp_path)[1:]), start())
+    trainer = build(tiny(tiny_data, tmp_path)[1:])
     trainer.acdc.before_step = StopAfter(trainer, stop_at)
     with pytest.raises(
         Stopped, match=f"stopped at step {stop_at}; a checkpoint is saved. Go on with resume="
@@ -192,7 +191,7 @@ class StopsWhile:
 
 @pytest.mark.parametrize("epoch", [2, *slow(1, 5)])
 def test_a_signal_in_an_evaluation_saves_at_once(finished, tiny_data, tmp_path, epoch):
-    trainer = build_trainer(load_config("quickstart", tiny(tiny_data, tmp_path)[1:]), start())
+    trainer = build(tiny(tiny_data, tmp_path)[1:])
     trainer.loaders = dataclasses.replace(
         trainer.loaders, test=StopsWhile(trainer.loaders.test, trainer, epoch)
     )
@@ -285,8 +284,7 @@ def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(tiny_data
     run = run_here(tiny_data, tmp_path, "save.keep=4")
     state = final_state(run)
     point = checkpoint.step_folder(run / "checkpoints", 30)
-    config = load_config("quickstart", tiny(tiny_data, tmp_path, f"resume={point}", "save.keep=4")[1:])
-    trainer = build_trainer(config, start())
+    trainer = build(tiny(tiny_data, tmp_path, f"resume={point}", "save.keep=4")[1:])
     trainer.acdc.before_step = StopAfter(trainer, 35)
     with pytest.raises(Stopped):
         trainer.fit()
@@ -302,7 +300,7 @@ def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(tiny_data
 
 @pytest.mark.slow
 def test_a_run_in_progress_is_not_resumed_by_a_second_process(tiny_data, tmp_path, capsys):
-    trainer = build_trainer(load_config("quickstart", tiny(tiny_data, tmp_path)[1:]), start())
+    trainer = build(tiny(tiny_data, tmp_path)[1:])
     trainer.acdc.before_step = StopAfter(trainer, 11)
     with pytest.raises(Stopped):
         trainer.fit()

@@ -9,12 +9,9 @@ import torch
 import yaml
 
 from tests.conftest import write_fashion_idx
-from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run, tiny
-from trainer.build import build_trainer
+from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run, tiny
 from trainer.checkpoints import checkpoint
 from trainer.cli.main import main as main_of_acdc
-from trainer.config.load import load_config
-from trainer.distributed.ranks import start
 from trainer.train import main
 
 pytestmark = pytest.mark.usefixtures("needs_runs")
@@ -23,14 +20,14 @@ CUT = '{"cut short'
 SHORT = ("epochs=3", "sparsity.schedule=dense 1, sparse 1, dense 1", "lr.warmup_epochs=0", "save.keep=9")
 
 
-def build(data, run_root, *overrides):
-    return build_trainer(load_config("quickstart", tiny(data, run_root, *SHORT, *overrides)[1:]), start())
+def short_run(data, run_root, *overrides):
+    return build(tiny(data, run_root, *SHORT, *overrides)[1:])
 
 
 @pytest.fixture(scope="module")
 def stopped(tiny_data, tmp_path_factory):
     """Within the sparse epoch."""
-    trainer = build(tiny_data, tmp_path_factory.mktemp("runs"))
+    trainer = short_run(tiny_data, tmp_path_factory.mktemp("runs"))
     fit_and_close(trainer, stop=12)
     return trainer.run_dir.path
 
@@ -44,7 +41,7 @@ def run(stopped, tmp_path):
 
 def resume(data, run_root, *overrides):
     """As far as to its next step."""
-    build(data, run_root, "resume=auto", *overrides).close()
+    short_run(data, run_root, "resume=auto", *overrides).close()
 
 
 def history(run):
@@ -56,7 +53,7 @@ def test_changes_are_told_and_kept(run, tiny_data, tmp_path, caplog):
     before = yaml.safe_load((run / "config.yaml").read_text())
     caplog.set_level(logging.INFO)
     (run / "history.jsonl").write_text((run / "history.jsonl").read_text() + CUT)
-    trainer = build(tiny_data, tmp_path, "optimizer.lr=0.02", "save.keep=3", "resume=auto")
+    trainer = short_run(tiny_data, tmp_path, "optimizer.lr=0.02", "save.keep=3", "resume=auto")
     trainer.save_checkpoint()
     trainer.close()
     told = {record.message: record.levelname for record in caplog.records}
@@ -137,7 +134,7 @@ def test_threads_are_kept_or_missed(run, before, cores, now, tiny_data, tmp_path
     checkpoint.save(point, {checkpoint.STATE: state}, checkpoint.read_info(point))
     with_cores(cores)
     caplog.set_level(logging.INFO)
-    trainer = build(tiny_data, tmp_path, "resume=auto")
+    trainer = short_run(tiny_data, tmp_path, "resume=auto")
     trainer.close()
     assert torch.get_num_threads() == now
     told = [(record.levelname, record.message) for record in caplog.records if " threads " in record.message]
@@ -152,9 +149,9 @@ def test_threads_are_kept_or_missed(run, before, cores, now, tiny_data, tmp_path
 
 def test_a_run_moved_to_more_cores_is_the_uninterrupted_one(tiny_data, tmp_path, with_cores):
     with_cores(1)
-    whole = build(tiny_data, tmp_path / "whole")
+    whole = short_run(tiny_data, tmp_path / "whole")
     fit_and_close(whole, stop=8)
-    fit_and_close(build(tiny_data, tmp_path), stop=4)
+    fit_and_close(short_run(tiny_data, tmp_path), stop=4)
     with_cores(2)
-    fit_and_close(build(tiny_data, tmp_path, "resume=auto"), stop=8)
+    fit_and_close(short_run(tiny_data, tmp_path, "resume=auto"), stop=8)
     assert_equal_states(*(final_state(newest_run(root), 8) for root in (tmp_path / "whole", tmp_path)))

@@ -6,18 +6,15 @@ import pytest
 import torch
 
 from tests.trainer.distributed.small_net import WHOLE, small
-from tests.trainer.runs import assert_equal_states, final_state, fit_and_close
-from trainer.build import build_trainer
+from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.state import restore, seed_generators
-from trainer.config.load import load_config
-from trainer.distributed.ranks import start
 
 pytestmark = pytest.mark.usefixtures("needs_runs")
 
 
 def train(overrides, stop_at=None):
-    trainer = build_trainer(load_config("quickstart", overrides), start())
+    trainer = build(overrides)
     fit_and_close(trainer, stop_at)
     return trainer.run_dir.path
 
@@ -59,7 +56,7 @@ def test_dropout_has_drawn_from_the_generator(uninterrupted):
 
 
 def generator_after_restore(state, overrides):
-    trainer = build_trainer(load_config("quickstart", overrides), start())
+    trainer = build(overrides)
     trainer.close()
     loader = trainer.loaders.train
     position = restore(state, trainer.engine, trainer.acdc, loader, trainer.config.seed)

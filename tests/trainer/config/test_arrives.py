@@ -18,9 +18,7 @@ from sparsity.masters import masters_of
 from tests.data.datasets.test_cifar import write_python
 from tests.trainer.config.test_recipes import RECIPES
 from tests.trainer.distributed.small_net import small
-from trainer.build import build_trainer
-from trainer.config.load import load_config
-from trainer.distributed.ranks import start
+from tests.trainer.runs import build
 from trainer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("small_net")
@@ -82,7 +80,7 @@ def test_every_step_of_a_run_is_sgd_with_the_recipes_figures(stage, nesterov, ti
     options = [f"optimizer={json.dumps({'lr': 0.08, **figures})}", f"engine.zero_stage={stage}"]
     options += ["lr={kind: step, milestones: [3, 5], gamma: 0.5, warmup_epochs: 2}", "steps_per_epoch=2"]
     options += ["epochs=6", "sparsity.schedule=dense 1, (sparse 1, dense 1) x2, sparse 1"]
-    trainer = build_trainer(load_config("quickstart", small(tiny_data, tmp_path, "{}", *options)), start())
+    trainer = build(small(tiny_data, tmp_path, "{}", *options))
     steps = Steps(trainer)
     trainer.fit()
     trainer.close()
@@ -103,7 +101,7 @@ def test_every_step_of_a_run_is_sgd_with_the_recipes_figures(stage, nesterov, ti
 def test_the_gradient_is_the_mean_losss_unclipped_and_unscaled(stage, tiny_data, tmp_path):
     """The first step of a run from weights five times as large, where the gradient's norm is far above 1."""
     overrides = small(tiny_data, tmp_path, "{}", f"engine.zero_stage={stage}")
-    trainer = build_trainer(load_config("quickstart", overrides), start())
+    trainer = build(overrides)
     masters = masters_of(trainer.engine)
     for parameter in trainer.acdc.model.parameters():
         masters.load_(parameter, 5 * parameter.detach(), {})
@@ -123,7 +121,7 @@ def test_the_gradient_is_the_mean_losss_unclipped_and_unscaled(stage, tiny_data,
 
 def test_smoothed_labels_are_what_a_run_trains_on(tiny_data, tmp_path):
     overrides = small(tiny_data, tmp_path, "{}", "loss.label_smoothing=0.2")
-    trainer = build_trainer(load_config("quickstart", overrides), start())
+    trainer = build(overrides)
     model, steps = trainer.acdc.export(), Steps(trainer)
     images, labels = (part.clone() for part in next(iter(trainer.loaders.train.epoch(0))))
     info = trainer.loaders.info
@@ -144,7 +142,7 @@ def test_a_steps_gradient_is_clipped_as_a_whole_and_after_masking(stage, count, 
         options = [f"engine.zero_stage={stage}", f"engine.accumulation_steps={count}"]
         options += [f"optimizer.clip_norm={clip}"]
         overrides = small(tiny_data, tmp_path / str(clip), "{}", *options)
-        trainer = build_trainer(load_config("quickstart", overrides), start())
+        trainer = build(overrides)
         steps = Steps(trainer)
         trainer.fit()
         trainer.close()
@@ -164,7 +162,7 @@ def test_clipping_is_said_in_one_place(tiny_data, tmp_path):
     (tmp_path / "ds.json").write_text('{"gradient_clipping": 2.0}')
     options = ["optimizer.clip_norm=1.0", f"engine.deepspeed={tmp_path / 'ds.json'}"]
     with pytest.raises(UserError, match=r"gradient_clipping is 2.0 there, but the recipe makes it 1.0"):
-        build_trainer(load_config("quickstart", small(tiny_data, tmp_path, "{}", *options)), start())
+        build(small(tiny_data, tmp_path, "{}", *options))
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +188,7 @@ def test_the_papers_figures_reach_the_optimizer(recipe, recorded, tmp_path):
     else:
         write_python(tmp_path, variant)
         overrides += [f"data.root={tmp_path}"] + ["data.random_labels=20"] * ("memorisation" in recipe)
-    trainer = build_trainer(load_config(recipe, overrides), start())
+    trainer = build(overrides, recipe)
     assert trainer.steps_per_epoch == 1
     steps = Steps(trainer)
     for epoch in epochs:
@@ -210,7 +208,7 @@ def test_two_batches_accumulated_make_the_step_of_one(tiny_data, tmp_path):
     runs = []
     for count in (1, 2):
         overrides = small(tiny_data, tmp_path, "{}", f"engine.accumulation_steps={count}")
-        trainer = build_trainer(load_config("quickstart", overrides), start())
+        trainer = build(overrides)
         steps, calls, before_step = Steps(trainer), [], trainer.acdc.before_step
         trainer.acdc.before_step = lambda calls=calls, then=before_step: (calls.append(1), then())
         batches, train_batch = [], trainer.train_batch

@@ -10,11 +10,8 @@ import torch
 from sparsity.kernels.unstructured.library import find_compiler
 from tests.trainer.distributed.rank_results import observe, precision_of
 from tests.trainer.distributed.small_net import WHOLE, evaluated_by_hand, small
-from tests.trainer.runs import execute, final_state, launcher
-from trainer.build import build_trainer
+from tests.trainer.runs import build, execute, final_state, launcher
 from trainer.checkpoints import checkpoint
-from trainer.config.load import load_config
-from trainer.distributed.ranks import start
 
 pytestmark = pytest.mark.launch
 
@@ -39,7 +36,7 @@ RUNS = {  # without BatchNorm and dropout, which depend on who computes what; an
 def alone(root: Path, name: str, data: Path, *overrides: str):
     arguments = small(data, root / name, "{}", *RUNS[name], f"save.every={STEP}st", *overrides)
     with precision_of(name):
-        trainer = build_trainer(load_config("quickstart", arguments), start())
+        trainer = build(arguments)
     return trainer.run_dir.path, observe(trainer)
 
 

@@ -12,11 +12,8 @@ from data.loader import PADDING_LABEL
 from data.torchvision_import import import_torchvision
 from tests.trainer.distributed.small_net import small
 from tests.trainer.models.test_classifier import classifier
-from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run, refusal
-from trainer.build import build_trainer
-from trainer.config.load import load_config
+from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run, refusal
 from trainer.config.optimization import MixingConfig
-from trainer.distributed.ranks import start
 from trainer.errors import UserError
 from trainer.models.mixing import Mixer, mix
 
@@ -113,7 +110,7 @@ def options(data, root, *overrides):
 
 
 def run(data, root, *overrides, stop=None):
-    trainer = build_trainer(load_config("quickstart", options(data, root, *overrides)), start())
+    trainer = build(options(data, root, *overrides))
     draws = []
     trainer.engine.module.register_forward_pre_hook(lambda _, inputs: draws.append(inputs[2:]))
     fit_and_close(trainer, stop)

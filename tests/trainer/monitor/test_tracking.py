@@ -9,11 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.trainer.runs import fit_and_close, newest_run, tiny
-from trainer.build import build_trainer
+from tests.trainer.runs import build, fit_and_close, newest_run, tiny
 from trainer.checkpoints.run_dir import RunDir
-from trainer.config.load import load_config
-from trainer.distributed.ranks import start
 from trainer.errors import EnvironmentFailure
 from trainer.monitor.records import Monitor
 from trainer.monitor.screen import Screen
@@ -85,9 +82,9 @@ def test_a_resumed_run_goes_on_in_the_same_one(tiny_data, tmp_path, runs):
     options = tiny(tiny_data, tmp_path, "log.wandb=shop", "epochs=2", "sparsity.schedule=dense 1, sparse 1")[
         1:
     ]
-    fit_and_close(build_trainer(load_config("quickstart", options), start()), stop=7)
+    fit_and_close(build(options), stop=7)
     resumed = f"resume={newest_run(tmp_path)}"
-    build_trainer(load_config("quickstart", [*options, resumed]), start()).close()
+    build([*options, resumed]).close()
     assert runs[0].begun["id"] == runs[1].begun["id"]
     assert runs[0].begun["config"]["sparsity"]["target"] == 0.9
 

@@ -9,12 +9,10 @@ from data.torchvision_import import import_torchvision
 from sparsity import ACDC, GlobalMagnitude, PhaseSchedule
 from tests.slow import slow
 from tests.trainer.distributed.small_net import SmallNet, evaluated_by_hand, small
-from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run
-from trainer.build import build_trainer
+from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run
 from trainer.checkpoints.saved_model import load_model
 from trainer.cli.main import main as acdc_command
 from trainer.config.load import load_config
-from trainer.distributed.ranks import start
 from trainer.errors import UserError
 from trainer.optim.averages import Averages
 from trainer.train import main
@@ -96,7 +94,7 @@ def options(data, root, *overrides):
 
 
 def run(data, root, *overrides, stop=None):
-    trainer = build_trainer(load_config("quickstart", options(data, root, *overrides)), start())
+    trainer = build(options(data, root, *overrides))
     fit_and_close(trainer, stop)
     return trainer
 

@@ -9,12 +9,9 @@ from torch import nn
 from data.torchvision_import import import_torchvision
 from tests.slow import slow
 from tests.trainer.distributed.small_net import SmallNet, small
-from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run, refusal
-from trainer.build import build_trainer
+from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run, refusal
 from trainer.checkpoints import checkpoint
-from trainer.config.load import load_config
 from trainer.config.optimization import OptimizerConfig
-from trainer.distributed.ranks import start
 from trainer.errors import UserError
 from trainer.optim import build_optimizer
 from trainer.optim.optimizers import parameter_groups
@@ -124,8 +121,7 @@ def test_mistakes(overrides, expected):
 
 def run(data, root, *overrides, stop=None):
     options = ["epochs=4", "sparsity.schedule=(dense 1, sparse 1) x2", *overrides]
-    config = load_config("quickstart", small(data, root, "{norm: true}", *options))
-    trainer = build_trainer(config, start())
+    trainer = build(small(data, root, "{norm: true}", *options))
     train_batch = trainer.train_batch
 
     def checked(batches, *rest):

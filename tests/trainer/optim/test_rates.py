@@ -15,12 +15,9 @@ from torch.optim.lr_scheduler import (
 
 from data.torchvision_import import import_torchvision
 from tests.trainer.distributed.small_net import small
-from tests.trainer.runs import assert_equal_states, final_state, fit_and_close, newest_run, refusal
-from trainer.build import build_trainer
+from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run, refusal
 from trainer.cli.main import main
-from trainer.config.load import load_config
 from trainer.config.optimization import LRConfig
-from trainer.distributed.ranks import start
 from trainer.optim import learning_rate
 from trainer.optim.rates import check_warmup
 
@@ -155,7 +152,7 @@ def test_a_run_takes_each_step_at_its_rate_and_resumes_bit_for_bit(stage, tiny_d
     taken = {}
     for name, stop in (("whole", None), ("stopped", 4), ("stopped", None)):
         overrides = small(tiny_data, tmp_path / name, "{}", *options, "resume=auto")
-        trainer = build_trainer(load_config("quickstart", overrides), start())
+        trainer = build(overrides)
         inner = getattr(trainer.engine.optimizer, "optimizer", trainer.engine.optimizer)
         rates = taken.setdefault(name, [])
         inner.register_step_pre_hook(lambda o, *_, rates=rates: rates.append(o.param_groups[0]["lr"]))
