@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -123,6 +124,12 @@ def refusal(overrides: list[str]) -> str:
 
 def final_state(run: Path, step: int = NUM_STEPS) -> dict[str, Any]:
     return checkpoint.read(checkpoint.step_folder(run / "checkpoints", step), checkpoint.STATE)
+
+
+def records(run: Path, kind: str | None = "epoch") -> list[dict[str, Any]]:
+    """What metrics.jsonl holds of one kind; None: of all kinds."""
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record for record in found if kind is None or record["kind"] == kind]
 
 
 def assert_equal_states(a: Any, b: Any, at: str = "") -> None:

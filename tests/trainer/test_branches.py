@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.slow import slow
-from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
+from tests.trainer.runs import assert_equal_states, final_state, records, run_here, tiny
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.saved_model import load_model
 from trainer.train import main
@@ -48,8 +48,7 @@ def test_a_dense_branch_is_a_recipe_of_its_own_too(both, tiny_data, tmp_path):
     run = run_here(tiny_data, tmp_path, f"checkpoint={both}", "sparsity={schedule: dense 6}")
     branch = both / "finetuned_dense" / "checkpoints" / "dense_twin"
     assert_equal_states(weights(run / "checkpoints" / "dense_twin"), weights(branch))
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["epoch"] for record in records if record["kind"] == "epoch"] == [5]
+    assert [record["epoch"] for record in records(run)] == [5]
 
 
 def interrupted(both, tmp_path, step):
@@ -229,14 +228,6 @@ def test_a_state_from_within_an_epoch_is_no_place_to_branch(tiny_data, tmp_path,
     point = checkpoint.step_folder(run / "checkpoints", 4)
     assert main(tiny(tiny_data, tmp_path, *short, f"checkpoint={point}")) == 2
     assert "saved within an epoch, after 4 steps of it" in capsys.readouterr().err
-
-
-def first_loss(run):
-    return next(
-        record["val_loss"]
-        for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        if record["kind"] == "epoch"
-    )
 
 
 ONE = ["epochs=1", "sparsity={schedule: dense 1}", "optimizer.lr=1e-12", "lr.warmup_epochs=0"]

@@ -1,6 +1,5 @@
 """Evaluation: dropout off, BatchNorm by its statistics, nothing changed, and figures as found by hand."""
 
-import json
 from dataclasses import asdict
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.trainer.distributed.small_net import WHOLE, buffers, evaluated_by_hand, small
-from tests.trainer.runs import build
+from tests.trainer.runs import build, records
 from trainer import summary
 from trainer.evaluate import confusion, evaluate
 from trainer.loaders import build_test_loader
@@ -59,8 +58,7 @@ def test_a_runs_figures_are_those_of_its_saved_models(run, kind, tiny_data):
     expected = evaluated_by_hand(trainer.run_dir.path / "checkpoints" / kind, tiny_data)
     found = trainer.position.pair[kind]
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
-    records = map(json.loads, (trainer.run_dir.path / "metrics.jsonl").read_text().splitlines())
-    recorded = [record for record in records if record["kind"] == "epoch"][kind == "sparse"]
+    recorded = records(trainer.run_dir.path)[kind == "sparse"]
     assert {key: recorded[f"val_{key}"] for key in expected} == pytest.approx(expected, rel=1e-5)
 
 

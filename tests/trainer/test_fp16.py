@@ -8,7 +8,7 @@ import torch
 
 from sparsity import num_leaked
 from tests.trainer.distributed.small_net import WHOLE, small
-from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run
+from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run, records
 from trainer import engine
 from trainer.config.load import load_config
 from trainer.errors import UserError
@@ -33,11 +33,6 @@ def quick_scale(monkeypatch):
 
 def fp16(data, root, *overrides):
     return small(data, root, WHOLE, "engine.precision=fp16", *overrides)
-
-
-def records(root, kind):
-    lines = map(json.loads, (newest_run(root) / "metrics.jsonl").read_text().splitlines())
-    return [record for record in lines if record["kind"] == kind]
 
 
 def test_layers_compute_in_fp16_and_weights_stay_float32(tiny_data, tmp_path):
@@ -83,7 +78,7 @@ def test_a_step_that_overflows_changes_nothing_and_halves_the_scale(tiny_data, t
     assert all(value.isfinite().all() for value in state())
     for name, mask in acdc.masks().items():
         assert not sgd.state[acdc.model.get_submodule(name).weight]["momentum_buffer"][~mask].any()
-    steps, epochs = (records(tmp_path, kind) for kind in ("step", "epoch"))
+    steps, epochs = (records(newest_run(tmp_path), kind) for kind in ("step", "epoch"))
     assert [record["skipped_steps"] for record in epochs] == [1, 2]
     assert [record["step"] for record in steps] == [1, 2, 4, 5]
     assert [record["loss_scale"] for record in steps] == [2.0**59, 2.0**8, 2.0**59, 2.0**8]
@@ -109,7 +104,7 @@ def test_a_resumed_run_has_the_scale_and_the_same_bits(tiny_data, tmp_path):
         a, b = (
             [
                 {k: v for k, v in record.items() if k not in rates}
-                for record in records(tmp_path / run, "step")
+                for record in records(newest_run(tmp_path / run), "step")
             ]
             for run in ("whole", name)
         )
@@ -157,11 +152,11 @@ def test_momentum_from_zero_takes_the_same_first_step_as_none():
 def test_another_precision_has_no_scale_and_fp16_goes_on_from_it(tiny_data, tmp_path):
     assert main(["quickstart", *small(tiny_data, tmp_path, WHOLE, "save.every=1st", "save.keep=9")]) == 0
     run = newest_run(tmp_path)
-    assert "loss_scale" not in records(tmp_path, "step")[0]
+    assert "loss_scale" not in records(run, "step")[0]
     assert "loss_scaling" not in final_state(run, 6)
     point = run / "checkpoints" / "step-000000004"
     assert main(["quickstart", *fp16(tiny_data, tmp_path), f"resume={point}"]) == 0
-    assert records(tmp_path, "step")[-1]["loss_scale"] > 1
+    assert records(newest_run(tmp_path), "step")[-1]["loss_scale"] > 1
 
 
 def test_a_run_without_momentum_so_far_may_skip_its_first_step_with_some(tiny_data, tmp_path):

@@ -10,7 +10,7 @@ from data.dali.decode import DeviceJpeg
 from data.images.files import EXCLUSIONS, load_image_files
 from tests.data.photographs import make_tree
 from tests.slow import slow
-from tests.trainer.runs import assert_equal_states, tiny_images
+from tests.trainer.runs import assert_equal_states, records, tiny_images
 from trainer.checkpoints import checkpoint
 from trainer.cli.main import main as acdc_command
 from trainer.config.data import ImageNetData
@@ -127,8 +127,7 @@ def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
     assert skipping != run
     for key in ("model", "optimizer", "acdc"):  # stopping, excluding, skipping: the same training
         assert_equal_states(excluded[key], state(skipping, 18)[key], key)
-    records = [json.loads(line) for line in (skipping / "metrics.jsonl").read_text().splitlines()]
-    assert [record["bad_files"] for record in records if record["kind"] == "epoch"] == [1, 1]
+    assert [record["bad_files"] for record in records(skipping)] == [1, 1]
 
 
 @pytest.mark.rare

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsity import ACDC, PhaseSchedule, UniformMagnitude
 from sparsity.kernels.unstructured import fusion, library
-from tests.trainer.runs import assert_equal_states, final_state, run_here, tiny
+from tests.trainer.runs import assert_equal_states, final_state, records, run_here, tiny
 from trainer import kernels
 from trainer.checkpoints import checkpoint
 from trainer.config.load import load_config
@@ -60,14 +60,7 @@ def test_a_run_is_resumed_bit_for_bit_and_equals_the_dense_one(tiny_data, tmp_pa
     assert_equal_states(state, final_state(again, LAST))
 
     dense = run_here(tiny_data, tmp_path / "dense", *SHORT, *options, "sparsity.accelerate=off")
-    losses = [
-        [
-            json.loads(line)["train_loss"]
-            for line in (each / "metrics.jsonl").read_text().splitlines()
-            if "train_loss" in line
-        ]
-        for each in (run, dense)
-    ]
+    losses = [[record["train_loss"] for record in records(each)] for each in (run, dense)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3 if "fp32" in options[0] else 5e-2)
 
 

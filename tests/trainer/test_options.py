@@ -2,15 +2,13 @@
 epochs.
 """
 
-import json
-
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from data.loader import Batch
-from tests.trainer.runs import assert_equal_states, build, final_state, run_here, tiny
+from tests.trainer.runs import assert_equal_states, build, final_state, records, run_here, tiny
 from trainer import loop
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.mask_history import load_masks
@@ -109,8 +107,7 @@ def test_short_epochs(tiny_data, tmp_path):
     run = run_here(
         tiny_data, tmp_path, "steps_per_epoch=3", "epochs=4", "sparsity.schedule=(dense 1, sparse 1) x2"
     )
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    epochs = [record for record in records if record["kind"] == "epoch"]
+    epochs = records(run)
     assert [record["step"] for record in epochs] == [3, 6, 9, 12]
     assert [record["phase"] for record in epochs] == ["dense", "sparse"] * 2
 

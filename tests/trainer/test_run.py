@@ -22,11 +22,11 @@ from tests.trainer.runs import (
     build,
     final_state,
     newest_run,
+    records,
     run_here,
     tiny,
 )
 from trainer.checkpoints import checkpoint
-from trainer.checkpoints.run_dir import RunDir
 from trainer.checkpoints.saved_model import load_model
 from trainer.cli.main import main as acdc_command
 from trainer.config.load import load_config
@@ -67,8 +67,7 @@ def test_the_pair_and_its_figures(finished):
 
 
 def test_metrics_and_tensorboard_tell_the_same(finished):
-    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    epochs = [record for record in records if record["kind"] == "epoch"]
+    epochs = records(finished)
     num_weights = json.loads((finished / "result.json").read_text())["dense_twin"]["num_weights"]
     assert [record["phase"] for record in epochs] == ["dense", "sparse"] * 3
     assert [record["step"] for record in epochs] == list(range(10, NUM_STEPS + 1, 10))
@@ -85,7 +84,7 @@ def test_metrics_and_tensorboard_tell_the_same(finished):
         assert num_kept == [record["mask_kept"] + record[f"mask_{rest}"] for rest in ("dropped", "regrown")]
     assert "mask_regrown" not in epochs[1]  # the first compression changes no mask
     assert all(0 <= record["data_wait"] <= 1 and record["images_per_second"] > 0 for record in epochs)
-    assert len(records) == 6 + 6 * 2  # every epoch logs at steps 4 and 8
+    assert len(records(finished, None)) == 6 + 6 * 2  # every epoch logs at steps 4 and 8
 
     events = EventAccumulator(str(finished / "tb"))
     events.Reload()
@@ -172,8 +171,10 @@ def test_tensorboard_has_pictures_once_and_phases_at_both_ends(finished):
 
 
 def losses(run):
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(r["kind"], r["step"], r.get("loss", r.get("train_loss")), r.get("val_loss")) for r in records]
+    return [
+        (each["kind"], each["step"], each.get("loss", each.get("train_loss")), each.get("val_loss"))
+        for each in records(run, None)
+    ]
 
 
 class StopsWhile:
@@ -200,8 +201,7 @@ def test_a_signal_in_an_evaluation_saves_at_once(finished, tiny_data, tmp_path, 
         trainer.fit()
     trainer.close()
     run = newest_run(tmp_path)
-    epochs = [record["epoch"] for record in RunDir(run).read_metrics() if record["kind"] == "epoch"]
-    assert epochs == list(range(epoch))
+    assert [record["epoch"] for record in records(run)] == list(range(epoch))
     assert main(tiny(tiny_data, tmp_path, "resume=auto")) == 0
     assert newest_run(tmp_path) == run
     assert_equal_states(final_state(run), final_state(finished))
@@ -209,8 +209,7 @@ def test_a_signal_in_an_evaluation_saves_at_once(finished, tiny_data, tmp_path, 
 
 
 def test_a_run_says_how_fast_its_phases_were(finished):
-    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    rates = [record["images_per_second"] for record in records if record["kind"] == "epoch"]
+    rates = [record["images_per_second"] for record in records(finished)]
     result = json.loads((finished / "result.json").read_text())
     dense, compressed = statistics.median(rates[2:5:2]), statistics.median(rates[3:6:2])
     share = (3 + 3 * dense / compressed) / 6
@@ -234,8 +233,8 @@ def test_a_run_says_how_fast_its_phases_were(finished):
     ],
 )
 def test_no_speed_without_both_phases(phases, expected):
-    records = [{"kind": "epoch", "phase": kind, "images_per_second": rate} for kind, rate in phases]
-    found = speed([{"kind": "step"}, *records])
+    epochs = [{"kind": "epoch", "phase": kind, "images_per_second": rate} for kind, rate in phases]
+    found = speed([{"kind": "step"}, *epochs])
     assert (found and tuple(found.values())) == (expected and pytest.approx(expected))
 
 
@@ -482,8 +481,7 @@ def test_accumulated_batches_make_the_same_steps(finished, tiny_data, tmp_path):
 def test_memorisation_is_watched_in_both_ways(tiny_data, tmp_path):
     plain = ["data.flip=false", "data.crop_padding=0", "data.random_labels=100"]
     run = run_here(tiny_data, tmp_path, *plain, "epochs=2", "sparsity.schedule=dense 1, sparse 1")
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    epochs = [record for record in records if record["kind"] == "epoch"]
+    epochs = records(run)
     assert len(epochs) == 2
     for record in epochs:
         assert 0 <= record["memorised_top1"] <= 100

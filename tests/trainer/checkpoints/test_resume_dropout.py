@@ -1,12 +1,10 @@
 """Dropout across a stop: a run gone on with draws what the uninterrupted one would have drawn."""
 
-import json
-
 import pytest
 import torch
 
 from tests.trainer.distributed.small_net import WHOLE, small
-from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close
+from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, records
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.state import restore, seed_generators
 
@@ -40,11 +38,11 @@ def test_stopped_in_an_epoch_or_at_its_end_and_resumed_it_equals_the_uninterrupt
     assert train([*overrides, "resume=auto"]) == run
     assert_equal_states(final_state(run, 6), final_state(uninterrupted, 6))
     losses = [
-        [(record["kind"], record["step"], record.get("loss", record.get("val_loss"))) for record in records]
-        for records in (
-            list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
-            for folder in (run, uninterrupted)
-        )
+        [
+            (each["kind"], each["step"], each.get("loss", each.get("val_loss")))
+            for each in records(folder, None)
+        ]
+        for folder in (run, uninterrupted)
     ]
     assert losses[0] == losses[1]
 

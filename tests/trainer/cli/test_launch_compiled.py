@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.trainer.runs import execute, launcher, newest_run, tiny
+from tests.trainer.runs import execute, launcher, newest_run, records, tiny
 
 pytestmark = [pytest.mark.usefixtures("needs_runs"), pytest.mark.launch, pytest.mark.rare]
 
@@ -15,8 +15,7 @@ def test_the_launchers_command_compiles_two_graphs_over_all_phases(tiny_data, tm
     assert done.returncode == 0, done.stderr
     run = newest_run(tmp_path)
     assert json.loads((run / "result.json").read_text())["compile"] == {"graphs": 2, "recompilations": 0}
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["graphs"] for record in records if record["kind"] == "epoch"] == [2] * 6
+    assert [record["graphs"] for record in records(run)] == [2] * 6
     lines = done.stdout.splitlines()
     assert sum(line.startswith("epoch ") and "test: loss" in line for line in lines) == 6
     for word in (

@@ -18,7 +18,7 @@ from sparsity.masters import masters_of
 from tests.data.datasets.test_cifar import write_python
 from tests.trainer.config.test_recipes import RECIPES
 from tests.trainer.distributed.small_net import small
-from tests.trainer.runs import build
+from tests.trainer.runs import build, records
 from trainer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("small_net")
@@ -93,8 +93,7 @@ def test_every_step_of_a_run_is_sgd_with_the_recipes_figures(stage, nesterov, ti
         assert torch.allclose(step.after, expected, rtol=1e-5, atol=1e-6)
         assert not torch.allclose(step.after, step.weights, rtol=1e-5, atol=1e-6)
     assert [step.momentum is None for step in steps] == [True] + [False] * 11
-    records = map(json.loads, (trainer.run_dir.path / "metrics.jsonl").read_text().splitlines())
-    assert [record["lr"] for record in records if record["kind"] == "epoch"] == RATES
+    assert [record["lr"] for record in records(trainer.run_dir.path)] == RATES
 
 
 @pytest.mark.parametrize("stage", [0, 1])

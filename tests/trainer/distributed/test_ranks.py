@@ -10,7 +10,7 @@ import torch
 from sparsity.kernels.unstructured.library import find_compiler
 from tests.trainer.distributed.rank_results import observe, precision_of
 from tests.trainer.distributed.small_net import WHOLE, evaluated_by_hand, small
-from tests.trainer.runs import build, execute, final_state, launcher
+from tests.trainer.runs import build, execute, final_state, launcher, records
 from trainer.checkpoints import checkpoint
 
 pytestmark = pytest.mark.launch
@@ -70,11 +70,6 @@ def two(one, tiny_data, tmp_path_factory):
         (folder,) = (out / name / "quickstart").iterdir()
         found[name] = (folder, [torch.load(out / f"{name}-rank{rank}.pt") for rank in range(2)])
     return found
-
-
-def records(folder: Path, kind: str) -> list[dict]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [record for record in lines if record["kind"] == kind]
 
 
 @pytest.mark.parametrize("name", ["plain0", "plain1", "accumulated", "plain0-resumed", "kernels1", "mixed"])

@@ -9,7 +9,7 @@ from data.torchvision_import import import_torchvision
 from sparsity import ACDC, GlobalMagnitude, PhaseSchedule
 from tests.slow import slow
 from tests.trainer.distributed.small_net import SmallNet, evaluated_by_hand, small
-from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run
+from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run, records
 from trainer.checkpoints.saved_model import load_model
 from trainer.cli.main import main as acdc_command
 from trainer.config.load import load_config
@@ -119,8 +119,7 @@ def test_a_run_evaluates_keeps_and_shows_them(tiny_data, tmp_path, capsys):
     folder = newest_run(tmp_path)
     assert "sparse model, EMA" in capsys.readouterr().out
     result = json.loads((folder / "result.json").read_text())
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    epochs = [record for record in lines if record["kind"] == "epoch"]
+    epochs = records(folder)
     state = final_state(folder, 12)
     for key, epoch in (("dense_twin", 2), ("sparse", 3)):
         expected = evaluated_by_hand(folder / "checkpoints" / f"{key}_ema", tiny_data)

@@ -1,7 +1,5 @@
 """Optimizers of recipes: their figures, what they decay, and that runs with them hold masks and resume."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -9,7 +7,15 @@ from torch import nn
 from data.torchvision_import import import_torchvision
 from tests.slow import slow
 from tests.trainer.distributed.small_net import SmallNet, small
-from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run, refusal
+from tests.trainer.runs import (
+    assert_equal_states,
+    build,
+    final_state,
+    fit_and_close,
+    newest_run,
+    records,
+    refusal,
+)
 from trainer.checkpoints import checkpoint
 from trainer.config.optimization import OptimizerConfig
 from trainer.errors import UserError
@@ -173,8 +179,7 @@ def test_another_optimizers_state_is_refused(tiny_data, tmp_path):
     run(tiny_data, tmp_path, ADAMW, f"checkpoint={point}", "sparsity.schedule=dense 4")
     branch = final_state(newest_run(tmp_path), 12)
     assert branch["optimizer_steps"] == 12
-    lines = (newest_run(tmp_path) / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines if '"epoch"' in line][-1] == 3
+    assert records(newest_run(tmp_path))[-1]["epoch"] == 3
 
 
 @pytest.mark.usefixtures("small_net")

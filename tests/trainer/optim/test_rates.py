@@ -15,7 +15,15 @@ from torch.optim.lr_scheduler import (
 
 from data.torchvision_import import import_torchvision
 from tests.trainer.distributed.small_net import small
-from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run, refusal
+from tests.trainer.runs import (
+    assert_equal_states,
+    build,
+    final_state,
+    fit_and_close,
+    newest_run,
+    records,
+    refusal,
+)
 from trainer.cli.main import main
 from trainer.config.optimization import LRConfig
 from trainer.optim import learning_rate
@@ -162,7 +170,6 @@ def test_a_run_takes_each_step_at_its_rate_and_resumes_bit_for_bit(stage, tiny_d
     assert len(set(expected)) == 5  # the warm-up ends with the rate that the cosine begins with
     assert taken == {"whole": expected, "stopped": expected}
     for name in taken:
-        lines = map(json.loads, (newest_run(tmp_path / name) / "metrics.jsonl").read_text().splitlines())
-        logged = [record["lr"] for record in lines]  # steps 1, 2, the epoch; steps 4, 5, the epoch
-        assert logged == expected
+        logged = [record["lr"] for record in records(newest_run(tmp_path / name), None)]
+        assert logged == expected  # steps 1, 2, the epoch; steps 4, 5, the epoch
     assert_equal_states(*(final_state(newest_run(tmp_path / name), 6) for name in taken))
