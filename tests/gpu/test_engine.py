@@ -129,8 +129,7 @@ def test_a_resumed_run_has_the_same_bits_with_deterministic_convolutions(precisi
         return newest_run(tmp_path / name)
 
     whole = train("whole")
-    copy = tmp_path / "again" / "quickstart" / whole.name
-    shutil.copytree(whole, copy)
+    copy = shutil.copytree(whole, tmp_path / "again" / "quickstart" / whole.name)
     again = train("again", f"resume={copy}/checkpoints/step-{6:09}")
     assert_equal_states(*(final_state(run, 3 * STEPS) for run in (whole, again)))
 

@@ -54,8 +54,7 @@ def test_a_dense_branch_is_a_recipe_of_its_own_too(both, tiny_data, tmp_path):
 def interrupted(both, tmp_path, step):
     """A copy of the run as it was when its branch had done `step` steps; None: when it had concluded for
     itself."""
-    run = tmp_path / "quickstart" / both.name
-    shutil.copytree(both, run)
+    run = shutil.copytree(both, tmp_path / "quickstart" / both.name)
     result = json.loads((run / "result.json").read_text())
     del result["finetuned_dense"]
     (run / "result.json").write_text(json.dumps(result))

@@ -239,8 +239,7 @@ def test_no_speed_without_both_phases(phases, expected):
 
 
 def test_resuming_passes_over_a_damaged_checkpoint(finished, tiny_data, tmp_path):
-    run = tmp_path / "quickstart" / finished.name
-    shutil.copytree(finished, run)
+    run = shutil.copytree(finished, tmp_path / "quickstart" / finished.name)
     (checkpoint.step_folder(run / "checkpoints", 60) / checkpoint.STATE).write_bytes(b"half")
     (run / "result.json").unlink()
     assert main(tiny(tiny_data, tmp_path, f"resume={run}")) == 0
@@ -263,8 +262,7 @@ def test_a_finished_run_is_left_alone(finished, tiny_data, tmp_path, capsys):
 @pytest.mark.parametrize("lost", [[], ["metrics.jsonl", "report.html"]])
 def test_a_finished_training_without_its_result_gets_one(lost, finished, tiny_data, tmp_path):
     """Killed between the last checkpoint and result.json. Without its records it has no report."""
-    run = tmp_path / "quickstart" / finished.name
-    shutil.copytree(finished, run)
+    run = shutil.copytree(finished, tmp_path / "quickstart" / finished.name)
     result = json.loads((run / "result.json").read_text())
     for name in ("result.json", *lost):
         (run / name).unlink()
@@ -389,8 +387,7 @@ def test_a_checkpoint_that_is_none(finished, tiny_data, tmp_path, capsys):
 
 
 def test_a_checkpoint_in_a_folder_that_is_none(finished, tiny_data, tmp_path, capsys):
-    run = tmp_path / "quickstart" / finished.name
-    shutil.copytree(finished, run)
+    run = shutil.copytree(finished, tmp_path / "quickstart" / finished.name)
     (run / "result.json").unlink()
     shutil.rmtree(run / "tb")
     (run / "tb").write_text("a file where TensorBoard wants a folder")

@@ -57,9 +57,7 @@ def finished(tiny_data, tmp_path_factory):
 
 
 def copy_of(run, root):
-    copy = root / "quickstart" / run.name
-    shutil.copytree(run, copy)
-    return copy
+    return shutil.copytree(run, root / "quickstart" / run.name)
 
 
 def step(run, number):

@@ -269,8 +269,7 @@ def test_another_image_of_the_batch_stands_in_for_a_bad_one(packed, tmp_path):
 
 
 def test_a_bad_image_does_not_count_in_evaluation(packed, tmp_path):
-    shutil.copytree(packed / "webdataset" / "val", tmp_path / "val")
-    (tmp_path / "val").rename(tmp_path / "train")
+    shutil.copytree(packed / "webdataset" / "val", tmp_path / "train")
     bad = spoil(tmp_path, slice(2, 3))
     records = find_records(tmp_path, "train", "webdataset")
     told = []

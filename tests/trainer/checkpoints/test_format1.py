@@ -13,8 +13,7 @@ pytestmark = pytest.mark.usefixtures("needs_runs")
 def test_a_run_of_format_1_is_resumed(golden, tiny_data, tmp_path):
     """Saved within a sparse epoch; its result.json is the uninterrupted run's."""
     earlier = golden / "run_format1"
-    run = tmp_path / "quickstart" / "earlier"
-    shutil.copytree(earlier, run)
+    run = shutil.copytree(earlier, tmp_path / "quickstart" / "earlier")
     (run / "result.json").unlink()
     network = ["model.name=resnet_cifar", "model.arguments={depth: 8, width: 8}"]
     assert run_here(tiny_data, tmp_path, *network, "engine.precision=fp32", f"resume={run}") == run

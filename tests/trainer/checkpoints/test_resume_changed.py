@@ -34,9 +34,7 @@ def stopped(tiny_data, tmp_path_factory):
 
 @pytest.fixture
 def run(stopped, tmp_path):
-    copy = tmp_path / "quickstart" / stopped.name
-    shutil.copytree(stopped, copy)
-    return copy
+    return shutil.copytree(stopped, tmp_path / "quickstart" / stopped.name)
 
 
 def resume(data, run_root, *overrides):

@@ -26,9 +26,7 @@ def whole(tiny_data, tmp_path_factory):
 
 @pytest.fixture
 def run(whole, tmp_path):
-    copy = tmp_path / "quickstart" / whole.name
-    shutil.copytree(whole, copy)
-    return copy
+    return shutil.copytree(whole, tmp_path / "quickstart" / whole.name)
 
 
 def flipped(content, generator):
@@ -106,8 +104,7 @@ def test_a_line_cut_short_by_a_crash_is_nothing_to_warn_of(run, caplog):
 
 def test_the_run_trained_last_goes_on_whatever_its_name_says(run, tiny_data, tmp_path):
     (run / "result.json").unlink()
-    future = run.with_name("20991231-000000")
-    shutil.copytree(run, future)
+    future = shutil.copytree(run, run.with_name("20991231-000000"))
     for state in future.glob("checkpoints/step-*"):
         os.utime(state, (10**9, 10**9))
     assert resumed(tiny_data, tmp_path)[0].path == run
@@ -115,8 +112,7 @@ def test_the_run_trained_last_goes_on_whatever_its_name_says(run, tiny_data, tmp
 
 def test_a_run_without_a_whole_state_gives_way_to_an_older_one(run, tiny_data, tmp_path):
     (run / "result.json").unlink()
-    newer = run.with_name("20991231-000000")
-    shutil.copytree(run, newer)
+    newer = shutil.copytree(run, run.with_name("20991231-000000"))
     for state in newer.glob("checkpoints/step-*/state.pt"):
         state.write_bytes(b"damaged")
     assert resumed(tiny_data, tmp_path)[0].path == run

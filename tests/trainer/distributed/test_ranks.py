@@ -56,8 +56,8 @@ def two(one, tiny_data, tmp_path_factory):
         for name, options in RUNS.items()
     }
     for name in ("plain0", "whole"):
-        copy = out / f"{name}-resumed" / "quickstart" / one[name][0].name
-        shutil.copytree(one[name][0], copy)
+        folder = one[name][0]
+        copy = shutil.copytree(folder, out / f"{name}-resumed" / "quickstart" / folder.name)
         point = checkpoint.step_folder(copy / "checkpoints", STEP)
         runs[f"{name}-resumed"] = [*runs[name], f"run_root={copy.parent.parent}", f"resume={point}"]
     (out / "runs.json").write_text(json.dumps(runs))
@@ -156,8 +156,8 @@ def test_each_rank_drops_other_elements(two, name, count):
 
 
 def test_one_rank_goes_on_where_two_were(one, two, tiny_data, tmp_path):
-    copy = tmp_path / "plain1" / "quickstart" / two["plain1"][0].name
-    shutil.copytree(two["plain1"][0], copy)
+    folder, _ = two["plain1"]
+    copy = shutil.copytree(folder, tmp_path / "plain1" / "quickstart" / folder.name)
     point = checkpoint.step_folder(copy / "checkpoints", STEP)
     folder, _ = alone(tmp_path, "plain1", tiny_data, f"resume={point}")
     ours, theirs = (final_state(run, 6)["model"] for run in (folder, one["plain1"][0]))

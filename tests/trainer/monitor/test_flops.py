@@ -127,15 +127,13 @@ def step_folder(run, step):
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_resumed_run_counts_as_the_uninterrupted_one(run, tmp_path, step):
-    copy = tmp_path / "mobilenetv1_90" / run.name
-    shutil.copytree(run, copy)
+    copy = shutil.copytree(run, tmp_path / "mobilenetv1_90" / run.name)
     assert result(train(tmp_path, f"resume={step_folder(copy, step)}")) == result(run)
 
 
 def test_a_run_resumed_from_an_old_checkpoint(run, tmp_path):
     """Before, dense training was not counted along, and all was counted at evaluation's size."""
-    copy = tmp_path / "mobilenetv1_90" / run.name
-    shutil.copytree(run, copy)
+    copy = shutil.copytree(run, tmp_path / "mobilenetv1_90" / run.name)
     old = step_folder(copy, 4)
     state, info = checkpoint.read(old, checkpoint.STATE), checkpoint.read_info(old)
     del state["position"]["dense_training_flops"]
