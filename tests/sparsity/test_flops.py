@@ -15,18 +15,6 @@ from tests.slow import slow
 from trainer.models import get_model
 
 
-def test_resnet20_dense_equals_the_papers_count(golden):
-    recorded = json.loads((golden / "flops.json").read_text())["resnet20_dense"]
-    flops = count_flops(get_model("resnet20", num_classes=10), (3, 32, 32))
-    assert flops.forward() == recorded["total_flops_exact"]
-    assert (flops.norm, flops.relu, flops.pooling) == tuple(
-        recorded[key] for key in ("bn_flops", "relu_flops", "pooling_flops")
-    )
-    assert {layer.name: layer.flops() for layer in flops.layers} == {
-        layer["name"]: layer["flops_exact"] for layer in recorded["layers"]
-    }
-
-
 def test_resnet20_sparse_equals_the_papers_count(golden):
     recorded = json.loads((golden / "flops.json").read_text())["resnet20_trajectory_global90_final"]
     flops = count_flops(get_model("resnet20", num_classes=10), (3, 32, 32))

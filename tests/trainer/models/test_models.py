@@ -34,8 +34,8 @@ def test_names_shapes_and_counts(name, golden):
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_flops(name, golden):
-    """Per layer and in all. The record counts nonzero weights: a few of the random ones it used were exactly
-    0."""
+    """Per layer, per kind of what is no layer, and in all. The record counts nonzero weights: a few of the
+    random ones it used were exactly 0."""
     recorded = json.loads((golden / "flops.json").read_text())[f"{RECORDED[name][0]}_dense"]
     with torch.device("meta"):
         model = get_model(name, RECORDED[name][1])
@@ -44,6 +44,9 @@ def test_flops(name, golden):
     ours = {layer.name: layer.flops(density[layer.name]) for layer in flops.layers}
     assert ours == pytest.approx(
         {layer["name"]: layer["flops_exact"] for layer in recorded["layers"]}, rel=1e-12
+    )
+    assert (flops.norm, flops.relu, flops.pooling) == tuple(
+        recorded[key] for key in ("bn_flops", "relu_flops", "pooling_flops")
     )
     assert flops.forward(density) == pytest.approx(recorded["total_flops_exact"], rel=1e-12)
 
