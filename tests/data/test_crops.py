@@ -76,6 +76,12 @@ def test_windows_of_ordinary_images_stay_what_they_were():
     assert digest == "d4c28cfd14febe943289d008b2e43777df72578b0438b73f5fcba82dfa6190ea"
 
 
+def test_an_image_too_long_for_any_attempt_gives_its_largest_central_window():
+    draw = draws(50)
+    assert (0, 493, 10, 13) in [window(draw, i, 10, 1000) for i in range(50)]
+    assert window(draw._replace(area=np.ones_like(draw.area)), 0, 1000, 10) == (493, 0, 13, 10)
+
+
 @pytest.mark.parametrize(("height", "width"), TINY)
 def test_windows_have_at_least_a_pixel(height, width):
     draw = draws(500)
