@@ -9,7 +9,7 @@ import struct
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from data.crops import CropStream
 from data.dali.records import DaliRecordLoader, count_records
 from data.datasets import cifar, fashion_mnist
 from data.images.records import find_records
+from tests.hostile import Evil
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.mask_history import load_masks
 from trainer.checkpoints.run_dir import find_resumed
@@ -33,19 +34,8 @@ from trainer.export.sparse24_file import read_sparse24
 from trainer.originals.checkpoints import load_original
 from trainer.originals.recipes import Command, import_config
 
-Read = Callable[[Path], Any]
 TRAP = "executed"  # the file that hostile ones try to make
 HUGE = 2**62
-
-
-class _Evil:
-    """A pickle of it calls `function` with these arguments where it is believed."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 def hostile(scratch: Path, every: int = 1) -> Iterator[bool]:
@@ -83,12 +73,12 @@ def hostile(scratch: Path, every: int = 1) -> Iterator[bool]:
 
 def _pickles(trap: Path) -> Iterator[bytes]:
     evils = [
-        _Evil(os.system, f"touch {trap}"),
-        _Evil(eval, f"open({str(trap)!r}, 'w')"),
-        _Evil(exec, f"open({str(trap)!r}, 'w')"),
-        _Evil(open, str(trap), "w"),
-        _Evil(os.mkdir, str(trap)),
-        _Evil(Path.touch, trap),
+        Evil(os.system, f"touch {trap}"),
+        Evil(eval, f"open({str(trap)!r}, 'w')"),
+        Evil(exec, f"open({str(trap)!r}, 'w')"),
+        Evil(open, str(trap), "w"),
+        Evil(os.mkdir, str(trap)),
+        Evil(Path.touch, trap),
     ]
     for evil in evils:
         for nested in (evil, {"state_dict": {"weight": evil}}, {b"data": evil}, [evil] * 3):
@@ -102,7 +92,7 @@ def _pickles(trap: Path) -> Iterator[bytes]:
 
 def _archives(trap: Path) -> Iterator[bytes]:
     """npz files: pickles in them, sizes that no memory has, headers that are code or endless."""
-    evil = pickle.dumps(_Evil(os.system, f"touch {trap}"))
+    evil = pickle.dumps(Evil(os.system, f"touch {trap}"))
     shape = "{'descr': '|u1', 'fortran_order': False, 'shape': %s}"
     headers = (
         "{'descr': '|O', 'fortran_order': False, 'shape': ()}",

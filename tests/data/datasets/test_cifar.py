@@ -8,6 +8,7 @@ import pytest
 from data.datasets import cifar
 from data.datasets.cifar import CIFAR10, CIFAR100
 from data.datasets.sources import SOURCES
+from tests.hostile import Evil
 
 
 def make_batch(num_images, variant, seed):
@@ -68,19 +69,12 @@ def test_the_home_is_searched_when_no_root_is_given(tmp_path, monkeypatch):
     assert len(SOURCES["cifar10"](None, "train")) == 100
 
 
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
-
-
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_nothing_in_a_pickle_is_executed(tmp_path, protocol):
     folder = write_python(tmp_path, CIFAR10)
     target = tmp_path / "executed"
-    (folder / "test_batch").write_bytes(pickle.dumps({b"data": Hostile(target)}, protocol))
+    evil = Evil(os.system, f"touch {target}")
+    (folder / "test_batch").write_bytes(pickle.dumps({b"data": evil}, protocol))
     with pytest.raises(ValueError, match=r"test_batch: not a CIFAR-10 batch: it asks for posix\.system"):
         cifar.load(CIFAR10, tmp_path, "test")
     assert not target.exists()

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from tests.hostile import Evil
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.checkpoint import CheckpointError
 
@@ -85,18 +86,10 @@ def test_what_is_no_checkpoint_is_told(tmp_path, saved):
         checkpoint.read_info(saved)
 
 
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
-
-
 @pytest.mark.parametrize("save", [torch.save, lambda what, path: path.write_bytes(pickle.dumps(what, 2))])
 def test_nothing_in_a_file_is_executed(saved, tmp_path, save):
     target = tmp_path / "executed"
-    save({"weights": Hostile(target)}, saved / checkpoint.STATE)
+    save({"weights": Evil(os.system, f"touch {target}")}, saved / checkpoint.STATE)
     manifest = json.loads((saved / checkpoint.MANIFEST).read_text())
     manifest["sha256"][checkpoint.STATE] = checkpoint.sha256(saved / checkpoint.STATE)
     manifest[checkpoint.OWN_DIGEST] = checkpoint.digest_of(manifest)

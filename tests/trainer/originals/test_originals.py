@@ -9,6 +9,7 @@ import torch
 from data.datasets.cifar import CIFAR10
 from sparsity import ACDC, GlobalMagnitude, PhaseSchedule
 from tests.data.datasets.test_cifar import write_python
+from tests.hostile import Evil
 from trainer.checkpoints.saved_model import load_model
 from trainer.cli.main import main
 from trainer.models import get_model
@@ -84,18 +85,11 @@ def test_missing_layers_are_named(original, tmp_path):
         load_original(tmp_path / "missing.ckpt")
 
 
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 def test_nothing_is_executed(tmp_path, legacy):
     target = tmp_path / "executed"
-    content = {"model_state_dict": {"conv1._layer.weight": torch.ones(1)}, "epoch": Hostile(target)}
+    evil = Evil(os.system, f"touch {target}")
+    content = {"model_state_dict": {"conv1._layer.weight": torch.ones(1)}, "epoch": evil}
     torch.save(content, tmp_path / "hostile.ckpt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(OriginalError, match=r"hostile\.ckpt"):
         load_original(tmp_path / "hostile.ckpt", "resnet20")
