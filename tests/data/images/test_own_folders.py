@@ -111,8 +111,9 @@ def test_a_folder_one_level_off_is_recognised(tmp_path, prepare, given, expected
 
 def test_the_usual_layout_says_what_was_meant(tmp_path):
     make(tmp_path / "images" / "train")
-    with pytest.raises(FileNotFoundError, match=r"did you mean data\.root=.*/images\?"):
-        load_image_files(tmp_path, "train")
+    for off_by_one in (tmp_path, tmp_path / "images" / "train"):
+        with pytest.raises(FileNotFoundError, match=rf"did you mean data\.root={tmp_path / 'images'}\?"):
+            load_image_files(off_by_one, "train")
     with pytest.raises(FileNotFoundError, match=r"data\.val_share=0\.2 splits validation images off"):
         load_image_files(tmp_path / "images", "test")
 

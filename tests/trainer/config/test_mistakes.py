@@ -1,11 +1,8 @@
 """The commonest mistakes of a command line, and that each message says what would have been right."""
 
 import pytest
-from PIL import Image
 
-from data.images.files import load_image_files
 from trainer.cli.main import main
-from trainer.models import get_model
 
 QUICK = ("train", "quickstart")
 MISTAKES = [
@@ -45,18 +42,3 @@ def test_the_message_says_what_would_have_been_right(typed, right, capsys):
     said = capsys.readouterr().err
     assert right in said
     assert "Traceback" not in said
-
-
-def test_a_letter_for_a_digit_in_a_models_name():
-    with pytest.raises(ValueError, match=r"did you mean 'resnet50'\?"):
-        get_model("resnet5O", 10)
-
-
-def test_a_folder_off_by_one(tmp_path):
-    for split in ("train", "val"):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(folder / "0.png")
-    with pytest.raises(FileNotFoundError, match=f"did you mean data.root={tmp_path / 'data'}"):
-        load_image_files(tmp_path / "data" / "train", "train")
