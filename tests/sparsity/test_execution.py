@@ -35,15 +35,21 @@ def network():
     )
 
 
-def train(net, accelerate, compiled=False, autocast=False, steps=6 * STEPS):
-    """Losses of each step, and the ACDC object."""
+def masked(net, schedule, steps=1, optimizer=None, target=0.8, **options):
+    """An ACDC object of so many steps per epoch, attached."""
+    acdc = ACDC(net, UniformMagnitude(target), PhaseSchedule.parse(schedule), steps, **options)
+    acdc.attach(optimizer or torch.optim.SGD(net.parameters(), 0.05, 0.9))
+    return acdc
+
+
+def train(net, kernels, compiled=False, autocast=False, steps=6 * STEPS, schedule=SCHEDULE, **options):
+    """Losses of each step with these kernels, or chosen by that word, and the ACDC object."""
     optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
-    acdc = ACDC(net, UniformMagnitude(0.8), PhaseSchedule.parse(SCHEDULE), STEPS)
-    acdc.attach(optimizer)
+    acdc = masked(net, schedule, STEPS, optimizer, **options)
     random = torch.Generator().manual_seed(1)
     images, labels = torch.randn(STEPS, 6, 3, 8, 8, generator=random), torch.arange(6) % 5
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        accelerate(acdc, images[0])
+        acdc.accelerate(kernels, images[0])
     losses = []
     forward = torch.compile(lambda images: net(images), dynamic=False) if compiled else net
     for step in range(steps):
@@ -57,16 +63,12 @@ def train(net, accelerate, compiled=False, autocast=False, steps=6 * STEPS):
     return losses, acdc
 
 
-def require(acdc, example):
-    acdc.accelerate("require", example)
-
-
 @needs_compiler
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_run_with_kernels_is_the_run_without(autocast):
-    dense, _ = train(network(), lambda acdc, example: acdc.accelerate("off"), autocast=autocast)
+    dense, _ = train(network(), "off", autocast=autocast)
     net = network()
-    sparse, acdc = train(net, require, autocast=autocast)
+    sparse, acdc = train(net, "require", autocast=autocast)
     assert sparse == pytest.approx(dense, rel=3e-2 if autocast else 1e-4)
     assert sparse != dense  # they did run
     assert all(isinstance(layer.kernel, SparseKernel) for layer in acdc.layers.values())
@@ -78,10 +80,10 @@ def test_a_run_with_kernels_is_the_run_without(autocast):
 @needs_compiler
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own look
 def test_compiled_it_is_the_same_run_in_one_more_graph():
-    eager, _ = train(network(), require)
+    eager, _ = train(network(), "require")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled, _ = train(network(), require, compiled=True)
+    compiled, _ = train(network(), "require", compiled=True)
     assert compiled == pytest.approx(eager, rel=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -90,8 +92,7 @@ def test_compiled_it_is_the_same_run_in_one_more_graph():
 @needs_compiler
 def test_kernels_are_chosen_at_the_next_compression_and_work_in_sparse_phases_alone():
     net = network()
-    acdc = ACDC(net, UniformMagnitude(0.8), PhaseSchedule.parse(SCHEDULE), 1)
-    acdc.attach(torch.optim.SGD(net.parameters(), 0.05))
+    acdc = masked(net, SCHEDULE)
     acdc.accelerate("require", torch.randn(6, 3, 8, 8))
     assert not acdc.kernels
     for kind in ("dense", "sparse", "dense", "sparse"):
@@ -110,9 +111,7 @@ def test_kernels_are_chosen_at_the_next_compression_and_work_in_sparse_phases_al
 @needs_compiler
 def test_gradual_pruning_chooses_by_masks_near_the_last_density():
     net, gradual = network(), CubicSparsity(0.05, 0.9, start=1, end=5)
-    schedule = PhaseSchedule.parse("dense 1, sparse 5")
-    acdc = ACDC(net, UniformMagnitude(0.9), schedule, 1, gradual=gradual)
-    acdc.attach(torch.optim.SGD(net.parameters(), 0.05))
+    acdc = masked(net, "dense 1, sparse 5", target=0.9, gradual=gradual)
     acdc.accelerate("require", torch.randn(6, 3, 8, 8))
     for epoch in range(6):
         acdc.before_step()
@@ -122,12 +121,11 @@ def test_gradual_pruning_chooses_by_masks_near_the_last_density():
 @needs_compiler
 def test_a_state_brings_its_kernels_back():
     net = network()
-    _, acdc = train(net, require, steps=2 * STEPS)  # ends in a sparse phase
+    _, acdc = train(net, "require", steps=2 * STEPS)  # ends in a sparse phase
     state, weights = acdc.state_dict(), copy.deepcopy(net.state_dict())
     assert len(state["kernels"]) == 3
     other = network()
-    again = ACDC(other, UniformMagnitude(0.8), PhaseSchedule.parse(SCHEDULE), STEPS)
-    again.attach(torch.optim.SGD(other.parameters(), 0.05, 0.9))
+    again = masked(other, SCHEDULE, STEPS)
     other.load_state_dict(weights)
     again.load_state_dict(state)
     images = torch.randn(6, 3, 8, 8)
@@ -138,7 +136,7 @@ def test_a_state_brings_its_kernels_back():
 @needs_compiler
 def test_an_unpickled_run_has_kernels_again_once_attached():
     net, images = network(), torch.randn(6, 3, 8, 8)
-    _, acdc = train(net, require, steps=2 * STEPS)  # ends in a sparse phase
+    _, acdc = train(net, "require", steps=2 * STEPS)  # ends in a sparse phase
     net, acdc = pickle.loads(pickle.dumps((net, acdc)))
     dense = net(images)  # without plans
     acdc.attach(torch.optim.SGD(net.parameters(), 0.05))
@@ -150,8 +148,7 @@ def test_an_unpickled_run_has_kernels_again_once_attached():
 @needs_compiler
 def test_a_start_within_a_sparse_phase_uses_the_kernels():
     net = network()
-    acdc = ACDC(net, UniformMagnitude(0.8), PhaseSchedule.parse("dense 1, sparse 3"), STEPS)
-    acdc.attach(torch.optim.SGD(net.parameters(), 0.05))
+    acdc = masked(net, "dense 1, sparse 3", STEPS)
     acdc.accelerate("require", torch.randn(6, 3, 8, 8))
     acdc.start_at(2, {name: torch.rand(mask.shape) < 0.2 for name, mask in acdc.masks().items()})
     assert all(isinstance(layer.kernel, SparseKernel) for layer in acdc.layers.values())
@@ -159,16 +156,16 @@ def test_a_start_within_a_sparse_phase_uses_the_kernels():
 
 def test_without_kernels_auto_warns_and_require_ends(monkeypatch, caplog):
     monkeypatch.setattr(execution, "family_for", lambda *_: "a machine that has them")
-    dense, _ = train(network(), lambda acdc, example: acdc.accelerate("off"))
-    auto, _ = train(network(), lambda acdc, example: acdc.accelerate("auto", example))
+    dense, _ = train(network(), "off")
+    auto, _ = train(network(), "auto")
     assert auto == dense
     assert caplog.text.count("run masked dense layers: kernels for") == 1
     with pytest.raises(NoKernelError, match="need a machine that has them"):
-        train(network(), require)
+        train(network(), "require")
 
 
 def test_wrong_words_are_refused():
-    acdc = ACDC(network(), UniformMagnitude(0.8), PhaseSchedule.parse(SCHEDULE), STEPS)
+    acdc = masked(network(), SCHEDULE)
     with pytest.raises(ValueError, match="'fast' is not one of auto, off, require"):
         acdc.accelerate("fast")
     with pytest.raises(ValueError, match="an example batch says what to measure"):
@@ -185,8 +182,7 @@ def test_auto_leaves_networks_alone_whose_format_would_change_within(caplog):
     for place, needs in ((3, True), (0, False)):
         net, images = network(), torch.randn(6, 3, 8, 8)
         net[place].__class__ = OwnConv2d
-        acdc = ACDC(net, UniformMagnitude(0.8), PhaseSchedule.parse("sparse 2"), 1, exclude=[str(place)])
-        acdc.attach(torch.optim.SGD(net.parameters(), 0.05))
+        acdc = masked(net, "sparse 2", exclude=[str(place)])
         acdc.accelerate("auto", images)
         acdc.before_step()
         told = "need plain torch.nn.Conv2d between them, and 3 is none" in caplog.text
@@ -197,30 +193,15 @@ def test_auto_leaves_networks_alone_whose_format_would_change_within(caplog):
         caplog.clear()
 
 
-def exclude_the_middle(net, kernels, steps=2 * STEPS):
-    """Losses of each step with these kernels, the second convolution unmasked, and the ACDC object."""
-    acdc = ACDC(net, UniformMagnitude(0.8), PhaseSchedule.parse("sparse 6"), 1, exclude=["3"])
-    optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
-    acdc.attach(optimizer)
-    random = torch.Generator().manual_seed(1)
-    images, labels = torch.randn(6, 3, 8, 8, generator=random), torch.arange(6) % 5
-    acdc.accelerate(kernels, images)
-    losses = []
-    for _ in range(steps):
-        acdc.before_step()
-        loss = functional.cross_entropy(net(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, acdc
+# the second convolution is unmasked
+MIDDLE_EXCLUDED = {"schedule": "sparse 2", "exclude": ["3"], "steps": 2 * STEPS}
 
 
 @needs_compiler
 def test_an_unmasked_convolution_between_runs_a_kernel_that_keeps_all_its_weights():
-    dense, _ = exclude_the_middle(network(), "off")
+    dense, _ = train(network(), "off", **MIDDLE_EXCLUDED)
     net = network()
-    sparse, acdc = exclude_the_middle(net, "require")
+    sparse, acdc = train(net, "require", **MIDDLE_EXCLUDED)
     assert sparse == pytest.approx(dense, rel=1e-4)
     assert isinstance(acdc.kernels["3"], SparseKernel)
     assert list(acdc.kernel_layers) == ["0", "3", "7"]
@@ -237,13 +218,13 @@ def test_an_unmasked_convolution_between_runs_a_kernel_that_keeps_all_its_weight
 
 @needs_compiler
 def test_a_dense_layer_between_changes_the_format_itself():
-    dense, _ = exclude_the_middle(network(), "off")
+    dense, _ = train(network(), "off", **MIDDLE_EXCLUDED)
     names = {"0": "sparse fp32 1x1x1/40000 1x1x1/40000 1x1x1/40000", "3": "dense innermost"}
     kernels = {name: execution.kernel_named(text.replace("1x1x1", "1x4x1")) for name, text in names.items()}
     net = network()
     seen = []
     net[4].register_forward_pre_hook(lambda layer, inputs: seen.append(is_innermost(inputs[0])))
-    sparse, acdc = exclude_the_middle(net, kernels)
+    sparse, acdc = train(net, kernels, **MIDDLE_EXCLUDED)
     assert sparse == pytest.approx(dense, rel=1e-4)
     assert seen == [True] * 6  # behind it
     assert acdc.state_dict()["kernels"]["3"] == "dense innermost"
