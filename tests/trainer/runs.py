@@ -104,15 +104,18 @@ class StopAfter:
             self.trainer.stop_request.number = 15
 
 
-def fit_and_close(trainer: Any, stop: int | None = None) -> None:
-    """Train to the end, or until it is stopped during step `stop`."""
+def fit_and_close(trainer: Any, stop: int | None = None) -> Stopped | None:
+    """Train to the end, or until it is stopped during step `stop`: what it says then."""
+    stopped = None
     if stop is None:
         trainer.fit()
     else:
         trainer.acdc.before_step = StopAfter(trainer, stop)
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped) as caught:
             trainer.fit()
+        stopped = caught.value
     trainer.close()
+    return stopped
 
 
 def refusal(overrides: list[str]) -> str:

@@ -6,10 +6,17 @@ import pytest
 import torch
 
 from tests.slow import slow
-from tests.trainer.runs import StopAfter, assert_equal_states, build, final_state, newest_run, run_here, tiny
+from tests.trainer.runs import (
+    assert_equal_states,
+    build,
+    final_state,
+    fit_and_close,
+    newest_run,
+    run_here,
+    tiny,
+)
 from trainer.checkpoints.saved_model import load_model
 from trainer.config.optimization import OptimizerConfig
-from trainer.errors import Stopped
 from trainer.models import get_model
 from trainer.models.classifier import Classifier
 from trainer.models.freeze import freeze
@@ -90,10 +97,7 @@ def test_frozen_weights_keep_their_bits_and_a_run_resumes(tiny_data, tmp_path, s
     trainer = build(arguments[1:])
     first = {name: value.clone() for name, value in trainer.acdc.model.state_dict().items()}
     assert trainer.task.notes["frozen"].startswith("conv1, bn1, layer1*: ")
-    trainer.acdc.before_step = StopAfter(trainer, 24)
-    with pytest.raises(Stopped):
-        trainer.fit()
-    trainer.close()
+    fit_and_close(trainer, stop=24)
     run = newest_run(tmp_path)
     assert main([*arguments, f"resume={run}"]) == 0
     model = load_model(run / "checkpoints" / "sparse")[0].state_dict()

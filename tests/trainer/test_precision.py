@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsity.masters import masters_of
 from tests.trainer.distributed.small_net import WHOLE, small
-from tests.trainer.runs import StopAfter, assert_equal_states, build, final_state, newest_run
+from tests.trainer.runs import assert_equal_states, build, final_state, fit_and_close, newest_run
 from trainer import engine
 from trainer.checkpoints import checkpoint, environment
 from trainer.checkpoints.environment import cpu_multiplies_bf16
@@ -24,7 +24,6 @@ from trainer.cli import launch
 from trainer.cli.main import main as acdc_command
 from trainer.config.load import load_config
 from trainer.distributed import ranks
-from trainer.errors import Stopped
 from trainer.train import main
 
 pytestmark = pytest.mark.usefixtures("small_net")
@@ -135,11 +134,7 @@ def test_a_resumed_run_equals_the_uninterrupted_in_bf16_too(tiny_data, tmp_path)
         return small(tiny_data, tmp_path / name, WHOLE, "engine.precision=bf16")
 
     assert main(["quickstart", *options("whole")]) == 0
-    trainer = build(options("stopped"))
-    trainer.acdc.before_step = StopAfter(trainer, 5)
-    with pytest.raises(Stopped):
-        trainer.fit()
-    trainer.close()
+    fit_and_close(build(options("stopped")), stop=5)
     assert main(["quickstart", *options("stopped"), "resume=auto"]) == 0
     whole, resumed = (final_state(newest_run(tmp_path / name), 6) for name in ("whole", "stopped"))
     assert_equal_states(whole, resumed)

@@ -21,6 +21,7 @@ from tests.trainer.runs import (
     assert_equal_states,
     build,
     final_state,
+    fit_and_close,
     newest_run,
     records,
     run_here,
@@ -136,14 +137,9 @@ def test_eval_finds_the_accuracies_again(finished, capsys):
 @pytest.mark.parametrize("stop_at", [13, *slow(7, 10, 20, 44, 50)])
 def test_resumed_anywhere_equals_uninterrupted(finished, tiny_data, tmp_path, stop_at):
     """Within and at the end of dense and sparse epochs; what follows is the same bit for bit."""
-    trainer = build(tiny(tiny_data, tmp_path)[1:])
-    trainer.acdc.before_step = StopAfter(trainer, stop_at)
-    with pytest.raises(
-        Stopped, match=f"stopped at step {stop_at}; a checkpoint is saved. Go on with resume="
-    ) as stop:
-        trainer.fit()
-    assert stop.value.exit_code == 143
-    trainer.close()
+    stopped = fit_and_close(build(tiny(tiny_data, tmp_path)[1:]), stop_at)
+    assert f"stopped at step {stop_at}; a checkpoint is saved. Go on with resume=" in str(stopped)
+    assert stopped.exit_code == 143
     run = newest_run(tmp_path)
     assert main(tiny(tiny_data, tmp_path, "resume=auto")) == 0
     assert newest_run(tmp_path) == run
@@ -281,11 +277,7 @@ def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(tiny_data
     run = run_here(tiny_data, tmp_path, "save.keep=4")
     state = final_state(run)
     point = checkpoint.step_folder(run / "checkpoints", 30)
-    trainer = build(tiny(tiny_data, tmp_path, f"resume={point}", "save.keep=4")[1:])
-    trainer.acdc.before_step = StopAfter(trainer, 35)
-    with pytest.raises(Stopped):
-        trainer.fit()
-    trainer.close()
+    fit_and_close(build(tiny(tiny_data, tmp_path, f"resume={point}", "save.keep=4")[1:]), stop=35)
     steps = [path.name for path in checkpoint.training_checkpoints(run / "checkpoints")]
     assert steps[-2:] == ["step-000000030", "step-000000035"]
     assert not (run / "result.json").exists()
