@@ -45,12 +45,25 @@ def make_acdc(net, optimizer, pattern=None, **arguments) -> ACDC:
     return acdc
 
 
+def started(seed: int = 0):
+    """A network, its optimizer, and ACDC attached to both."""
+    net = make_net(seed)
+    optimizer = sgd(net)
+    return net, optimizer, make_acdc(net, optimizer)
+
+
 def one_step(net, optimizer, number):
     generator = torch.Generator().manual_seed(number)
     x, y = torch.randn(6, 1, 8, 8, generator=generator), torch.randint(0, 10, (6,), generator=generator)
     nn.functional.cross_entropy(net(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def train(net, optimizer, acdc, start, end):
+    for number in range(start, end):
+        acdc.before_step()
+        one_step(net, optimizer, number)
 
 
 class Stages(nn.Module):
@@ -120,9 +133,7 @@ def test_dropped_weights_stay_zero_and_momentum_is_reset(pattern, momentum):
 
 
 def test_weights_other_than_the_dropped_go_on_from_where_they_were():
-    net = make_net()
-    optimizer = sgd(net)
-    acdc = make_acdc(net, optimizer)
+    net, optimizer, acdc = started()
     norm_momentum = None
     for number in range(2 * STEPS):
         if number == STEPS:
@@ -152,23 +163,13 @@ def test_adam_family(make_optimizer):
 )
 def test_loading_goes_on_as_if_nothing_had_happened(saved_at):
     """At the middle of phases and right at their borders; bit for bit."""
-
-    def train(net, optimizer, acdc, start, end):
-        for number in range(start, end):
-            acdc.before_step()
-            one_step(net, optimizer, number)
-
-    net = make_net()
-    optimizer = sgd(net)
-    acdc = make_acdc(net, optimizer)
+    net, optimizer, acdc = started()
     train(net, optimizer, acdc, 0, saved_at)
     saved = copy.deepcopy((net.state_dict(), optimizer.state_dict(), acdc.state_dict()))
     end = SCHEDULE.num_epochs * STEPS
     train(net, optimizer, acdc, saved_at, end)
 
-    again = make_net(seed=1)
-    second_optimizer = sgd(again)
-    second = make_acdc(again, second_optimizer)
+    again, second_optimizer, second = started(seed=1)
     for loaded, state in zip((again, second_optimizer, second), saved, strict=True):
         loaded.load_state_dict(state)
     train(again, second_optimizer, second, saved_at, end)
@@ -203,8 +204,7 @@ def test_what_changes_from_one_compression_to_the_next_is_counted():
 
 
 def test_states_that_do_not_fit_are_refused():
-    net = make_net()
-    acdc = make_acdc(net, sgd(net))
+    net, _, acdc = started()
     for _ in range(STEPS + 1):
         acdc.before_step()
     state = acdc.state_dict()
@@ -241,13 +241,9 @@ def test_misuse_is_told():
 
 
 def test_its_repr_shows_phase_step_and_sparsity():
-    net = make_net()
-    optimizer = sgd(net)
-    acdc = make_acdc(net, optimizer)
+    net, optimizer, acdc = started()
     assert repr(acdc) == "ACDC(dense, epoch 0, step 0 of 28, sparsity 0.00% in 2 layers)"
-    for number in range(STEPS + 1):
-        acdc.before_step()
-        one_step(net, optimizer, number)
+    train(net, optimizer, acdc, 0, STEPS + 1)
     assert repr(acdc) == "ACDC(sparse, epoch 1, step 5 of 28, sparsity 90.01% in 2 layers)"
     dense = ACDC(net, GlobalMagnitude(0), PhaseSchedule.parse("dense 1"), 1)
     assert repr(dense) == "ACDC(dense, epoch 0, step 0 of 1, sparsity 0.00% in 0 layers)"
@@ -259,9 +255,7 @@ def test_its_repr_shows_phase_step_and_sparsity():
 )
 def test_steps_without_before_step_are_told(calls, told, caplog):
     """Never called; or once an epoch, as if it counted epochs."""
-    net = make_net()
-    optimizer = sgd(net)
-    acdc = make_acdc(net, optimizer)
+    net, optimizer, acdc = started()
     for _ in range(calls):
         acdc.before_step()
     for number in range(10):
@@ -277,12 +271,8 @@ def test_steps_without_before_step_are_told(calls, told, caplog):
 def test_a_loop_that_ends_before_its_schedule_is_told(steps, end, told, caplog, monkeypatch):
     gc.collect()
     monkeypatch.setattr(logging.getLogger("sparsity.guard.end"), "disabled", False)
-    net = make_net()
-    optimizer = sgd(net)
-    acdc = make_acdc(net, optimizer)
-    for number in range(steps):
-        acdc.before_step()
-        one_step(net, optimizer, number)
+    net, optimizer, acdc = started()
+    train(net, optimizer, acdc, 0, steps)
     if end == "detached":
         acdc.detach()
     assert caplog.text == ""
@@ -294,9 +284,7 @@ def test_a_loop_that_ends_before_its_schedule_is_told(steps, end, told, caplog, 
 
 
 def test_a_detached_optimizer_steps_for_itself():
-    net = make_net()
-    optimizer = sgd(net)
-    acdc = make_acdc(net, optimizer)
+    _, optimizer, acdc = started()
     acdc.detach()
     assert not optimizer._optimizer_step_post_hooks
     with pytest.raises(RuntimeError, match="attach"):
@@ -317,12 +305,8 @@ def test_a_schedule_that_begins_sparse_compresses_at_once():
 
 
 def test_export_is_plain_and_equal():
-    net = make_net()
-    optimizer = sgd(net)
-    acdc = make_acdc(net, optimizer)
-    for number in range(2 * STEPS):
-        acdc.before_step()
-        one_step(net, optimizer, number)
+    net, optimizer, acdc = started()
+    train(net, optimizer, acdc, 0, 2 * STEPS)
     exported, x = acdc.export().eval(), torch.randn(4, 1, 8, 8)
     assert list(exported.state_dict()) == list(make_net().state_dict())
     assert torch.equal(exported(x), net.eval()(x))

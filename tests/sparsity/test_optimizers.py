@@ -1,6 +1,7 @@
 """Whatever optimizer: dropped weights stay exactly 0, and no weight is shocked when they return."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,19 @@ SCHEDULE = PhaseSchedule.parse("dense 1, (sparse 1, dense 1) x2, sparse 2")
 def make_net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 24, bias=False), nn.Tanh(), nn.Linear(24, 4, bias=False))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def started(make_optimizer=sgd, schedule=SCHEDULE, steps=STEPS, **options):
+    """A network, its optimizer, and ACDC attached to both."""
+    net = make_net()
+    optimizer = make_optimizer(list(net.parameters()))
+    acdc = ACDC(net, GlobalMagnitude(0.8), schedule, steps, **options)
+    acdc.attach(optimizer)
+    return net, optimizer, acdc
 
 
 def one_step(net, *optimizers, number=0):
@@ -73,10 +87,7 @@ class Wrapper(torch.optim.Optimizer):
     ids=["muon", "lbfgs", "own", "adafactor", "sgd", "rmsprop", "rprop", "adagrad", "asgd", "adam"],
 )
 def test_dropped_weights_stay_zero_after_every_step(make_optimizer):
-    net = make_net()
-    optimizer = make_optimizer(list(net.parameters()))
-    acdc = ACDC(net, GlobalMagnitude(0.8), SCHEDULE, STEPS)
-    acdc.attach(optimizer)
+    net, optimizer, acdc = started(make_optimizer)
     looks = moved = 0
     for number in range(SCHEDULE.num_epochs * STEPS):
         acdc.before_step()
@@ -109,11 +120,8 @@ def test_dropped_weights_stay_zero_after_every_step(make_optimizer):
 def test_returning_weights_move_as_much_as_the_others(make_optimizer, sparse_steps):
     """Their second moments have decayed meanwhile: with those, Adam's first step is 30 times the others',
     RMSprop's 800 times."""
-    net = make_net()
-    optimizer = make_optimizer(list(net.parameters()))
     schedule = PhaseSchedule.parse("dense 1, sparse 1, dense 1")
-    acdc = ACDC(net, GlobalMagnitude(0.8), schedule, sparse_steps)
-    acdc.attach(optimizer)
+    net, optimizer, acdc = started(make_optimizer, schedule, sparse_steps)
     losses = []
     for number in range(2 * sparse_steps + 3):
         acdc.before_step()
@@ -131,10 +139,7 @@ def test_returning_weights_move_as_much_as_the_others(make_optimizer, sparse_ste
 
 def test_adagrad_and_rprop_keep_what_never_decays():
     for make, key in ((torch.optim.Adagrad, "sum"), (torch.optim.Rprop, "step_size")):
-        net = make_net()
-        optimizer = make(net.parameters(), lr=0.01)
-        acdc = ACDC(net, GlobalMagnitude(0.8), SCHEDULE, STEPS)
-        acdc.attach(optimizer)
+        net, optimizer, acdc = started(partial(make, lr=0.01))
         for number in range(STEPS):
             acdc.before_step()
             one_step(net, optimizer, number=number)
@@ -147,10 +152,7 @@ def test_adagrad_and_rprop_keep_what_never_decays():
 
 
 def test_a_layer_that_lost_all_keeps_its_second_moments():
-    net = make_net()
-    optimizer = torch.optim.Adam(net.parameters())
-    acdc = ACDC(net, GlobalMagnitude(0.8), SCHEDULE, STEPS)
-    acdc.attach(optimizer)
+    net, optimizer, acdc = started(torch.optim.Adam)
     acdc.before_step()
     one_step(net, optimizer)
     second = optimizer.state[net[2].weight]["exp_avg_sq"]
@@ -176,10 +178,7 @@ def test_several_optimizers_are_all_reset():
 
 
 def test_momentum_can_be_kept():
-    net = make_net()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    acdc = ACDC(net, GlobalMagnitude(0.8), SCHEDULE, STEPS, reset_momentum=False)
-    acdc.attach(optimizer)
+    net, optimizer, acdc = started(reset_momentum=False)
     for number in range(2 * STEPS):
         acdc.before_step()
         one_step(net, optimizer, number=number)
@@ -192,7 +191,7 @@ def test_momentum_can_be_kept():
 
 def test_a_state_from_before_the_first_step_takes_the_momentum_away():
     net = make_net()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = sgd(net.parameters())
     before = net[0].weight.detach().clone()
     one_step(net, optimizer)
     masters_of(optimizer).load_(net[0].weight, before, {})
@@ -204,37 +203,31 @@ def test_a_state_from_before_the_first_step_takes_the_momentum_away():
 def test_a_masked_weight_belongs_to_one_attached_optimizer(caplog):
     net, other = make_net(), make_net()
     acdc = ACDC(net, GlobalMagnitude(0.8), SCHEDULE, STEPS)
-
-    def sgd(*parameters):
-        return torch.optim.SGD(parameters, lr=0.1)
-
     with pytest.raises(ValueError, match=r"layer '0' belongs to none of the attached optimizers"):
-        acdc.attach(sgd(*other.parameters()))
+        acdc.attach(sgd(other.parameters()))
     with pytest.raises(ValueError, match=r"layer '2' belongs to none"):
-        acdc.attach(sgd(net[0].weight))
+        acdc.attach(sgd([net[0].weight]))
     with pytest.raises(ValueError, match=r"layer '0' belongs to two"):
-        acdc.attach(sgd(net[0].weight), sgd(*net.parameters()))
-    for nothing in ((), (sgd(*net.parameters()), "adam")):
+        acdc.attach(sgd([net[0].weight]), sgd(net.parameters()))
+    for nothing in ((), (sgd(net.parameters()), "adam")):
         with pytest.raises(TypeError, match="torch optimizers, or one DeepSpeed engine alone"):
             acdc.attach(*nothing)
     with pytest.raises(TypeError, match=r"Wrapper wraps an optimizer: attach its \.base"):
-        acdc.attach(Wrapper(sgd(*net.parameters())))
-    acdc.attach(sgd(*net.parameters()))
+        acdc.attach(Wrapper(sgd(net.parameters())))
+    acdc.attach(sgd(net.parameters()))
     assert not caplog.records
 
     first = ACDC(make_net(), GlobalMagnitude(0.8), SCHEDULE, STEPS, include=["0"])
-    first.attach(sgd(first.model[0].weight))
+    first.attach(sgd([first.model[0].weight]))
     assert "belong to none of the attached optimizers" in caplog.text
     assert caplog.text.rstrip().endswith("2.weight")
 
 
 @pytest.mark.parametrize("mistake", ["per micro-batch", "optimizer replaced"])
 def test_calls_without_a_step_are_warned_of_once(mistake, caplog):
-    net = make_net()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    acdc = ACDC(net, GlobalMagnitude(0.8), SCHEDULE, STEPS)
-    acdc.attach(optimizer)
-    stepping = optimizer if mistake == "per micro-batch" else torch.optim.SGD(net.parameters(), lr=0.1)
+    plain = partial(torch.optim.SGD, lr=0.1)
+    net, optimizer, acdc = started(plain)
+    stepping = optimizer if mistake == "per micro-batch" else plain(net.parameters())
     with caplog.at_level(logging.WARNING):
         for number in range(20):
             acdc.before_step()
@@ -244,10 +237,8 @@ def test_calls_without_a_step_are_warned_of_once(mistake, caplog):
 
 
 def test_a_replaced_optimizer_is_attached_in_place_of_the_old(caplog):
-    net = make_net()
-    old, new = (torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for _ in range(2))
-    acdc = ACDC(net, GlobalMagnitude(0.8), SCHEDULE, STEPS)
-    acdc.attach(old)
+    net, old, acdc = started()
+    new = sgd(net.parameters())
     acdc.attach(new)
     for number in range(2 * STEPS):
         acdc.before_step()
