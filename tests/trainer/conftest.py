@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def recorded(golden: Path) -> dict[str, Any]:
+    """The paper's experiments, by the name of their file."""
+    return json.loads((golden / "recipes.json").read_text())["recipes"]
 
 
 @pytest.fixture(scope="module")

@@ -164,11 +164,6 @@ def test_clipping_is_said_in_one_place(tiny_data, tmp_path):
         build(small(tiny_data, tmp_path, "{}", *options))
 
 
-@pytest.fixture(scope="module")
-def recorded(golden):
-    return json.loads((golden / "recipes.json").read_text())["recipes"]
-
-
 LIVE = {  # recipes of three kinds: on which data, looked at in which epochs
     "cifar100/wide_resnet_freq20_90": (CIFAR100, (0, 75, 76, 115, 116, 155, 156, 199)),
     "cifar10/memorisation_90": (CIFAR10, (0, 65, 66, 125, 126, 185, 186, 199)),

@@ -1,28 +1,19 @@
 """The paper's YAML files, written here from what is recorded of them, become our recipes."""
 
 import copy
-import json
 
 import pytest
-import torch
 import yaml
 
-from sparsity import ACDC
 from tests.slow import slow
-from tests.trainer.config.test_recipes import RECIPES
+from tests.trainer.config.test_recipes import RECIPES, acdc_of
 from tests.trainer.runs import starts
 from trainer.cli.main import main
 from trainer.config.load import load_config
-from trainer.models import get_model
 from trainer.originals.recipes import Command, import_config
 
 KINDS = ("pruners", "recyclers")
 FIRST, *OTHERS = RECIPES
-
-
-@pytest.fixture(scope="module")
-def recorded(golden):
-    return json.loads((golden / "recipes.json").read_text())["recipes"]
 
 
 def original(record):
@@ -39,18 +30,7 @@ def write(path, content):
 
 
 def layers(config):
-    with torch.device("meta"):
-        model = get_model(config.model.name, 10)
-    sparsity = config.sparsity
-    acdc = ACDC(
-        model,
-        sparsity.build_pattern(),
-        sparsity.build_schedule(),
-        1,
-        include=sparsity.include,
-        exclude=sparsity.exclude,
-        gradual=sparsity.build_gradual(),
-    )
+    acdc = acdc_of(config)
     return list(acdc.layers), acdc.actions
 
 
