@@ -61,24 +61,9 @@ def make_tree(root: Path, num_images: int) -> Path:
     return root
 
 
-def write(
-    root: Path,
-    destination: Path,
-    *,
-    seed=7,
-    shard_bytes=SHARD_BYTES,
-    workers=1,
-    on_progress=None,
-    files=None,
-):
-    return write_shards(
-        files or load_image_files(root, "train"),
-        destination,
-        shard_bytes=shard_bytes,
-        seed=seed,
-        workers=workers,
-        on_progress=on_progress or (lambda done, total: None),
-    )
+def write(root: Path, destination: Path, files=None, **options):
+    defaults = {"shard_bytes": SHARD_BYTES, "seed": 7, "workers": 1, "on_progress": lambda done, total: None}
+    return write_shards(files or load_image_files(root, "train"), destination, **defaults | options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
