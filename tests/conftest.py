@@ -40,6 +40,11 @@ def _own_data_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     monkeypatch.setenv("ACDC_DATA", str(tmp_path_factory.getbasetemp() / "data-home"))
 
 
+def refuse(file: str, reason: str) -> None:
+    """For loaders of images that can all be decoded."""
+    raise AssertionError(f"{file}: {reason}")
+
+
 def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
     header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
     path.write_bytes(header + array.tobytes())

@@ -16,6 +16,7 @@ from data.images.files import load_image_files
 from data.stream import EvalStream
 from data.torch_files import TorchFileLoader
 from data.torchvision_import import import_torchvision, import_transforms
+from tests.conftest import refuse
 
 CPU = torch.device("cpu")
 TINY = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (2, 3), (1, 37), (500, 1), (1, 500), (3, 500))
@@ -127,10 +128,6 @@ def tiny(tmp_path_factory):
                 image.save(folder / "{}x{}.png".format(*size))
                 image.save(folder / "{}x{}.jpg".format(*size))
     return root
-
-
-def refuse(file, reason):
-    raise AssertionError(f"{file}: {reason}")
 
 
 def test_both_backends_train_on_tiny_images(tiny):

@@ -19,6 +19,7 @@ from data.loader import PADDING_LABEL
 from data.stream import EvalStream
 from data.torch_files import TorchFileLoader
 from data.torchvision_import import import_transforms
+from tests.conftest import refuse
 from tests.data.photographs import make_tree, odd_size, photograph
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -29,10 +30,6 @@ SIDE = 48
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return make_tree(tmp_path_factory.mktemp("tree"), 3, 15, 3)  # 45 training images
-
-
-def refuse(file, reason):
-    raise AssertionError(f"{file}: {reason}")
 
 
 def stream(files, **arguments):

@@ -13,6 +13,7 @@ from data.dali.decode import DeviceJpeg
 from data.datasets.arrays import ImageArrays
 from data.images.files import load_image_files
 from data.stream import EvalStream, TrainStream
+from tests.conftest import refuse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -62,10 +63,6 @@ def make_tree(root):
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return make_tree(tmp_path_factory.mktemp("tree"))
-
-
-def refuse(file, reason):
-    raise AssertionError(f"{file}: {reason}")
 
 
 def training(root, device=GPU, decode_on=None, on_bad=refuse, **jpeg):

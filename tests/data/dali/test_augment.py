@@ -15,9 +15,9 @@ from data.datasets.arrays import ImageArrays
 from data.images.files import load_image_files
 from data.stream import TrainStream
 from data.torch_files import TorchFileLoader
+from tests.conftest import refuse
 from tests.data.dali.test_device_graph import operators
 from tests.data.photographs import make_tree, photograph
-from tests.data.test_file_loaders import refuse
 
 dali = pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

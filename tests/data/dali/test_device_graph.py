@@ -14,8 +14,9 @@ from data.datasets import fashion_mnist
 from data.images.files import load_image_files
 from data.loader import Batch
 from data.stream import EvalStream, TrainStream
+from tests.conftest import refuse
 from tests.data.photographs import make_tree
-from tests.data.test_file_loaders import refuse, stream
+from tests.data.test_file_loaders import stream
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 GPU = torch.device("cuda", 0)

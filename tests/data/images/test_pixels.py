@@ -17,6 +17,7 @@ from data.images.files import EXTENSIONS, load_image_files
 from data.images.pixels import to_rgb
 from data.stream import EvalStream
 from data.torch_files import TorchFileLoader
+from tests.conftest import refuse
 from tests.data.photographs import photograph
 
 CPU = torch.device("cpu")
@@ -116,10 +117,6 @@ def tree(tmp_path_factory):
             (folder / name).write_bytes(content)
     assert {path.suffix for path in folder.iterdir()} == set(EXTENSIONS)
     return root
-
-
-def refuse(file, reason):
-    raise AssertionError(f"{file}: {reason}")
 
 
 def test_both_backends_give_the_same_pixels(tree):

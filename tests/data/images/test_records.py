@@ -17,6 +17,7 @@ from data.images.records import find_records
 from data.images.shards import write_shards
 from data.loader import PADDING_LABEL
 from data.stream import EvalStream
+from tests.conftest import refuse
 from tests.data.photographs import make_tree
 from tests.slow import slow
 
@@ -86,10 +87,6 @@ def packed(tmp_path_factory):
         write_tfrecords(files, root / "tfrecord" / folder)
         write_recordio(files, root / "recordio" / folder)
     return root
-
-
-def refuse(name, reason):
-    raise AssertionError(f"{name}: {reason}")
 
 
 def train(packed, kind, on_bad=refuse, **arguments):
