@@ -14,14 +14,7 @@ from sparsity.kernels.measure import TOLERANCE, median_seconds, relative_error
 from sparsity.kernels.semi_structured.family import Family24, Shape
 from sparsity.kernels.semi_structured.inference import pack_layers, packable
 from sparsity.kernels.semi_structured.kernel import Tuning, kernel24
-from sparsity.kernels.semi_structured.operator import (
-    DTYPES,
-    compress24,
-    conv24,
-    matmul24,
-    missing,
-    mm24,
-)
+from sparsity.kernels.semi_structured.operator import DTYPES, compress24, conv24, matmul24, missing, mm24
 from sparsity.kernels.semi_structured.search import DEFAULT, Algorithm, algorithms, fastest, name_of, place
 
 CUDA = torch.device("cuda")

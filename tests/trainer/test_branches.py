@@ -201,11 +201,7 @@ def test_a_branch_within_a_sparse_phase_takes_the_masks_along(tiny_data, tmp_pat
         ("nowhere", [], "no such folder; name a run folder or a checkpoint in it"),
         ("checkpoints/sparse", [], "holds no state.pt"),
         ("checkpoints/step-000000060", [], "it has 6 epochs behind it, and the schedule has 6"),
-        (
-            "checkpoints/dense_twin",
-            ["model.arguments.width=16"],
-            "another model: conv1.weight is (8,",
-        ),
+        ("checkpoints/dense_twin", ["model.arguments.width=16"], "another model: conv1.weight is (8,"),
         (
             "checkpoints/dense_twin",
             ["sparsity.schedule=dense 1, sparse 5"],

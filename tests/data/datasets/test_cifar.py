@@ -86,12 +86,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path, protocol):
         (write_python, "test_batch", lambda content: content[: len(content) // 2], "not a CIFAR-10 batch"),
         (write_python, "test_batch", lambda content: b"", "not a CIFAR-10 batch"),
         (write_python, "test_batch", lambda content: pickle.dumps([1, 2]), "holds no uint8 images"),
-        (
-            write_binary,
-            "test_batch.bin",
-            lambda content: content[:-1],
-            "61459 bytes are not a whole",
-        ),
+        (write_binary, "test_batch.bin", lambda content: content[:-1], "61459 bytes are not a whole"),
         (write_binary, "test_batch.bin", lambda content: b"\xff" * 3073, "labels run from 255 to 255"),
     ],
 )

@@ -245,11 +245,7 @@ def test_export_forgets_how_layers_ran():
 
 @pytest.mark.parametrize(
     ("pattern", "expected"),
-    [
-        (GlobalMagnitude(0.3), {}),
-        (NM(2, 4), dict.fromkeys(RUN, Run24.FORWARD)),
-        (Transposable24(), RUN),
-    ],
+    [(GlobalMagnitude(0.3), {}), (NM(2, 4), dict.fromkeys(RUN, Run24.FORWARD)), (Transposable24(), RUN)],
 )
 def test_masks_of_another_pattern_run_no_kernel_that_misreads_them(pattern, expected, caplog):
     """As where a run goes on, within a sparse phase, with another pattern than it began with."""
