@@ -135,15 +135,7 @@ libc.free(libc.malloc(100 << 20))
 print(libc.mallinfo().numbers[8])
 """
     kept, given_back = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", code],
-                env=peers.variables(who, os.environ),
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-        )
+        int(subprocess.check_output([sys.executable, "-c", code], env=peers.variables(who, os.environ)))
         for who in ("tuned", "plain")
     )
     assert kept >= 100 << 20
