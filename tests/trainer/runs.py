@@ -87,8 +87,8 @@ def run_here(data: Path, run_root: Path, *overrides: str) -> Path:
     return newest_run(run_root)
 
 
-def newest_run(run_root: Path) -> Path:
-    return max((run_root / "quickstart").iterdir(), key=lambda path: path.stat().st_mtime)
+def newest_run(run_root: Path, name: str = "quickstart") -> Path:
+    return max((run_root / name).iterdir(), key=lambda path: path.stat().st_mtime)
 
 
 class StopAfter:
@@ -118,15 +118,21 @@ def fit_and_close(trainer: Any, stop: int | None = None) -> Stopped | None:
     return stopped
 
 
-def refusal(overrides: list[str]) -> str:
-    """What the quickstart says of overrides that it refuses."""
+def refusal(*overrides: str, recipe: str = "quickstart") -> str:
+    """What a recipe says of overrides that it refuses."""
     with pytest.raises(UserError) as failure:
-        load_config("quickstart", overrides)
+        load_config(recipe, overrides)
+    assert failure.value.exit_code == 2
     return str(failure.value)
 
 
+def step_folder(run: Path, step: int) -> Path:
+    """The checkpoint of that step."""
+    return checkpoint.step_folder(run / "checkpoints", step)
+
+
 def final_state(run: Path, step: int = NUM_STEPS) -> dict[str, Any]:
-    return checkpoint.read(checkpoint.step_folder(run / "checkpoints", step), checkpoint.STATE)
+    return checkpoint.read(step_folder(run, step), checkpoint.STATE)
 
 
 def records(run: Path, kind: str | None = "epoch") -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from data.dali.decode import DeviceJpeg
 from data.images.files import EXCLUSIONS, load_image_files
 from tests.data.photographs import make_tree
 from tests.slow import slow
-from tests.trainer.runs import assert_equal_states, records, tiny_images
+from tests.trainer.runs import assert_equal_states, final_state, newest_run, records, tiny_images
 from trainer.checkpoints import checkpoint
 from trainer.cli.main import main as acdc_command
 from trainer.config.data import ImageNetData
@@ -47,20 +47,12 @@ def test_a_gpus_decoder_needs_a_gpu(tree):
 
 
 def newest(tmp_path):
-    return max((tmp_path / "runs" / "mobilenetv1_90").iterdir())
-
-
-def state(run, step):
-    return checkpoint.read(checkpoint.step_folder(run / "checkpoints", step), checkpoint.STATE)
+    return newest_run(tmp_path / "runs", "mobilenetv1_90")
 
 
 @pytest.mark.parametrize("backend", ["dali", "synthetic", *slow("torch")])
 def test_an_imagenet_recipe_runs(tree, tmp_path, backend, capsys):
-    options = [
-        f"data.backend={backend}",
-        "data.num_threads=1",
-        *SHORT,
-    ]
+    options = [f"data.backend={backend}", "data.num_threads=1", *SHORT]
     if backend == "synthetic":
         options += ["steps_per_epoch=9"]
     assert main(tiny_images(tree, tmp_path / "runs", *options)) == 0
@@ -83,10 +75,10 @@ def test_resumed_within_an_epoch_equals_uninterrupted(tree, tmp_path, form):
         tree = packed
     assert main(tiny_images(tree, tmp_path / "runs", *options)) == 0
     run = newest(tmp_path)
-    expected = state(run, 36)
+    expected = final_state(run, 36)
     point = checkpoint.step_folder(run / "checkpoints", 16)
     assert main(tiny_images(tree, tmp_path / "runs", *options, f"resume={point}")) == 0
-    assert_equal_states(expected, state(run, 36))
+    assert_equal_states(expected, final_state(run, 36))
 
 
 @pytest.mark.slow
@@ -120,13 +112,13 @@ def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
 
     (tree / EXCLUSIONS).write_text(f"{files.files[30]}\ttruncated\n")
     assert main(tiny_images(tree, tmp_path / "runs", *SHORT, f"resume={run}")) == 0
-    excluded = state(run, 18)
+    excluded = final_state(run, 18)
     (tree / EXCLUSIONS).unlink()
     assert main(tiny_images(tree, tmp_path / "runs", *SHORT, "data.on_error=skip")) == 0
     skipping = newest(tmp_path)
     assert skipping != run
     for key in ("model", "optimizer", "acdc"):  # stopping, excluding, skipping: the same training
-        assert_equal_states(excluded[key], state(skipping, 18)[key], key)
+        assert_equal_states(excluded[key], final_state(skipping, 18)[key], key)
     assert [record["bad_files"] for record in records(skipping)] == [1, 1]
 
 
@@ -149,11 +141,11 @@ def test_a_bad_packed_image_saves_and_stops_and_can_be_skipped(tree, tmp_path, c
     run = newest(tmp_path)
     assert f"resume={run}" in error
     assert main(tiny_images(packed, tmp_path / "runs", *options, "data.on_error=skip", f"resume={run}")) == 0
-    stopped = state(run, 18)
+    stopped = final_state(run, 18)
     assert main(tiny_images(packed, tmp_path / "runs", *options, "data.on_error=skip")) == 0
     assert newest(tmp_path) != run
     for key in ("model", "optimizer", "acdc"):
-        assert_equal_states({key: stopped[key]}, {key: state(newest(tmp_path), 18)[key]})
+        assert_equal_states({key: stopped[key]}, {key: final_state(newest(tmp_path), 18)[key]})
 
 
 @pytest.mark.slow

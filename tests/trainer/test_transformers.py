@@ -10,7 +10,7 @@ from torch import nn
 
 from data.torchvision_import import import_torchvision
 from tests.slow import slow
-from tests.trainer.runs import assert_equal_states, final_state, newest_run, tiny
+from tests.trainer.runs import assert_equal_states, final_state, newest_run, step_folder, tiny
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.saved_model import load_model
 from trainer.models import MODELS
@@ -60,10 +60,6 @@ def copy_of(run, root):
     return shutil.copytree(run, root / "quickstart" / run.name)
 
 
-def step(run, number):
-    return checkpoint.step_folder(run / "checkpoints", number)
-
-
 def test_attention_is_pruned_and_the_rest_is_told(finished):
     result = json.loads((finished / "result.json").read_text())
     plain = load_model(finished / "checkpoints" / "sparse")[0]
@@ -86,13 +82,13 @@ def test_attention_is_pruned_and_the_rest_is_told(finished):
 def test_resumed_in_either_phase_it_equals_the_uninterrupted(finished, tiny_data, tmp_path, number):
     run = copy_of(finished, tmp_path)
     (run / "result.json").unlink()
-    assert main(arguments(tiny_data, tmp_path, f"resume={step(run, number)}")) == 0
+    assert main(arguments(tiny_data, tmp_path, f"resume={step_folder(run, number)}")) == 0
     assert_equal_states(final_state(run, 20), final_state(finished, 20))
 
 
 def test_a_branch_within_a_sparse_phase_takes_the_masks_over(finished, tiny_data, tmp_path):
     """Of two sparse epochs the first is behind it."""
-    longer = ["epochs=3", "sparsity.schedule=dense 1, sparse 2", f"checkpoint={step(finished, 20)}"]
+    longer = ["epochs=3", "sparsity.schedule=dense 1, sparse 2", f"checkpoint={step_folder(finished, 20)}"]
     assert main(arguments(tiny_data, tmp_path, *longer)) == 0
     ours, theirs = final_state(newest_run(tmp_path), 30)["model"], final_state(finished, 20)["model"]
     masks = [name for name in ours if name.endswith("in_proj.mask")]
@@ -105,7 +101,7 @@ def test_a_run_from_before_attention_was_masked_goes_on_as_it_was(finished, tiny
     """It had to exclude the output projections, and left the others dense."""
     run = copy_of(finished, tmp_path)
     (run / "result.json").unlink()
-    old = step(run, 8)
+    old = step_folder(run, 8)
     state, info = checkpoint.read(old, checkpoint.STATE), checkpoint.read_info(old)
     for name in [name for name in state["model"] if name.endswith("_proj.mask") and "attention" in name]:
         del state["model"][name]

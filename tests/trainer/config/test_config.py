@@ -2,24 +2,16 @@ import pytest
 import yaml
 
 from sparsity import NM, GlobalMagnitude, UniformMagnitude
-from tests.trainer.runs import starts
+from tests.trainer.runs import refusal, starts
 from trainer.config.durations import duration_steps
 from trainer.config.load import load_config
 from trainer.config.recipes import RECIPES, dump_recipe, find_recipe, read_recipe, recipe_names
-from trainer.errors import UserError
 
 QUICKSTART = "quickstart"
 
 
 # Ten times the one before, eight times over: a short text, and an endless message about it
 BOMB = "a0: &a0 [1]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(8))
-
-
-def failure(*overrides: str, recipe: str = QUICKSTART) -> str:
-    with pytest.raises(UserError) as caught:
-        load_config(recipe, overrides)
-    assert caught.value.exit_code == 2
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -117,10 +109,22 @@ def test_resolved_configuration_loads_again(tmp_path):
         ("seed=!!int x", "cannot be read"),
         ("epochs=2026-13-45", "epochs: should be a valid integer, not '2026-13-45'"),
         ("model.arguments.num_classes=5", "model.arguments: num_classes follows from the rest of the recipe"),
+        # beside unions, of which pydantic names each member
+        ("mnist=1", "mnist: unknown key"),
+        ("int=3", "int: unknown key"),
+        ("data.imagenet=1", "data.imagenet: unknown key"),
+        ("sparsity.mnist=1", "sparsity.mnist: unknown key"),
+        ("lr.float=2", "lr.float: unknown key"),
+        ("checkpoint=", "'checkpoint=' gives no value; for none write checkpoint=null"),
+        ("data={batch_size: 3}", "data.name: missing; one of fashion_mnist"),
+        ("data=3", "data: "),
+        ("sparsity.gradual={}", "sparsity.gradual.end: missing"),
+        ("sparsity.gradual={start: 1}", "sparsity.gradual.start: unknown key"),
+        ("data.image_size=!!timestamp x", "the value of 'data.image_size=!!timestamp x' cannot be read"),
     ],
 )
 def test_mistakes_are_named_with_what_is_allowed(override, expected):
-    assert expected in failure(override)
+    assert expected in refusal(override)
 
 
 @pytest.mark.parametrize(
@@ -136,19 +140,19 @@ def test_mistakes_are_named_with_what_is_allowed(override, expected):
     ],
 )
 def test_mistakes_about_the_decoder_are_named(overrides, expected):
-    assert expected in failure(*overrides, recipe="imagenet/resnet50_90")
+    assert expected in refusal(*overrides, recipe="imagenet/resnet50_90")
 
 
 def test_all_mistakes_are_told_at_once():
-    message = failure("optimizer.lrr=0.1", "epochs=x", "data.batch_sise=3")
+    message = refusal("optimizer.lrr=0.1", "epochs=x", "data.batch_sise=3")
     assert message.count("\n") == 3
     assert "quickstart.yaml" in message
 
 
 def test_unknown_recipes_name_the_nearest():
-    assert "no recipe 'quickstrat'" in failure(recipe="quickstrat")
-    assert "did you mean 'quickstart'?" in failure(recipe="quickstrat")
-    assert "no recipe 'xxx" in failure(recipe="x" * 300)
+    assert "no recipe 'quickstrat'" in refusal(recipe="quickstrat")
+    assert "did you mean 'quickstart'?" in refusal(recipe="quickstrat")
+    assert "no recipe 'xxx" in refusal(recipe="x" * 300)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +168,7 @@ def test_unknown_recipes_name_the_nearest():
 def test_files_that_are_no_recipes(tmp_path, text, expected):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    message = failure(recipe=str(path))
+    message = refusal(recipe=str(path))
     assert expected in message
     assert str(path) in message
 
@@ -178,9 +182,9 @@ def test_recipes_build_on_a_base(tmp_path):
     assert mine.sparsity == base.sparsity.model_copy(update={"target": 0.5})
     assert mine.optimizer == base.optimizer.model_copy(update={"lr": 0.2})
     (tmp_path / "_base.yaml").write_text("base: mine.yaml\n")
-    assert "leads back to itself" in failure(recipe=str(recipe))
+    assert "leads back to itself" in refusal(recipe=str(recipe))
     recipe.write_text("base: nothing.yaml\n")
-    assert "base 'nothing.yaml' is neither a file beside it nor a name" in failure(recipe=str(recipe))
+    assert "base 'nothing.yaml' is neither a file beside it nor a name" in refusal(recipe=str(recipe))
 
 
 def test_a_base_may_be_a_packaged_recipe(tmp_path):
@@ -192,17 +196,17 @@ def test_a_base_may_be_a_packaged_recipe(tmp_path):
         assert mine.sparsity.target == 0.85
         assert mine.optimizer == packaged.optimizer
     recipe.write_text("base: resnet50_90.yaml\n")
-    assert "leads back to itself" in failure(recipe=str(recipe))
+    assert "leads back to itself" in refusal(recipe=str(recipe))
     recipe.write_text("base: imagenet/resnet50_09\n")
-    assert "did you mean 'imagenet/resnet50_" in failure(recipe=str(recipe))
+    assert "did you mean 'imagenet/resnet50_" in refusal(recipe=str(recipe))
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "imagefolder/resnet18_80"])
 def test_ones_own_folder_has_to_be_named(recipe):
-    assert "data: name the folder of your images, data.root=FOLDER" in failure(recipe=recipe)
+    assert "data: name the folder of your images, data.root=FOLDER" in refusal(recipe=recipe)
     config = load_config(recipe, ["data.root=flowers"])
     assert (config.data.root, config.data.val_share) == ("flowers", 0.2)
-    packed = failure("data.root=x", "data.format=webdataset", recipe=recipe)
+    packed = refusal("data.root=x", "data.format=webdataset", recipe=recipe)
     assert "val_share splits folders of images" in packed
 
 
@@ -237,26 +241,6 @@ def test_recipes_are_found_by_name_and_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text((RECIPES / "quickstart.yaml").read_text())
     assert load_config("mine.yaml").name == "mine"
-
-
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("mnist=1", "mnist: unknown key"),
-        ("int=3", "int: unknown key"),
-        ("data.imagenet=1", "data.imagenet: unknown key"),
-        ("sparsity.mnist=1", "sparsity.mnist: unknown key"),
-        ("lr.float=2", "lr.float: unknown key"),
-        ("checkpoint=", "'checkpoint=' gives no value; for none write checkpoint=null"),
-        ("data={batch_size: 3}", "data.name: missing; one of fashion_mnist"),
-        ("data=3", "data: "),
-        ("sparsity.gradual={}", "sparsity.gradual.end: missing"),
-        ("sparsity.gradual={start: 1}", "sparsity.gradual.start: unknown key"),
-        ("data.image_size=!!timestamp x", "the value of 'data.image_size=!!timestamp x' cannot be read"),
-    ],
-)
-def test_mistakes_beside_unions_are_named(override, expected):
-    assert expected in failure(override)
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

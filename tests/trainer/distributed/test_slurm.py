@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tests.trainer.runs import OF_A_RANK
 from trainer.distributed import ranks, slurm
 
 STEP = {  # what srun sets in task 3 of 5, on the second of three machines
@@ -16,7 +17,6 @@ STEP = {  # what srun sets in task 3 of 5, on the second of three machines
     "SLURM_NODEID": "1",
     "SLURM_LOCALID": "1",
 }
-OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def task(monkeypatch):
     """A function that sets these variables, and no other of SLURM's and ours; they go after the test."""
     saved = dict(os.environ)
     for key in list(os.environ):
-        if key.startswith("SLURM_") or key in (*OURS, "LOCAL_WORLD_SIZE"):
+        if key.startswith("SLURM_") or key in (*OF_A_RANK, "LOCAL_WORLD_SIZE"):
             del os.environ[key]
     yield os.environ.update
     os.environ.clear()
@@ -32,7 +32,7 @@ def task(monkeypatch):
 
 
 def ours() -> dict[str, str]:
-    return {key: os.environ[key] for key in OURS if key in os.environ}
+    return {key: os.environ[key] for key in OF_A_RANK if key in os.environ}
 
 
 def test_a_task_of_a_step_is_a_rank(task):

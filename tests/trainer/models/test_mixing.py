@@ -147,7 +147,7 @@ def test_micro_batches_share_the_draw_of_their_step(tiny_data, tmp_path):
     ],
 )
 def test_mistakes(overrides, expected):
-    assert expected in refusal(overrides)
+    assert expected in refusal(*overrides)
 
 
 @pytest.mark.usefixtures("small_net")

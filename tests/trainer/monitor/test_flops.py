@@ -8,7 +8,7 @@ import torch
 
 from data.torchvision_import import import_torchvision
 from sparsity import count_flops
-from tests.trainer.runs import tiny_images
+from tests.trainer.runs import newest_run, step_folder, tiny_images
 from trainer.checkpoints import checkpoint
 from trainer.checkpoints.saved_model import load_model
 from trainer.checkpoints.state import Position
@@ -87,7 +87,7 @@ def train(folder, *overrides):
         "save.keep=9",
     ]
     assert main(tiny_images(folder, folder, *options, *overrides)) == 0
-    return max((folder / "mobilenetv1_90").iterdir(), key=lambda path: path.stat().st_mtime)
+    return newest_run(folder, "mobilenetv1_90")
 
 
 def result(run):
@@ -119,10 +119,6 @@ def test_one_size_below_evaluations(tmp_path):
     flops, kept = result(run), density(run)
     assert flops["training_dense"] == 2 * IMAGES * at(32).training()
     assert flops["training"] == pytest.approx(IMAGES * (at(32).training() + at(32).training(kept)))
-
-
-def step_folder(run, step):
-    return checkpoint.step_folder(run / "checkpoints", step)
 
 
 @pytest.mark.parametrize("step", [1, 3])

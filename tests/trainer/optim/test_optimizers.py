@@ -122,7 +122,7 @@ def test_by_default_all_parameters_are_one_group_as_before():
     ],
 )
 def test_mistakes(overrides, expected):
-    assert expected in refusal(overrides)
+    assert expected in refusal(*overrides)
 
 
 def run(data, root, *overrides, stop=None):

@@ -114,7 +114,7 @@ def test_within_an_epoch_the_rate_stays_unless_it_goes_by_steps():
     ],
 )
 def test_mistakes(overrides, expected):
-    assert expected in refusal(overrides)
+    assert expected in refusal(*overrides)
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused():
