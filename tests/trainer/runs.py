@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,18 @@ OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "M
 
 def environment_of_its_own() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in OF_A_RANK}
+
+
+def wait_for_step(process: subprocess.Popen[str], run_root: Path, step: int) -> None:
+    """Return once the metrics of the run that a process trains have come to `step`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        for file in run_root.glob("*/*/metrics.jsonl"):
+            if (lines := file.read_text().splitlines()) and json.loads(lines[-1])["step"] >= step:
+                return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"the run did not come to step {step}: {process.communicate()[0]}")
 
 
 def execute(arguments: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:

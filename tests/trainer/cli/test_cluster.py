@@ -9,13 +9,12 @@ import re
 import shlex
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.trainer.runs import command, environment_of_its_own, tiny
+from tests.trainer.runs import command, environment_of_its_own, tiny, wait_for_step
 from tests.trainer.stand_ins import install
 from trainer.distributed.ranks import free_port
 
@@ -67,17 +66,6 @@ def script(which: str, arguments: list[str], **others: str) -> str:
     return text
 
 
-def wait_for_step(step: int, runs: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        for file in runs.glob("*/*/metrics.jsonl"):
-            if (lines := file.read_text().splitlines()) and json.loads(lines[-1])["step"] >= step:
-                return
-        time.sleep(0.02)
-    process.kill()
-    raise AssertionError(f"the run did not come to step {step}: {process.communicate()[0]}")
-
-
 def finished(runs: Path) -> Path:
     """The one run that there is, of two ranks and with its result."""
     (run,) = runs.glob("*/*")
@@ -105,7 +93,7 @@ def test_a_job_of_srun_stops_before_its_time_and_goes_on_in_its_next_turn(start,
     name = f"resnet50-{JOB['SLURM_JOB_ID']}"
     words = ["bash", "-c", script("srun", tiny(tiny_data, tmp_path / "runs", *SHORT))]
     process = start(words)
-    wait_for_step(4, tmp_path / "runs", process)
+    wait_for_step(process, tmp_path / "runs", 4)
     srun = next(each for each in psutil.Process(process.pid).children() if "srun" in " ".join(each.cmdline()))
     srun.send_signal(signal.SIGUSR1)
     output = process.communicate(timeout=120)[0]
@@ -127,7 +115,7 @@ def test_a_killed_rank_on_a_machine_of_the_host_file(start, tiny_data, tmp_path)
     arguments = tiny(tiny_data, tmp_path / "runs", *SHORT)
     options = ["--hostfile", str(tmp_path / "hosts"), "--max-restarts", "1"]
     process = start(command("train", *arguments, *options))
-    wait_for_step(4, tmp_path / "runs", process)
+    wait_for_step(process, tmp_path / "runs", 4)
     ranks = {
         each.environ()["RANK"]: each
         for each in psutil.Process(process.pid).children(recursive=True)

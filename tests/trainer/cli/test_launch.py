@@ -25,6 +25,7 @@ from tests.trainer.runs import (
     run_here,
     tiny,
     tiny_images,
+    wait_for_step,
 )
 from trainer.cli import launch
 from trainer.errors import UserError
@@ -125,14 +126,8 @@ def start_and_wait(arguments: list[str], run_root: Path, step: int) -> subproces
         text=True,
         env=environment_of_its_own(),
     )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        files = list(run_root.glob("quickstart/*/metrics.jsonl"))
-        if files and (lines := files[0].read_text().splitlines()) and json.loads(lines[-1])["step"] >= step:
-            return process
-        time.sleep(0.02)
-    process.kill()
-    raise AssertionError(f"the run did not come to step {step}: {process.communicate()[0]}")
+    wait_for_step(process, run_root, step)
+    return process
 
 
 @pytest.mark.slow
