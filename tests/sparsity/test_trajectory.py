@@ -18,6 +18,14 @@ CASES = {
 }
 
 
+def recorded_model(inputs):
+    """ResNet20 as it was before the first step."""
+    model = get_model("resnet20", num_classes=10)
+    names = [key.removeprefix("init/") for key in inputs if key.startswith("init/")]
+    model.load_state_dict({name: torch.from_numpy(inputs[f"init/{name}"]) for name in names}, strict=False)
+    return model
+
+
 def recorded_masks(reference, step, acdc):
     for name, mask in acdc.masks().items():
         bits = np.unpackbits(reference[f"mask/step{step}/{name}"])[: mask.numel()]
@@ -28,9 +36,7 @@ def recorded_masks(reference, step, acdc):
 def test_recorded_trajectory(case, golden):
     pattern, nesterov = CASES[case]
     inputs, reference = np.load(golden / "trajectory_inputs.npz"), np.load(golden / f"trajectory_{case}.npz")
-    model = get_model("resnet20", num_classes=10).double()
-    names = [key.removeprefix("init/") for key in inputs if key.startswith("init/")]
-    model.load_state_dict({name: torch.from_numpy(inputs[f"init/{name}"]) for name in names}, strict=False)
+    model = recorded_model(inputs).double()
     schedule = PhaseSchedule.parse("(dense 3, sparse 3) x2")
     acdc = ACDC(model, pattern, schedule, steps_per_epoch=1, include=list(map(str, reference["layers"])))
     optimizer = torch.optim.SGD(

@@ -12,22 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sparsity import ACDC, NM, GlobalMagnitude, PhaseSchedule, UniformMagnitude, num_leaked
+from sparsity import ACDC, PhaseSchedule, num_leaked
 from tests.slow import slow
+from tests.sparsity.test_trajectory import CASES, recorded_masks, recorded_model
 from trainer.config.load import load_config
 from trainer.distributed.ranks import start
 from trainer.engine import build_engine, deepspeed_config
-from trainer.models import get_model
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-
-
-CASES = {
-    "global90": GlobalMagnitude(0.9, rule="original"),
-    "global90_nesterov": GlobalMagnitude(0.9, rule="original"),
-    "uniform90": UniformMagnitude(0.9, rule="original"),
-    "nm24": NM(2, 4, rule="original"),
-}
 
 
 class Loss(nn.Module):
@@ -54,17 +46,15 @@ def test_recorded_trajectory(case, stage, golden):
     device = start()
     torch.set_num_threads(2)
     inputs, reference = np.load(golden / "trajectory_inputs.npz"), np.load(golden / f"trajectory_{case}.npz")
-    model = get_model("resnet20", num_classes=10)
-    names = [key.removeprefix("init/") for key in inputs if key.startswith("init/")]
-    model.load_state_dict({name: torch.from_numpy(inputs[f"init/{name}"]) for name in names}, strict=False)
+    pattern, nesterov = CASES[case]
+    model = recorded_model(inputs)
     acdc = ACDC(
         model,
-        CASES[case],
+        pattern,
         PhaseSchedule.parse("(dense 3, sparse 3) x2"),
         steps_per_epoch=1,
         include=list(map(str, reference["layers"])),
     )
-    nesterov = case.endswith("nesterov")
     module = Loss(model)
     optimizer = torch.optim.SGD(
         module.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=nesterov
@@ -82,8 +72,5 @@ def test_recorded_trajectory(case, stage, golden):
         engine.step()
         assert loss.item() == pytest.approx(reference["loss"][step], rel=1e-4 if step < 6 else 0.05), step
         assert num_leaked(acdc.weights(), acdc.masks()) == 0
-    differing = 0
-    for name, mask in acdc.masks().items():
-        bits = np.unpackbits(reference[f"mask/step9/{name}"])[: mask.numel()].astype(bool)
-        differing += int((mask != torch.from_numpy(bits).view(mask.shape)).sum())
-    assert differing <= 4000
+    masks = recorded_masks(reference, 9, acdc)
+    assert sum(int((acdc.masks()[name] != mask).sum()) for name, mask in masks) <= 4000
