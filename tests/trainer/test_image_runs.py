@@ -1,13 +1,13 @@
 """Whole runs on folders of image files."""
 
 import json
-import tarfile
 
 import pytest
 import torch
 
 from data.dali.decode import DeviceJpeg
 from data.images.files import EXCLUSIONS, load_image_files
+from tests.data.images.test_records import first_shard, spoil
 from tests.data.photographs import make_tree
 from tests.slow import slow
 from tests.trainer.runs import assert_equal_states, final_state, newest_run, records, tiny_images
@@ -126,17 +126,13 @@ def test_a_bad_file_saves_and_stops_and_can_be_excluded(tree, tmp_path, capsys):
 def test_a_bad_packed_image_saves_and_stops_and_can_be_skipped(tree, tmp_path, capsys):
     packed = tmp_path / "packed"
     assert acdc_command(["prepare", "shards", str(tree), str(packed), "--workers", "1"]) == 0
-    tar = min((packed / "train").glob("*.tar"))
-    with tarfile.open(tar) as members:
-        image = members.getmembers()[8]
-    content = bytearray(tar.read_bytes())
-    content[image.offset_data : image.offset_data + 200] = bytes(200)
-    tar.write_bytes(content)
+    tar = first_shard(packed)
+    (image,) = spoil(tar, slice(4, 5))
     options = ["data.format=webdataset", "save.every=4st", *SHORT]
     assert main(tiny_images(packed, tmp_path / "runs", *options)) == 2
     error = capsys.readouterr().err
     assert f"{tar}:" in error
-    assert f"{image.name} cannot be decoded" in error
+    assert f"{image} cannot be decoded" in error
     assert "data.on_error=skip" in error
     run = newest(tmp_path)
     assert f"resume={run}" in error
