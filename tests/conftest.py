@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 if "ACDC_TEST_GPU" not in os.environ:  # make gpu-check sets it, for tests/gpu
@@ -67,6 +68,16 @@ def write_fashion_idx(folder: Path, num_train: int, num_test: int) -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fashion-MNIST with 320 training and 150 test images, as idx files."""
     return write_fashion_idx(tmp_path_factory.mktemp("tiny-fashion"), 320, 150)
+
+
+@pytest.fixture
+def loads_anew() -> Iterator[None]:
+    """The library of sparse kernels is loaded anew in this test, and after it."""
+    from sparsity.kernels.unstructured import library
+
+    library._load_once.cache_clear()
+    yield
+    library._load_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -113,30 +113,25 @@ def test_without_a_compiler_auto_says_what_it_costs(tiny_data, tmp_path, monkeyp
     assert "kernels for global masks need a C++ compiler" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("loads_anew")
 def test_a_build_that_fails_is_said_so(tiny_data, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(library, "SOURCES", tmp_path)
     (tmp_path / "layer.cpp").write_text("int main( { }")
-    library._load_once.cache_clear()
-    try:
-        with pytest.raises(library.BuildError, match=r"failed: .*error"):
-            library.load()
-        run_here(tiny_data, tmp_path / "auto", *SHORT, "sparsity.accelerate=auto")
-    finally:
-        library._load_once.cache_clear()
+    with pytest.raises(library.BuildError, match=r"failed: .*error"):
+        library.load()
+    run_here(tiny_data, tmp_path / "auto", *SHORT, "sparsity.accelerate=auto")
     assert "kernels need a build of their C++ that works" in caplog.text
 
 
+@pytest.mark.usefixtures("loads_anew")
 def test_kernels_of_another_machine_run_dense(tiny_data, tmp_path, monkeypatch, caplog):
     run = run_here(tiny_data, tmp_path / "runs", *SHORT)
     within = checkpoint.step_folder(run / "checkpoints", 4)
     monkeypatch.setattr(kernels, "family_for", lambda *_: "a machine that has them")
     monkeypatch.setattr(library, "SOURCES", tmp_path / "nowhere")
     library._load_once.cache_clear()
-    try:
-        auto = [*SHORT, "sparsity.accelerate=auto", f"resume={within}"]
-        assert main(tiny(tiny_data, tmp_path / "runs", *auto)) == 0
-    finally:
-        library._load_once.cache_clear()
+    auto = [*SHORT, "sparsity.accelerate=auto", f"resume={within}"]
+    assert main(tiny(tiny_data, tmp_path / "runs", *auto)) == 0
     assert "runs dense" in caplog.text
     assert final_state(run, LAST)["acdc"]["kernels"] == {}
 

@@ -111,20 +111,17 @@ def test_products_equal_conv2d_and_autograd_over_masked_weights(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("loads_anew")
 @pytest.mark.parametrize("flags", [("-mavx2", "-mfma"), ()])
 def test_the_same_source_is_right_for_smaller_vectors(flags, monkeypatch):
     """AVX2, and what any compiler makes of the vectors."""
     if flags and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("no AVX2 here")
     monkeypatch.setattr(library, "instructions", lambda: flags)
-    library._load_once.cache_clear()
-    try:
-        for seed in range(200, 230):
-            case = Case(seed, tile=Tile(*random.Random(seed).choice(GRIDS[library.vector_bytes()]), 1, 3000))
-            for found, expected in zip(case.products(), case.expected, strict=True):
-                assert error(found, expected) <= (1e-5 if case.dtype == FP32 else 2**-7)
-    finally:
-        library._load_once.cache_clear()
+    for seed in range(200, 230):
+        case = Case(seed, tile=Tile(*random.Random(seed).choice(GRIDS[library.vector_bytes()]), 1, 3000))
+        for found, expected in zip(case.products(), case.expected, strict=True):
+            assert error(found, expected) <= (1e-5 if case.dtype == FP32 else 2**-7)
 
 
 @pytest.mark.parametrize("seed", range(100, 110))
@@ -424,6 +421,7 @@ def test_tiles_without_code_are_refused():
         Case(0, tile=tile)
 
 
+@pytest.mark.usefixtures("loads_anew")
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -438,12 +436,8 @@ def test_what_hinders_a_build_is_said_so(name, value, message, monkeypatch, tmp_
     program.write_text("no program")
     program.chmod(0o755)
     monkeypatch.setenv(name, value.replace("PROGRAM", str(program)))
-    library._load_once.cache_clear()
-    try:
-        with pytest.raises(library.BuildError, match=message):
-            library.load()
-    finally:
-        library._load_once.cache_clear()
+    with pytest.raises(library.BuildError, match=message):
+        library.load()
 
 
 def test_nothing_is_loaded_from_a_folder_that_another_user_made(tmp_path, monkeypatch):
