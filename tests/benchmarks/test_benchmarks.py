@@ -31,15 +31,8 @@ from trainer.loaders import build_loaders
 from trainer.loop import Trainer
 from trainer.mask_history import load_masks
 
-pytestmark = pytest.mark.usefixtures("needs_runs")
+pytestmark = pytest.mark.usefixtures("needs_runs", "uncompiled")
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def _uncompiled():
-    torch.compiler.set_stance("force_eager")
-    yield
-    torch.compiler.set_stance("default")
 
 
 def run(benchmark, monkeypatch, tmp_path, *arguments):
@@ -234,7 +227,7 @@ def test_sparse_step(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["dense 1, sparse 1", "dense 1, sparse 1, dense 1"])
-def test_sparse_step_with_the_masks_of_a_run(monkeypatch, tmp_path, tiny_data, capsys, schedule):
+def test_sparse_step_with_the_masks_of_a_run(monkeypatch, tmp_path, tiny_data, schedule):
     phases = [f"epochs={schedule.count('1')}", f"sparsity.schedule={schedule}"]
     trained = run_here(tiny_data, tmp_path / "runs", *phases, "save.mask_history=true")
     seen, accelerate = {}, Trainer.accelerate
@@ -266,7 +259,7 @@ def test_masks_that_are_not_there_are_an_error(monkeypatch, tmp_path, tiny_data,
 
 
 @pytest.mark.slow
-def test_inference_of_a_24_model(monkeypatch, tmp_path, tiny_data, capsys):
+def test_inference_of_a_24_model(monkeypatch, tmp_path, tiny_data):
     model = ["model.name=mobilenetv1", "model.arguments={width: 0.25}"]
     pruned = [
         "sparsity.pattern=2:4",
@@ -310,7 +303,7 @@ def test_inference_of_an_unstructured_model(monkeypatch, tmp_path, tiny_data, ca
 
 @pytest.mark.slow
 @needs_compiler
-def test_inference_of_a_network_by_name(monkeypatch, tmp_path, capsys):
+def test_inference_of_a_network_by_name(monkeypatch, tmp_path):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     small = ["resnet20", "--percent", "90", "--batch", "2", "--turns", "1"]
     (result,) = run(inference, monkeypatch, tmp_path, *small)["inference"]

@@ -20,16 +20,10 @@ from data.datasets.imagenet import MEAN, STD
 from tests.data.photographs import make_tree
 from trainer import engine
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
 CPU = torch.device("cpu")
 SMALL = Network("cifar10/memorisation_90", cpu_batch=4, gpu_batch=4, overrides=("engine.precision=fp32",))
 FILES = Network("imagenet/mobilenetv1_90", cpu_batch=4, gpu_batch=4)
-
-
-@pytest.fixture(autouse=True)
-def _uncompiled():
-    torch.compiler.set_stance("force_eager")
-    yield
-    torch.compiler.set_stance("default")
 
 
 def small_model():
