@@ -78,6 +78,11 @@ def test_the_wheel_trains_the_quickstart(wheel, tmp_path):
     assert list(tmp_path.glob("runs/quickstart/*/report.html"))
 
 
+def without_the_extra(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT + code]
+    return subprocess.run(command, cwd=TREE, capture_output=True, text=True, check=False)
+
+
 def test_the_library_needs_torch_alone():
     code = """
 import torch
@@ -89,17 +94,13 @@ acdc.before_step()
 acdc.before_step()
 assert sum(int(mask.sum()) for mask in acdc.masks().values()) == 64
 """
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT + code], cwd=TREE, capture_output=True, text=True, check=False
-    )
+    done = without_the_extra(code)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_missing_part_names_the_extra():
     code = "from trainer.cli.main import main\nsys.exit(main(['train', 'quickstart']))"
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT + code], cwd=TREE, capture_output=True, text=True, check=False
-    )
+    done = without_the_extra(code)
     assert done.returncode == 3, done.stderr
     assert "pip install 'acdc-train[train]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -30,12 +30,14 @@ def weights(folder):
     return load_model(folder)[0].state_dict()
 
 
+def weights_of_branch(run):
+    return weights(run / "finetuned_dense" / "checkpoints" / "dense_twin")
+
+
 def test_the_dense_branch_is_the_run_without_the_last_compression(both, tiny_data, tmp_path):
     branch = both / "finetuned_dense"
     other = run_here(tiny_data, tmp_path, DENSE_TO_THE_END)
-    assert_equal_states(
-        weights(branch / "checkpoints" / "dense_twin"), weights(other / "checkpoints" / "dense_twin")
-    )
+    assert_equal_states(weights_of_branch(both), weights(other / "checkpoints" / "dense_twin"))
     result, alone = (json.loads((run / "result.json").read_text()) for run in (both, other))
     row = result["finetuned_dense"]
     assert row == json.loads((branch / "result.json").read_text())["dense_twin"]
@@ -46,8 +48,7 @@ def test_the_dense_branch_is_the_run_without_the_last_compression(both, tiny_dat
 
 def test_a_dense_branch_is_a_recipe_of_its_own_too(both, tiny_data, tmp_path):
     run = run_here(tiny_data, tmp_path, f"checkpoint={both}", "sparsity={schedule: dense 6}")
-    branch = both / "finetuned_dense" / "checkpoints" / "dense_twin"
-    assert_equal_states(weights(run / "checkpoints" / "dense_twin"), weights(branch))
+    assert_equal_states(weights(run / "checkpoints" / "dense_twin"), weights_of_branch(both))
     assert [record["epoch"] for record in records(run)] == [5]
 
 
@@ -73,8 +74,7 @@ def test_an_interrupted_branch_is_resumed(both, tiny_data, tmp_path, capsys, ste
     run = interrupted(both, tmp_path, step)
     options = ["finetune_dense=true", "save.every=4st", "save.keep=9"]
     assert main(tiny(tiny_data, tmp_path, "resume=auto", *options)) == 0
-    branches = [folder / "finetuned_dense" / "checkpoints" / "dense_twin" for folder in (run, both)]
-    assert_equal_states(*map(weights, branches))
+    assert_equal_states(weights_of_branch(run), weights_of_branch(both))
     row, expected = (
         json.loads((folder / "result.json").read_text())["finetuned_dense"] for folder in (run, both)
     )
@@ -89,8 +89,8 @@ def test_another_dense_twin_gets_another_branch(both, tiny_data, tmp_path):
     run = interrupted(both, tmp_path, None)
     point = checkpoint.step_folder(run / "checkpoints", 40)
     assert main(tiny(tiny_data, tmp_path, "finetune_dense=true", "optimizer.lr=0.01", f"resume={point}")) == 0
-    ours, before = (folder / "finetuned_dense" / "checkpoints" / "dense_twin" for folder in (run, both))
-    assert not torch.equal(weights(ours)["fc.weight"], weights(before)["fc.weight"])
+    ours, before = weights_of_branch(run), weights_of_branch(both)
+    assert not torch.equal(ours["fc.weight"], before["fc.weight"])
     assert (run / "superseded-finetuned_dense").is_dir()
     twin, row = (
         json.loads((run / "result.json").read_text())[key] for key in ("dense_twin", "finetuned_dense")
@@ -124,8 +124,7 @@ def test_a_signal_before_or_within_the_branch(both, tiny_data, tmp_path, monkeyp
     assert f"Go on with resume={run}\n" in capsys.readouterr().err
     assert (run / "finetuned_dense").exists() == bool(where)
     assert main(tiny(tiny_data, tmp_path, "finetune_dense=true", f"resume={run}")) == 0
-    branches = [folder / "finetuned_dense" / "checkpoints" / "dense_twin" for folder in (run, both)]
-    assert_equal_states(*map(weights, branches))
+    assert_equal_states(weights_of_branch(run), weights_of_branch(both))
 
 
 def test_a_signal_between_the_last_epoch_and_the_branch(both, tiny_data, tmp_path, monkeypatch, capsys):
@@ -146,8 +145,7 @@ def test_a_signal_between_the_last_epoch_and_the_branch(both, tiny_data, tmp_pat
     assert json.loads((run / "result.json").read_text())["sparse"]
     assert not (run / "finetuned_dense").exists()
     assert main(tiny(tiny_data, tmp_path, "finetune_dense=true", f"resume={run}")) == 0
-    branches = [folder / "finetuned_dense" / "checkpoints" / "dense_twin" for folder in (run, both)]
-    assert_equal_states(*map(weights, branches))
+    assert_equal_states(weights_of_branch(run), weights_of_branch(both))
 
 
 def test_a_branch_that_can_never_be_is_refused_at_once(both, tiny_data, tmp_path, capsys):
