@@ -88,8 +88,7 @@ def test_a_run_with_recomputed_statistics_resumes_exactly(tiny_data, tmp_path):
 
 def test_weights_as_histograms_and_masks_as_history(tiny_data, tmp_path):
     run = run_here(tiny_data, tmp_path, "log.weight_histograms=true", "save.mask_history=true")
-    events = EventAccumulator(str(run / "tb"), {"histograms": 0})
-    events.Reload()
+    events = EventAccumulator(str(run / "tb"), {"histograms": 0}).Reload()
     logged = {event.step: event.histogram_value for event in events.Histograms("weights/layer2.0.conv1")}
     assert sorted(logged) == [10, 20, 30, 40, 50, 60]
     masks = load_masks(run / "masks" / "epoch-0005.npz")
@@ -116,12 +115,12 @@ def test_short_epochs(tiny_data, tmp_path):
 def test_a_layer_without_weights_has_no_histogram(tiny_data, tmp_path):
     options = ["log.weight_histograms=true", "sparsity.target=0.999", "epochs=2"]
     run = run_here(tiny_data, tmp_path, *options, "sparsity.schedule=dense 1, sparse 1")
-    events = EventAccumulator(str(run / "tb"), {"histograms": 0})
-    events.Reload()
+    events = EventAccumulator(str(run / "tb"), {"histograms": 0}).Reload()
     assert len(events.Histograms("weights/conv1")) in (1, 2)
     dense = ["log.weight_histograms=true", "epochs=1", "sparsity={schedule: dense 1}", "lr.warmup_epochs=0"]
-    events = EventAccumulator(str(run_here(tiny_data, tmp_path / "b", *dense) / "tb"), {"histograms": 0})
-    events.Reload()
+    events = EventAccumulator(
+        str(run_here(tiny_data, tmp_path / "b", *dense) / "tb"), {"histograms": 0}
+    ).Reload()
     assert len(events.Histograms("weights/conv1")) == 1
 
 

@@ -23,8 +23,7 @@ def log_steps(run, start, steps, loss, clock, monkeypatch):
 
 
 def shown(run):
-    events = EventAccumulator(str(run / "tb"))
-    events.Reload()
+    events = EventAccumulator(str(run / "tb")).Reload()
     return [(event.step, event.value) for event in events.Scalars("train/loss")]
 
 
