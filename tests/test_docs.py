@@ -188,7 +188,7 @@ def test_the_readmes_first_commands_run(capsys):
     assert [line for line in shown if line.startswith(("dense 2", "epoch "))] == printed[:5]
 
 
-def test_the_shown_recipe_is_the_quickstart(tmp_path, recipes_of_the_documents):
+def test_the_shown_recipe_is_the_quickstart(recipes_of_the_documents):
     shown, real = load_config("my_recipe.yaml"), load_config("quickstart")
     assert shown.model_copy(update={"name": real.name}) == real
 

@@ -187,7 +187,7 @@ def test_what_is_stopped_takes_its_part_with_it(tmp_path):
 
 @pytest.mark.rare
 @pytest.mark.usefixtures("needs_runs")
-def test_real_run(monkeypatch, tmp_path, capsys):
+def test_real_run(monkeypatch, tmp_path):
     for name in OF_A_RANK:
         monkeypatch.delenv(name, raising=False)
     small = ["model.name=mobilenetv1", "model.arguments={width: 0.25}", "data.image_size=64"]
@@ -205,7 +205,7 @@ def test_real_run(monkeypatch, tmp_path, capsys):
     assert "phases      dense 1, sparse 1, dense 1" in record["killed"]["said"]
 
 
-def test_a_run_that_does_not_start_fails_the_check(monkeypatch, tmp_path, capsys):
+def test_a_run_that_does_not_start_fails_the_check(monkeypatch, tmp_path):
     monkeypatch.setattr(real_run, "make_tree", lambda root, images, batch: root)
     out = tmp_path / "record.json"
     monkeypatch.setattr(sys, "argv", ["real_run", "--out", str(out), "such=key"])

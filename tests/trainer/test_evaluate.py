@@ -86,7 +86,7 @@ def test_a_plain_model_is_evaluated_alike_and_its_mode_put_back(run, training):
     assert {part.training for part in module.modules()} == {training}
 
 
-def test_the_confusion_of_classes_adds_up_to_the_accuracy(run, tiny_data):
+def test_the_confusion_of_classes_adds_up_to_the_accuracy(run):
     trainer, _ = run
     autocast = torch.autocast("cpu", enabled=False)
     counts = confusion(trainer.engine.module, trainer.loaders.test, 0, autocast)

@@ -173,7 +173,7 @@ def test_require_is_an_error_where_a_kernel_fails(tiny_data, tmp_path, able, mon
 
 
 @pytest.mark.slow
-def test_no_memory_to_measure_is_no_end(tiny_data, tmp_path, able, monkeypatch, capsys):
+def test_no_memory_to_measure_is_no_end(tiny_data, tmp_path, able, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

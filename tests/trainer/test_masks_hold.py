@@ -71,7 +71,7 @@ def test_a_leak_ends_the_run_at_the_first_compressed_step_and_loses_nothing(tiny
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
-def test_frozen_layers_are_left_dense_in_a_run(tiny_data, tmp_path, capsys, monkeypatch, caplog):
+def test_frozen_layers_are_left_dense_in_a_run(tiny_data, tmp_path, monkeypatch, caplog):
     def frozen(num_classes, in_channels, always):
         net = Net(num_classes, in_channels, always)
         net.stem.weight.requires_grad_(False)

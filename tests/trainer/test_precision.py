@@ -165,7 +165,7 @@ def test_products_on_a_gpu_are_rounded_to_tf32_only_when_asked(precision, tf32, 
 
 
 @pytest.mark.usefixtures("torch_flags")
-def test_the_engine_and_acdc_eval_set_a_gpu_up(tiny_data, tmp_path, monkeypatch, capsys):
+def test_the_engine_and_acdc_eval_set_a_gpu_up(tiny_data, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(engine, "set_up_gpu", lambda *given: seen.append((given[0].precision, given[1].type)))
     assert main(["quickstart", *small(tiny_data, tmp_path)]) == 0
@@ -228,7 +228,7 @@ def test_a_users_file_may_keep_optimizer_state_off_the_device(stage, tiny_data, 
     assert main(["quickstart", *small(tiny_data, tmp_path, "{}", *options)]) == 0
 
 
-def test_a_users_file_may_name_the_type_of_an_autocast_that_is_off(tiny_data, tmp_path):
+def test_a_users_file_may_name_the_type_of_an_autocast_that_is_off(tmp_path):
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps({"torch_autocast": {"enabled": False, "dtype": "bfloat16"}}))
     config = load_config("quickstart", ["engine.precision=fp32", f"engine.deepspeed={file}"])

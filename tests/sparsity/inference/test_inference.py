@@ -164,7 +164,7 @@ def test_a_saved_model_runs_dense_where_its_kernels_are_not(net, forced, monkeyp
     assert "a sparse layer runs dense: no C++ compiler" in caplog.text
 
 
-def test_a_model_that_fx_cannot_follow_keeps_its_batch_norm(net, monkeypatch, caplog):
+def test_a_model_that_fx_cannot_follow_keeps_its_batch_norm(net, caplog):
     class Branching(Net):
         def forward(self, x):
             return super().forward(x if x.sum() > 0 else x + 1)

@@ -61,7 +61,7 @@ def test_the_default_remains_where_nothing_is_right_and_faster(monkeypatch, amon
     assert fastest(product, product.expected, among)[0] == DEFAULT
 
 
-def test_memory_that_is_short_is_said(monkeypatch):
+def test_memory_that_is_short_is_said():
     def full(algorithm):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

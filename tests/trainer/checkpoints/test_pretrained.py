@@ -125,7 +125,7 @@ def test_timms_tags(hub, monkeypatch):
         fetch(by_url)
 
 
-def test_real_timm(hub, tmp_path, monkeypatch):
+def test_real_timm(hub, monkeypatch):
     import_torchvision()  # which timm imports, and which needs help on some machines
     timm = pytest.importorskip("timm", reason="timm is not installed")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries again and again

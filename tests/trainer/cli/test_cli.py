@@ -75,7 +75,7 @@ def write_metrics(run: Path) -> None:
     (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "epo')  # the last line cut by a crash
 
 
-def test_report_of_an_unfinished_run(tmp_path, capsys):
+def test_report_of_an_unfinished_run(tmp_path):
     write_metrics(tmp_path / "quickstart" / "now")
     assert main(["report", str(tmp_path / "quickstart" / "now")]) == 0
     report = (tmp_path / "quickstart" / "now" / "report.html").read_text()

@@ -75,7 +75,7 @@ def test_a_program_that_is_missing_is_said_in_one_line(stand_ins, missing, monke
     assert message.count("\n") == 1
 
 
-def test_a_machine_that_cannot_be_reached_is_named(stand_ins, tmp_path, monkeypatch, capsys):
+def test_a_machine_that_cannot_be_reached_is_named(stand_ins, tmp_path, capsys):
     (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nnode7 slots=1\n")
     assert main(["train", "quickstart", "--hostfile", str(tmp_path / "hosts")]) == 3
     expected = (

@@ -66,7 +66,7 @@ def test_answers_are_those_of_the_model(tiny_data, tmp_path, monkeypatch, capsys
     assert main(["predict", str(tmp_path), "0.png"]) == 2
 
 
-def test_classes_of_folders_go_by_their_names(tmp_path, monkeypatch, capsys):
+def test_classes_of_folders_go_by_their_names(tmp_path, capsys):
     """Images of any shape, by the run's own resizing and crop; a model without names has numbers."""
     generator = np.random.default_rng(0)
     for split in ("train", "val"):

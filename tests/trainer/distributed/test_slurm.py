@@ -20,7 +20,7 @@ STEP = {  # what srun sets in task 3 of 5, on the second of three machines
 
 
 @pytest.fixture
-def task(monkeypatch):
+def task():
     """A function that sets these variables, and no other of SLURM's and ours; they go after the test."""
     saved = dict(os.environ)
     for key in list(os.environ):

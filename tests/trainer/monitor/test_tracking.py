@@ -89,7 +89,7 @@ def test_a_resumed_run_goes_on_in_the_same_one(tiny_data, tmp_path, runs):
     assert runs[0].begun["config"]["sparsity"]["target"] == 0.9
 
 
-def test_what_fails_later_costs_no_run(tiny_data, tmp_path, runs, caplog):
+def test_what_fails_later_costs_no_run(tmp_path, runs, caplog):
     tracking = Tracking("shop", RunDir(tmp_path), {})
     runs[0].broken = True
     tracking.scalars({"train/loss": 1.0}, 1)
