@@ -25,3 +25,11 @@ def small_net(needs_runs: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "small", SmallNet)
         yield
+
+
+@pytest.fixture(scope="module")
+def finished(needs_runs: None, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that came to its end."""
+    from tests.trainer.runs import run_here
+
+    return run_here(tiny_data, tmp_path_factory.mktemp("runs"))

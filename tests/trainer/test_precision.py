@@ -123,7 +123,7 @@ def test_a_checkpoint_from_before_it_was_recorded_was_in_fp32(tiny_data, tmp_pat
 
 
 def test_a_resumed_run_equals_the_uninterrupted_in_bf16_too(tiny_data, tmp_path):
-    """Bit for bit; in fp32: test_run."""
+    """Bit for bit; in fp32: test_resume."""
 
     def options(name):
         return small(tiny_data, tmp_path / name, WHOLE, "engine.precision=bf16")
