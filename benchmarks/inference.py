@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from trainer.checkpoints.saved_model import find_model, load_model
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
 from trainer.errors import UserError, as_user_error
+from trainer.paths import user_path
 
 EXACT = 1e-4  # of the largest logit: what fp32 may differ by
 
@@ -60,7 +60,7 @@ def measured(options: argparse.Namespace, device: torch.device) -> dict[str, Any
         raise UserError("--percent is for networks by name: a run has dropped its weights")
     if not named:
         with as_user_error("infer"):
-            model, info = load_model(find_model(Path(options.path).expanduser()))
+            model, info = load_model(find_model(user_path(options.path)))
         if device.type != "cpu" or _is_24(model):
             if len(options.batch or []) > 1:
                 raise UserError("--batch: one number for 2:4 models and on a GPU")

@@ -28,6 +28,7 @@ from trainer.cli.progress import progress
 from trainer.config.load import load_config
 from trainer.distributed import ranks
 from trainer.errors import UserError, as_user_error
+from trainer.paths import user_path
 
 WHO = ("compressed", "dense", "stock")
 
@@ -53,7 +54,7 @@ def main() -> int:
     masks, percents, results = None, options.percent, []
     try:
         if options.masks:
-            run, masks = read_masks(options.masks.expanduser())
+            run, masks = read_masks(user_path(options.masks))
             kept = torch.cat([mask.flatten() for mask in masks.values()]).float().mean().item()
             networks, percents = {run.parent.name: Network.of_run(run)}, [100 * (1 - kept)]
         for name, network in networks.items():
