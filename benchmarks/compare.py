@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shared.record import Parser, console, show_table
-from trainer.errors import UserError
+from trainer.errors import UserError, exit_code_of
 
 HIGH = re.compile("images_per|flops|utilisation|ours_over|dali_over|loader_alone|top1|layers_on_kernels")
 LOW = re.compile("seconds|ms_per|step|wait|cost|memory|ratio|compress|first|sparse|dense|graphs")
@@ -27,10 +27,7 @@ def main() -> int:
     parser.add_argument("after", type=Path, metavar="AFTER", help="one of the same benchmark")
     parser.add_argument("--tolerance", type=float, default=0.05, metavar="SHARE", help="default: 0.05")
     options = parser.parse_args()
-    try:
-        before, after = _read(options.before), _read(options.after)
-    except UserError as error:
-        parser.error(str(error))
+    before, after = _read(options.before), _read(options.after)
     machines = [(record["environment"]["cpu"], record["environment"]["gpus"]) for record in (before, after)]
     screen = console()
     if machines[0] != machines[1]:
@@ -116,4 +113,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

@@ -19,6 +19,7 @@ from benchmarks.shared.models import NETWORKS
 from benchmarks.shared.record import Parser, parse, show_spread, show_table, spread, write_record
 from benchmarks.shared.turns import repeat_ways, run_apart
 from data.synthetic import SyntheticLoader
+from trainer.errors import exit_code_of
 
 WAYS = ("uncompiled", "blocks", "whole")
 
@@ -125,4 +126,4 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

@@ -41,6 +41,7 @@ from data.datasets.imagenet import NUM_CLASSES
 from data.images.files import ImageFiles, load_image_files
 from data.loader import Batch, Loader
 from data.torch_files import TorchFileLoader
+from trainer.errors import exit_code_of
 
 QUALITY = 90
 SIZE = (500, 375)  # width and height: ImageNet's most frequent
@@ -177,4 +178,4 @@ def show(measured: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from benchmarks.shared.record import RESULTS, write_record
+from trainer.errors import exit_code_of
 
 BUDGET = 510  # seconds for all
 KEPT = 100  # of them, which tests take
@@ -194,4 +195,4 @@ def _installed(package: str) -> bool:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

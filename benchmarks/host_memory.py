@@ -16,6 +16,7 @@ from benchmarks.shared.models import NETWORKS, Ours, one_batch, short_trainer
 from benchmarks.shared.record import Parser, parse, show_spread, show_table, spread, write_record
 from benchmarks.shared.turns import repeat_ways, run_apart
 from trainer.distributed import ranks
+from trainer.errors import exit_code_of
 
 WAYS = ("given back", "kept")
 
@@ -77,4 +78,4 @@ def measure(name: str, way: str, steps: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

@@ -25,7 +25,7 @@ from sparsity.kernels.unstructured.kernel import SparseKernel
 from trainer.checkpoints.saved_model import find_model, load_model
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
-from trainer.errors import UserError, as_user_error
+from trainer.errors import UserError, as_user_error, exit_code_of
 from trainer.paths import user_path
 
 EXACT = 1e-4  # of the largest logit: what fp32 may differ by
@@ -43,10 +43,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="2:4 in every layer that can, faster or not")
     options = parse(parser, "inference")
     device = ranks.start()
-    try:
-        record = measured(options, device)
-    except UserError as error:
-        parser.error(str(error))
+    record = measured(options, device)
     write_record(options.out, {"device": str(device), **record})
     return 0
 
@@ -179,4 +176,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

@@ -20,6 +20,7 @@ from sparsity import count_flops
 from sparsity.kernels.measure import Measured, Timing
 from sparsity.kernels.semi_structured.family import Family24, Shape
 from sparsity.kernels.semi_structured.operator import DTYPES, ROWS, TILE, missing
+from trainer.errors import exit_code_of
 from trainer.models import get_model
 
 VIT = {"ViT-B": 768, "ViT-L": 1024}  # width; the MLP is four times as wide, 197 tokens an image
@@ -120,4 +121,4 @@ def _line(*texts: str) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

@@ -25,6 +25,7 @@ from benchmarks.shared.record import RESULTS, Parser, parse, show_spread, show_t
 from benchmarks.shared.turns import ratios, take_turns
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
+from trainer.errors import exit_code_of
 
 DEFAULT = ("resnet50", "mobilenetv1", "wrn-28-10")
 RECORDING = "percent_of_step_recording"
@@ -138,4 +139,4 @@ def show(results: dict[str, Any], ours: str, theirs: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

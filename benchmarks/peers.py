@@ -32,6 +32,7 @@ from benchmarks.shared.turns import TURN, order, ratios, until_quiet
 from data.dali.pipeline import PREFETCH
 from trainer.checkpoints.environment import revision
 from trainer.cli.progress import progress
+from trainer.errors import exit_code_of
 
 BARS = {"resnet50": 1.15, "mobilenetv1": 1.3, "wrn-28-10": 1.2, "resnet20": 1.2}  # ours over plain
 BAR_BEFORE = 0.99  # ours over what it was
@@ -171,4 +172,4 @@ def show(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

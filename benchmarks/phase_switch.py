@@ -21,6 +21,7 @@ from sparsity.kernels.semi_structured.operator import reason_unsupported
 from trainer.cli.progress import progress
 from trainer.distributed import ranks
 from trainer.engine import num_graphs
+from trainer.errors import exit_code_of
 from trainer.evaluate import evaluate
 
 PATTERNS = {
@@ -119,4 +120,4 @@ def show(times: dict[str, Any], graphs: dict[str, list[int]]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

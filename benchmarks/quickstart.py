@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shared.record import parse, show_table, write_record
+from trainer.errors import exit_code_of
 
 COLUMNS = ("promise", "bar", "measured", "holds")
 
@@ -92,4 +93,4 @@ def judge(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(exit_code_of(main))

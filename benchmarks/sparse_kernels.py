@@ -35,6 +35,7 @@ from trainer.cli.progress import progress
 from trainer.config.load import load_config
 from trainer.distributed.host_memory import retain_freed_memory
 from trainer.engine import PRECISIONS
+from trainer.errors import exit_code_of
 
 CPU = torch.device("cpu")
 
@@ -173,4 +174,4 @@ def _sum(microseconds: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

@@ -27,7 +27,7 @@ from trainer.checkpoints.state import last_masks
 from trainer.cli.progress import progress
 from trainer.config.load import load_config
 from trainer.distributed import ranks
-from trainer.errors import UserError, as_user_error
+from trainer.errors import UserError, as_user_error, exit_code_of
 from trainer.paths import user_path
 
 WHO = ("compressed", "dense", "stock")
@@ -52,19 +52,16 @@ def main() -> int:
     device = ranks.start()
     networks = {name: NETWORKS[name] for name in options.networks or NETWORKS}
     masks, percents, results = None, options.percent, []
-    try:
-        if options.masks:
-            run, masks = read_masks(user_path(options.masks))
-            kept = torch.cat([mask.flatten() for mask in masks.values()]).float().mean().item()
-            networks, percents = {run.parent.name: Network.of_run(run)}, [100 * (1 - kept)]
-        for name, network in networks.items():
-            for precision in options.precision:
-                for percent in percents:
-                    torch._dynamo.reset()  # the next begins afresh
-                    results.append(measure(name, network, precision, percent, masks, device, options))
-                    show(results[-1:])
-    except UserError as error:
-        parser.error(str(error))
+    if options.masks:
+        run, masks = read_masks(user_path(options.masks))
+        kept = torch.cat([mask.flatten() for mask in masks.values()]).float().mean().item()
+        networks, percents = {run.parent.name: Network.of_run(run)}, [100 * (1 - kept)]
+    for name, network in networks.items():
+        for precision in options.precision:
+            for percent in percents:
+                torch._dynamo.reset()  # the next begins afresh
+                results.append(measure(name, network, precision, percent, masks, device, options))
+                show(results[-1:])
     show(results)
     write_record(options.out, {"device": str(device), "sparse_step": results})
     return 0
@@ -153,4 +150,4 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

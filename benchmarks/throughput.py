@@ -52,6 +52,7 @@ from trainer.cli.progress import progress
 from trainer.config.schema import Config
 from trainer.distributed import ranks
 from trainer.engine import precision
+from trainer.errors import exit_code_of
 from trainer.loop import Trainer
 
 
@@ -224,4 +225,4 @@ def show(measured: list[dict[str, Any]], networks: dict[str, dict[str, Any]]) ->
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code_of(main))

@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from benchmarks.shared.models import NETWORKS, Network, Ours, one_batch, short_t
 from benchmarks.shared.record import Parser, parse, percentile, settings, show_table, write_record
 from trainer.distributed import ranks
 from trainer.engine import num_graphs
+from trainer.errors import exit_code_of
 from trainer.evaluate import Metrics
 
 STEPS_IN_EPOCH = 1000  # more than any variant takes: no phase ends within
@@ -208,4 +208,4 @@ def show(measured: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(exit_code_of(main))

@@ -15,7 +15,7 @@ from benchmarks.accuracy import figures
 from benchmarks.accuracy.runs import Run, runs_of, train
 from benchmarks.accuracy.tables import TABLES
 from benchmarks.shared.record import RESULTS, Parser, console, mention_changes, show_table
-from trainer.errors import UserError
+from trainer.errors import UserError, exit_code_of
 from trainer.paths import user_path
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -78,4 +78,4 @@ def plan(runs: Sequence[Run], left: Sequence[Run], results: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(exit_code_of(main))

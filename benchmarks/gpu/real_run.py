@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.data_pipeline import make_tree
 from benchmarks.shared.record import Parser, parse, settings, write_record
+from trainer.errors import exit_code_of
 
 PHASES = "dense 1, sparse 1, dense 1"
 LINES = 60  # of the end of what a process said
@@ -134,4 +135,4 @@ def read_run(run: Path, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(exit_code_of(main))

@@ -26,6 +26,7 @@ from tests.trainer.runs import run_here
 from trainer.checkpoints.checkpoint import step_folder
 from trainer.checkpoints.run_dir import DENSE_TWIN
 from trainer.cli.main import main as acdc_command
+from trainer.errors import exit_code_of
 from trainer.export.sparse24_file import read_sparse24
 from trainer.loaders import build_loaders
 from trainer.loop import Trainer
@@ -252,9 +253,7 @@ def test_masks_that_are_not_there_are_an_error(monkeypatch, tmp_path, tiny_data,
     early = step_folder(run_here(tiny_data, tmp_path / "runs", *dense) / "checkpoints", 10)
     for path, message in ((early, "comes before the first compression"), (tmp_path, "is not a checkpoint")):
         monkeypatch.setattr(sys, "argv", ["bench", "--masks", str(path)])
-        with pytest.raises(SystemExit) as stopped:
-            sparse_step.main()
-        assert stopped.value.code == 2
+        assert exit_code_of(sparse_step.main) == 2
         assert message in capsys.readouterr().err
 
 
@@ -334,9 +333,7 @@ def test_inference_and_export_of_models_without_what_they_need(monkeypatch, tmp_
     }
     for message, arguments in wrong.items():
         monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            inference.main()
-        assert stopped.value.code == 2
+        assert exit_code_of(inference.main) == 2
         assert message in capsys.readouterr().err
     assert acdc_command(["export", str(trained), "--format", "sparse24", "--out", str(tmp_path / "a")]) == 2
     error = capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import compare
+from trainer.errors import exit_code_of
 
 
 def spread(median, low, high):
@@ -73,7 +74,5 @@ def test_what_is_no_record_is_said(tmp_path, monkeypatch, capsys, content):
     if content is not None:
         (tmp_path / "b").write_text(content)
     monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "a"), str(tmp_path / "b")])
-    with pytest.raises(SystemExit) as stopped:
-        compare.main()
-    assert stopped.value.code == 2
+    assert exit_code_of(compare.main) == 2
     assert str(tmp_path / "b") in capsys.readouterr().err
