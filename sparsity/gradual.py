@@ -111,7 +111,8 @@ def _growing_sparsity(
         raise ValueError(
             f"gradual pruning from epoch {law.start} needs a sparse phase that begins there, not in {start}"
         )
-    return {epoch: replace(pattern, sparsity=law.at(epoch)) for epoch in law.epochs if epoch < num_epochs}
+    epochs = range(start, min(law.end, num_epochs), law.every)
+    return {epoch: replace(pattern, sparsity=law.at(epoch)) for epoch in epochs}
 
 
 def _regrowing(pattern: Pattern, start: int, num_epochs: int, law: Regrowth) -> dict[int, Pattern | None]:
