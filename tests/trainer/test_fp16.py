@@ -20,6 +20,10 @@ pytestmark = pytest.mark.usefixtures("small_net")
 @pytest.fixture(autouse=True)
 def cpu_may(monkeypatch):
     monkeypatch.setattr("trainer.build.check_precision", lambda *_: None)
+    # Set by an engine in fp16, it would scale the losses of every later engine of this process
+    torch_autocast = pytest.importorskip("deepspeed.runtime.torch_autocast")
+    for name in ("TORCH_AUTOCAST_INITIALIZED", "TORCH_AUTOCAST_DTYPE"):
+        monkeypatch.setattr(torch_autocast, name, getattr(torch_autocast, name))
 
 
 @pytest.fixture

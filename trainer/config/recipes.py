@@ -112,18 +112,17 @@ def read_yaml(path: Path) -> Any:
 
 def find_recipe(name: str) -> Path:
     """A recipe's path from its name under configs/ ("quickstart") or from a path. Raises UserError."""
-    return _find(name, Path(), f"no recipe {name!r}: neither a file")
+    return _find(name, Path(), f"no recipe {name!r}: neither a file nor a name under configs/")
 
 
-def _find(name: str, folder: Path, complaint: str) -> Path:
-    """A recipe by its path from `folder`, or by its name under configs/. Raises UserError."""
+def _find(name: str, folder: Path, mistake: str) -> Path:
+    """A recipe by its path from `folder`, or by its name under configs/. Raises UserError, which begins with
+    `mistake`, where there is none."""
     for candidate in (folder / name, RECIPES / name, RECIPES / f"{name}.yaml"):
         if os.path.isfile(candidate):  # of a name that no file can have Path.is_file raises
             return candidate
     known = recipe_names()
-    raise UserError(
-        f"{complaint} nor a name under configs/{did_you_mean(name, known)} One of: {', '.join(known)}"
-    )
+    raise UserError(f"{mistake}{did_you_mean(name, known)} One of: {', '.join(known)}")
 
 
 def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -147,7 +146,8 @@ def read_recipe(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(
             f"{path}: base {base!r} is neither a path beside the recipe nor a name under configs/"
         )
-    under = _find(base, path.parent, f"{path}: base {base!r} is neither a file beside it")
+    mistake = f"{path}: base {base!r} is neither a file beside it nor a name under configs/"
+    under = _find(base, path.parent, mistake)
     chain = (*below, path.resolve())
     if under.resolve() in chain:
         raise UserError(f"{path}: base {base!r} leads back to itself")
