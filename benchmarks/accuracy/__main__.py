@@ -7,7 +7,6 @@ a run under benchmarks/results/accuracy/TABLE/. What was found, and what it rest
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from benchmarks.accuracy import figures
 from benchmarks.accuracy.runs import Run, runs_of, train
 from benchmarks.accuracy.tables import TABLES
 from benchmarks.shared.record import RESULTS, Parser, console, mention_changes, show_table
-from trainer.errors import UserError, exit_code_of
+from trainer.errors import exit_code_of
 from trainer.paths import user_path
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -42,11 +41,7 @@ def main() -> int:
         mention_changes()
         for number, run in enumerate(left, 1):
             console().print(f"{number} of {len(left)}: {run}", style="bold")
-            try:
-                train(run, root, results)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return error.exit_code
+            train(run, root, results)
     found = figures.read(options.table, results)
     rows = figures.lines(options.table, found)
     if not rows:

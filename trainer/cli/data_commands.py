@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from trainer.errors import as_user_error
 from trainer.paths import user_path
@@ -37,7 +38,7 @@ def prepare_shards(options: argparse.Namespace) -> int:
                     destination / folder,
                     shard_bytes=options.shard_mb * 10**6,
                     seed=options.seed,
-                    workers=options.workers,
+                    workers=_workers(options.workers),
                     on_progress=on_progress,
                 )
             left_out = f", {files.num_excluded} excluded" if files.num_excluded else ""
@@ -53,7 +54,7 @@ def verify_data(options: argparse.Namespace) -> int:
     from data.images.files import EXCLUSIONS, read_exclusions
     from trainer.cli.progress import progress
 
-    root, workers = user_path(options.root), options.workers
+    root, workers = user_path(options.root), _workers(options.workers)
     with as_user_error("verify-data"):
         manifest = None if options.manifest is None else read_manifest(user_path(options.manifest))
         with progress("decoding") as on_progress:
@@ -75,3 +76,7 @@ def verify_data(options: argparse.Namespace) -> int:
             write_manifest(user_path(options.write_manifest), sums)
             print(f"SHA-256 of {len(sums):,} files in {options.write_manifest}")
     return 2 if open_ones else 0
+
+
+def _workers(given: int | None) -> int:
+    return given or len(os.sched_getaffinity(0))

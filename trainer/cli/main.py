@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--format", choices=["onnx", "safetensors", "sparse", "sparse24", "torch"], default="onnx"
     )
     sub.add_argument("--out", metavar="FILE", help="default: named after the model, in the current folder")
-    cores, workers = len(os.sched_getaffinity(0)), "processes; default: one a core"
     prepare = subparsers.add_parser("prepare", help="Store a data set in another form.")
     kinds = prepare.add_subparsers(required=True, metavar="WHAT")
     sub = command("fashion-mnist", data_commands.prepare_fashion_mnist, kinds)
@@ -86,13 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--shard-mb", type=_positive, default=256, metavar="MB", help="of a tar; default: 256")
     sub.add_argument("--seed", type=int, default=0, help="of the order of the images; default: 0")
     sub.add_argument("--val-labels", type=Path, metavar="FILE", help="label file of a flat val folder")
-    sub.add_argument("--workers", type=_positive, default=cores, metavar="N", help=workers)
+    sub.add_argument("--workers", type=_positive, metavar="N", help="processes; default: one a core")
     sub = command("verify-data", data_commands.verify_data)
     sub.add_argument("root", metavar="ROOT", help="a folder with train/CLASS/*.JPEG and val")
     sub.add_argument("--exclude", action="store_true", help="list bad files in ROOT/excluded.txt")
     sub.add_argument("--manifest", metavar="FILE", help="SHA-256 sums that the files must have")
     sub.add_argument("--write-manifest", metavar="FILE", help="write such sums once all is well")
-    sub.add_argument("--workers", type=_positive, default=cores, metavar="N", help=workers)
+    sub.add_argument("--workers", type=_positive, metavar="N", help="processes; default: one a core")
     sub = command("report", commands.report)
     sub.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; several come onto one page")
     sub.add_argument("--picture", metavar="FILE", help="write the accuracy curve there instead (.svg, .png)")

@@ -1,4 +1,4 @@
-"""What shards hold, how DALI reads them, and what is told where they are damaged."""
+"""What shards hold, how DALI reads them, and what is said where they are damaged."""
 
 import hashlib
 import io
